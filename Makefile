@@ -1,0 +1,38 @@
+# Every target makes and reuses .venv by itself; nothing is installed twice.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test check format clean
+
+quickstart: .venv/.runtime  ## the main job on what the repository carries
+	$(BIN)/pacos quickstart
+
+test: .venv/.dev  ## all tests that run without a GPU
+	$(BIN)/python -m pytest
+
+check: .venv/.dev  ## lint, format, types, import contract
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv runs build dist *.egg-info
+
+.venv/.created:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else \
+		f"error: {sys.executable} is Python {v[0]}.{v[1]}; pacos needs 3.11 to 3.13: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/.runtime: .venv/.created pyproject.toml constraints.txt
+	$(BIN)/pip install --constraint constraints.txt --editable .
+	@touch $@
+
+.venv/.dev: .venv/.runtime
+	$(BIN)/pip install --constraint constraints.txt --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,39 @@
+"""The models that the package carries, and where a model given by name lies on disk."""
+
+from pathlib import Path
+
+from app.errors import UserError
+
+ASSETS = Path(__file__).parent
+EMBEDDED_BASE = ASSETS / "base"
+EMBEDDED_EMBEDDER = ASSETS / "embedder"
+
+
+def model_folder(name: str, *, embedded: Path = EMBEDDED_BASE) -> Path:
+    """The folder of model `name`: `embedded`, a path, or a Hugging Face name, fetched if it is not in the hub cache.
+
+    Raises:
+        UserError: the name is neither a folder here nor to be had from the hub.
+    """
+    if name == "embedded":
+        return embedded
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"model={name!r}: no such folder")
+    return _from_hub(name)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    # Weights as safetensors only: pickled ones can run code when they are loaded.
+    wanted = ["*.json", "*.txt", "*.safetensors", "*.model"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except Exception as error:  # the hub raises a dozen types, all of them meaning "not to be had"
+        raise UserError(
+            f"model={name!r}: no such folder, and the Hugging Face hub did not deliver it "
+            f"({type(error).__name__}); give a local folder, or `embedded`"
+        ) from None

@@ -1,0 +1,58 @@
+"""Files and folders that appear as a whole or not at all."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from app.errors import UserError
+
+
+@contextmanager
+def replaced_folder(folder: Path, *, marker: str) -> Iterator[Path]:
+    """An empty staging folder that takes `folder`'s place when the block ends well, and vanishes when it does not.
+
+    Staging lies beside `folder`, on the same file system, so that the last step is a rename.
+
+    Raises:
+        UserError: `folder` holds something, and no file named `marker`, so it is not ours to replace.
+    """
+    if folder.exists() and not (folder / marker).exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"output={str(folder)!r} exists and holds no {marker}; name another folder")
+    make_folder(folder.parent)
+    staging = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    retired = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    for leftover in (staging, retired):
+        shutil.rmtree(leftover, ignore_errors=True)
+    make_folder(staging)
+    try:
+        yield staging
+        if folder.exists():
+            folder.rename(retired)
+        staging.rename(folder)
+    finally:
+        if retired.exists() and not folder.exists():
+            retired.rename(folder)
+        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(retired, ignore_errors=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Create `folder` and those above it, unless they are there.
+
+    Raises:
+        UserError: the path cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output folder {str(folder)!r} cannot be made: {error.strerror}") from None
+
+
+def write_text(file: Path, text: str) -> None:
+    """Replace `file`'s content in one step, making its folder if need be."""
+    make_folder(file.parent)
+    staging = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    staging.write_text(text, encoding="utf-8")
+    staging.replace(file)

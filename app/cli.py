@@ -1,0 +1,118 @@
+"""The `pacos` command. Each subcommand reads its configuration, connects to Ray and calls one function.
+
+Nothing heavy is imported before a command needs it, so that `--help` answers at once. `jobs/*.py` are the same
+commands as scripts, for `ray job submit`.
+"""
+
+import importlib
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from app.errors import UserError
+
+cli = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Fine-tune and serve instruction-following language models on one Ray cluster.",
+)
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, over the file's.")]
+ConfigFile = Annotated[str | None, typer.Option("--config", "-c", metavar="FILE", help="YAML file of settings.")]
+Address = Annotated[
+    str | None,
+    typer.Option("--address", metavar="HOST:PORT", help="Running Ray cluster; none starts a local one."),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in `output`.")]
+
+
+@cli.command()
+def prepare(overrides: Overrides = None, config: ConfigFile = None, address: Address = None) -> None:
+    """Instruction records to tokenized Parquet shards."""
+    _run("prepare", "PrepareConfig", overrides, config, address=address)
+
+
+@cli.command()
+def pretrain(
+    overrides: Overrides = None, config: ConfigFile = None, address: Address = None, resume: Resume = False
+) -> None:
+    """A tokenizer and a GPT-2-shaped model from scratch."""
+    _run("pretrain", "PretrainConfig", overrides, config, address=address, resume=resume)
+
+
+@cli.command()
+def train(
+    overrides: Overrides = None, config: ConfigFile = None, address: Address = None, resume: Resume = False
+) -> None:
+    """Fine-tune a model on prepared shards."""
+    _run("train", "TrainConfig", overrides, config, address=address, resume=resume)
+
+
+@cli.command()
+def evaluate(overrides: Overrides = None, config: ConfigFile = None, address: Address = None) -> None:
+    """Loss and perplexity on held-out records, and sample answers."""
+    _run("evaluate", "EvaluateConfig", overrides, config, address=address)
+
+
+@cli.command()
+def index(overrides: Overrides = None, config: ConfigFile = None, address: Address = None) -> None:
+    """A folder of documents to a searchable index."""
+    _run("index", "IndexConfig", overrides, config, address=address)
+
+
+@cli.command()
+def serve(overrides: Overrides = None, config: ConfigFile = None, address: Address = None) -> None:
+    """An HTTP endpoint for a model, its deltas and an index, until Ctrl-C."""
+    _run("serve", "ServeConfig", overrides, config, address=address)
+
+
+@cli.command()
+def ask(overrides: Overrides = None, config: ConfigFile = None) -> None:
+    """One question to a running endpoint: `pacos ask "question=How often are alpacas shorn?" rag=true`."""
+    _run("ask", "AskConfig", overrides, config)
+
+
+@cli.command()
+def quickstart(overrides: Overrides = None, config: ConfigFile = None, address: Address = None) -> None:
+    """The whole job on what the project carries: prepare, train, evaluate, index, serve, ask."""
+    _run("quickstart", "QuickstartConfig", overrides, config, address=address)
+
+
+def main(*prefix: str) -> None:
+    """Run the command line; `prefix` stands before the process's own arguments (the scripts in jobs/ name theirs)."""
+    try:
+        cli(args=[*prefix, *sys.argv[1:]], standalone_mode=True)
+    except Exception as error:
+        mistake = _user_error(error)
+        if mistake is None:
+            raise
+        print(f"error: {mistake}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _run(command: str, schema: str, overrides: list[str] | None, file: str | None, **options: Any) -> None:
+    """Load the configuration, and only when it is valid the code of the command."""
+    import app.config
+
+    settings = app.config.load_config(getattr(app.config, schema), file=file, overrides=overrides or ())
+    module = importlib.import_module("app.quickstart" if command == "quickstart" else "app.commands")
+    getattr(module, command)(settings, **options)
+
+
+def _user_error(error: BaseException | None) -> UserError | None:
+    """The user's mistake in `error`, also where a Ray task raised it and Ray wrapped it."""
+    while error is not None:
+        wrapped = getattr(error, "cause", None)
+        if isinstance(error, UserError) and not isinstance(wrapped, UserError):
+            return error
+        error = wrapped if isinstance(wrapped, BaseException) else error.__cause__
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""One function per subcommand: connect to Ray, call the job, show how it goes and what came of it."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from app import console
+from app.config import (
+    AskConfig,
+    EvaluateConfig,
+    IndexConfig,
+    PrepareConfig,
+    PretrainConfig,
+    ServeConfig,
+    TrainConfig,
+    WorkersConfig,
+)
+from app.ray_cluster import connected, dashboard_url
+
+Address = str | None
+
+
+def prepare(config: PrepareConfig, *, address: Address) -> None:
+    from app.data.records import read_rows
+
+    read_rows(config.source)  # a file that cannot be read is told before Ray starts
+    with on_ray(address):
+        run_prepare(config)
+
+
+def pretrain(config: PretrainConfig, *, address: Address, resume: bool) -> None:
+    from app.training.pretraining import pretrain as run
+
+    with (
+        on_ray(address, workers=config.workers, spare_cpus=0),
+        training_progress("pretrain", config.steps) as show,
+    ):
+        summary = run(config, resume=resume, on_metrics=show)
+    console.table("Pretrained", summary)
+
+
+def train(config: TrainConfig, *, address: Address, resume: bool) -> None:
+    from app.training.fine_tuning import plan_job
+
+    job = plan_job(config)  # mistakes in data, model or method are told before Ray starts
+    with on_ray(address, workers=config.workers):
+        run_train(job, resume=resume)
+
+
+def evaluate(config: EvaluateConfig, *, address: Address) -> None:
+    with on_ray(address, workers=config.workers):
+        run_evaluate(config)
+
+
+def index(config: IndexConfig, *, address: Address) -> None:
+    with on_ray(address, workers=config.workers):
+        run_index(config)
+
+
+def serve(config: ServeConfig, *, address: Address) -> None:
+    with on_ray(address) as is_own, serving(config, on_own_cluster=is_own) as url:
+        show_addresses(url)
+        console.say("Ctrl-C stops it.", style="dim")
+        wait_for_interrupt()
+
+
+def ask(config: AskConfig) -> None:
+    from app.serving.ask import ask as send
+
+    show_answer(send(config))
+
+
+# --- the parts, which quickstart strings together on one cluster --------------------------------
+
+
+def run_prepare(config: PrepareConfig) -> None:
+    from app.data.shards import prepare as run
+
+    with console.progress("prepare", unit="records") as advance:
+        manifest = run(config, progress=advance)
+    values, splits = manifest.values, manifest.values["splits"]
+    rejected = ", ".join(f"{reason} ({count})" for reason, count in values["rejected"].items())
+    console.table(
+        f"Prepared {config.source} → {config.output}",
+        {
+            "records read": values["rows"],
+            "kept for training": splits["train"]["records"],
+            "held out": splits["validation"]["records"],
+            "rejected": f"{sum(values['rejected'].values()):,} {'— ' + rejected if rejected else ''}".strip(),
+            "cut to max_length": sum(split["truncated"] for split in splits.values()),
+            "training tokens": splits["train"]["tokens"],
+            "of them in the loss": splits["train"]["loss_tokens"],
+        },
+    )
+
+
+def run_train(job: Any, *, resume: bool = False) -> dict[str, Any]:
+    """Run what `plan_job` planned."""
+    from app.training.fine_tuning import fine_tune
+
+    config: TrainConfig = job.config
+    console.say(
+        f"{config.method.type} trains {job.trained_count:,} weights beside {job.total_count:,}; "
+        f"{job.total_steps:,} steps of {config.batch_size} records on {config.workers.count} workers, "
+        f"ZeRO-{config.deepspeed.zero_stage}"
+    )
+    with training_progress("train", job.total_steps) as show:
+        summary = fine_tune(job, resume=resume, on_metrics=show)
+    console.table(
+        f"Trained → {summary['result']}",
+        {
+            "training loss": _change(summary["loss_first"], summary["loss_last"]),
+            "held-out loss": _change(summary["eval_loss_before"], summary["eval_loss_after"]),
+            "held-out perplexity": _change(summary["perplexity_before"], summary["perplexity_after"]),
+            "tokens per second": summary["tokens_per_s"],
+            "peak memory per worker": f"{(summary['peak_worker_bytes'] or 0) / 2**30:.2f} GiB",
+        },
+    )
+    return summary
+
+
+def run_evaluate(config: EvaluateConfig) -> Any:
+    from app.training.evaluate import evaluate as run
+
+    with console.progress("evaluate", unit="records") as advance:
+        result = run(config, progress=advance)
+    console.table(
+        f"{config.model}{' + ' + config.delta if config.delta else ''} on {config.data} ({config.split})",
+        {
+            "records": result.records,
+            "response tokens": result.tokens,
+            "loss (nats per token)": result.loss,
+            "perplexity": result.perplexity,
+            "bits per byte": result.bits_per_byte,
+        },
+    )
+    for sample in result.samples:
+        console.say(f"\n{sample.prompt}", style="dim")
+        console.say(f"answer:    {sample.answer}")
+        console.say(f"reference: {sample.reference}", style="dim")
+    return result
+
+
+def run_index(config: IndexConfig) -> None:
+    from app.serving.index_job import build_index as run
+
+    with console.progress("index", unit="passages") as advance:
+        summary = run(config, progress=advance)
+    console.table(
+        f"Indexed {config.documents} → {config.output}", {**summary, "skipped": ", ".join(summary["skipped"])}
+    )
+
+
+@contextmanager
+def on_ray(address: Address, *, workers: WorkersConfig | None = None, spare_cpus: float = 1) -> Iterator[bool]:
+    """Ray with room for `workers`, and beside them for the tasks that read their data or for the deployments.
+
+    Yields whether the cluster ends with the block.
+    """
+    count = workers.count if workers else 0
+    cpus, gpus = (workers.cpus, workers.gpus) if workers else (0.0, 0.0)
+    with connected(address, min_cpus=count * cpus + spare_cpus, min_gpus=count * gpus) as is_own:
+        if url := dashboard_url():
+            console.say(f"Ray dashboard: {url}", style="dim")
+        yield is_own
+
+
+@contextmanager
+def serving(config: ServeConfig, *, on_own_cluster: bool) -> Iterator[str]:
+    """The application, deployed for the block; yields its address. A cluster of our own takes it down itself."""
+    from app.serving.launch import serve_application, stop_application
+
+    with console.console.status("deploying"):
+        url = serve_application(config)  # leaves nothing behind if it fails
+    try:
+        yield url
+    finally:
+        if not on_own_cluster:
+            stop_application()
+
+
+@contextmanager
+def training_progress(title: str, total: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+    with console.progress(title, unit="steps") as advance:
+
+        def show(metrics: dict[str, Any]) -> None:
+            note = f"loss {metrics['loss']:.3f}" if "loss" in metrics else ""
+            if "eval_loss" in metrics:
+                console.say(
+                    f"step {metrics['step']:>6,}  {note:12}  held-out loss {metrics['eval_loss']:.3f}  "
+                    f"perplexity {metrics['perplexity']:,.1f}"
+                )
+            advance(metrics["step"], total, note)
+
+        yield show
+
+
+def show_answer(answer: Any) -> None:
+    console.say(answer["text"])
+    for number, source in enumerate(answer.get("sources", ()), start=1):
+        console.say(f"  [{number}] {source['document']} ({source['score']:.2f}): {source['text'][:120]}…", style="dim")
+
+
+def show_addresses(url: str) -> None:
+    console.table(
+        "Up", {"endpoint": f"{url}/v1/completions", "documentation": f"{url}/docs", "dashboard": dashboard_url()}
+    )
+
+
+def wait_for_interrupt() -> None:
+    try:
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        console.say("stopping", style="dim")
+
+
+def _change(before: float | None, after: float | None) -> str | None:
+    return None if before is None or after is None else f"{before:,.3f} → {after:,.3f}"

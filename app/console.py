@@ -1,0 +1,103 @@
+"""What people see in the terminal: progress with rates and time left, tables, samples. Knows Rich and no job."""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+console = Console(highlight=False)
+
+Advance = Callable[..., None]
+"""`advance(done, total, note="…")`"""
+
+
+class _RateColumn(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        rate = task.finished_speed or task.speed
+        return Text(f"{rate:,.1f} {self.unit}/s" if rate else "", style="cyan")
+
+
+@contextmanager
+def progress(title: str, *, unit: str) -> Iterator[Advance]:
+    """A progress bar with rate and time left; where no terminal is, a line at every tenth."""
+    if not console.is_terminal:
+        yield _plain_progress(title, unit)
+        return
+    bar = Progress(
+        SpinnerColumn(),
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        _RateColumn(unit),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    )
+    with bar:
+        task = bar.add_task(title, total=None, note="")
+
+        def advance(done: int, total: int | None, note: str = "") -> None:
+            bar.update(task, completed=done, total=total, note=note)
+
+        yield advance
+
+
+def _plain_progress(title: str, unit: str) -> Advance:
+    shown = -1
+
+    def advance(done: int, total: int | None, note: str = "") -> None:
+        nonlocal shown
+        tenth = 10 * done // total if total else 0
+        if tenth > shown:
+            shown = tenth
+            console.print(f"{title}: {done:,}/{total:,} {unit}  {note}".rstrip())
+            sys.stdout.flush()
+
+    return advance
+
+
+def table(title: str, rows: Mapping[str, object]) -> None:
+    """Two columns: what, and how much. None values are left out."""
+    grid = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 2))
+    grid.add_column(style="dim")
+    grid.add_column()
+    for name, value in rows.items():
+        if value not in (None, ""):
+            grid.add_row(name, Text(_text(value)))
+    console.print(grid)
+
+
+def heading(text: str) -> None:
+    console.print()
+    console.print(f"[bold]{text}[/bold]")
+
+
+def say(text: str, *, style: str | None = None) -> None:
+    """Text as it is, without markup: it may come from a model or a document."""
+    console.print(Text(text, style=style or ""))
+
+
+def _text(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

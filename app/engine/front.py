@@ -1,0 +1,171 @@
+"""The engine for servers: called from event loops, stepped by one thread of its own.
+
+Calls reach the engine through an inbox between two steps, so that no event loop ever waits for a step to finish, and
+the engine itself needs no lock. Events travel back to the loop that asked for them.
+"""
+
+import asyncio
+import logging
+import threading
+from collections import defaultdict, deque
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+
+from app.engine.engine import Engine, Stats
+from app.engine.sampling import Sampling
+from app.engine.sequence import Event
+
+logger = logging.getLogger(__name__)
+
+
+class GenerationFailed(Exception):
+    """The step that this request was in raised an exception; other requests can follow."""
+
+
+class EngineStopped(Exception):
+    """The engine was shut down."""
+
+
+@dataclass(eq=False)
+class _Call:
+    """One `generate` call: where its events go, and its id once the engine has it."""
+
+    ids: Sequence[int]
+    sampling: Sampling
+    loop: asyncio.AbstractEventLoop
+    events: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)
+    request_id: int | None = None
+
+
+class EngineFront:
+    def __init__(self, engine: Engine, *, name: str = "engine") -> None:
+        self._engine = engine
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._inbox_lock = threading.Lock()
+        self._wake = threading.Event()
+        self._stopping = False
+        self._stopped = False
+        self._calls: dict[int, _Call] = {}
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    async def generate(self, ids: Sequence[int], sampling: Sampling) -> AsyncGenerator[Event, None]:
+        """Events of one request as they come; the last has a finish reason.
+
+        Closing the generator or cancelling the task that reads it aborts the request. Read it under
+        `contextlib.aclosing`, else Python closes it whenever it likes.
+
+        Raises:
+            InvalidRequest, QueueFull: as `Engine.add_request`.
+            GenerationFailed: a step raised an exception.
+            EngineStopped: `shutdown` was called.
+        """
+        call = _Call(ids, sampling, asyncio.get_running_loop())
+        if not self._post(lambda: self._add(call)):
+            raise _stopped()
+        finished = False
+        try:
+            while not finished:
+                event = await call.events.get()
+                finished = isinstance(event, Exception) or event.finish_reason is not None
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+        finally:
+            if not finished:
+                self._post(lambda: self._abort(call))
+
+    def stats(self) -> Stats:
+        """Safe from any thread; may be a step old."""
+        return self._engine.stats()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def shutdown(self, *, timeout_s: float = 10.0) -> None:
+        """End the thread after its step; open calls raise `EngineStopped`."""
+        self._stopping = True
+        self._wake.set()
+        self._thread.join(timeout_s)
+
+    # --- on any thread ---
+
+    def _post(self, action: Callable[[], None]) -> bool:
+        """Have the engine's thread call `action` before its next step; False if there is no thread any more."""
+        with self._inbox_lock:
+            if self._stopped:
+                return False
+            self._inbox.append(action)
+        self._wake.set()
+        return True
+
+    # --- on the engine's thread ---
+
+    def _run(self) -> None:
+        while not self._stopping:
+            if not self._engine.has_work:
+                self._wake.wait()
+            self._wake.clear()
+            self._empty_inbox()
+            self._step()
+        with self._inbox_lock:
+            self._stopped = True
+        self._empty_inbox()
+        self._fail_all(_stopped())
+
+    def _empty_inbox(self) -> None:
+        while self._inbox:
+            self._inbox.popleft()()
+
+    def _step(self) -> None:
+        try:
+            events = self._engine.step()
+        except Exception as error:  # whatever a step raises must end its requests, not the thread
+            logger.exception("a generation step failed; its requests are dropped")
+            self._fail_all(GenerationFailed(f"generation failed: {type(error).__name__}: {error}"))
+            return
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Call, Event]]] = defaultdict(list)
+        for event in events:
+            call = self._calls[event.request_id]
+            if event.finish_reason:
+                del self._calls[event.request_id]
+            by_loop[call.loop].append((call, event))
+        for loop, deliveries in by_loop.items():
+            self._deliver(loop, deliveries)
+
+    def _add(self, call: _Call) -> None:
+        try:
+            call.request_id = self._engine.add_request(call.ids, call.sampling)
+        except Exception as error:  # the caller's to handle, in the caller's loop
+            self._deliver(call.loop, [(call, error)])
+        else:
+            self._calls[call.request_id] = call
+
+    def _abort(self, call: _Call) -> None:
+        if call.request_id is not None and call.request_id in self._calls:
+            del self._calls[call.request_id]
+            self._engine.abort(call.request_id)
+
+    def _deliver(self, loop: asyncio.AbstractEventLoop, deliveries: Sequence[tuple[_Call, Event | Exception]]) -> None:
+        """One wake-up of the loop for all its requests' events."""
+
+        def put() -> None:
+            for call, event in deliveries:
+                call.events.put_nowait(event)
+
+        try:
+            loop.call_soon_threadsafe(put)
+        except RuntimeError:  # the loop is closed, so nobody reads these requests any more
+            for call, _ in deliveries:
+                self._abort(call)
+
+    def _fail_all(self, error: Exception) -> None:
+        self._engine.abort_all()
+        calls, self._calls = list(self._calls.values()), {}
+        for call in calls:
+            self._deliver(call.loop, [(call, error)])
+
+
+def _stopped() -> EngineStopped:
+    return EngineStopped("the engine has been shut down")

@@ -1,0 +1,198 @@
+"""Hugging Face GPT-2 folders <-> `Decoder`.
+
+Reads config.json and safetensors (one file or sharded), writes folders that `transformers` opens. GPT-2 stores its
+projections as Conv1D, [in, out]; they become nn.Linear, [out, in], here and nowhere else. Pickled weights
+(pytorch_model.bin) are refused: loading one can run code.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from app.errors import UserError
+from app.models.decoder import Decoder, DecoderConfig
+
+# ours -> GPT-2's, inside a block; True marks a Conv1D weight, which is stored transposed
+_BLOCK_NAMES = {
+    "attn_norm.weight": ("ln_1.weight", False),
+    "attn_norm.bias": ("ln_1.bias", False),
+    "attn.qkv.weight": ("attn.c_attn.weight", True),
+    "attn.qkv.bias": ("attn.c_attn.bias", False),
+    "attn.out.weight": ("attn.c_proj.weight", True),
+    "attn.out.bias": ("attn.c_proj.bias", False),
+    "mlp_norm.weight": ("ln_2.weight", False),
+    "mlp_norm.bias": ("ln_2.bias", False),
+    "mlp.up.weight": ("mlp.c_fc.weight", True),
+    "mlp.up.bias": ("mlp.c_fc.bias", False),
+    "mlp.down.weight": ("mlp.c_proj.weight", True),
+    "mlp.down.bias": ("mlp.c_proj.bias", False),
+}
+_OUTER_NAMES = {
+    "token_embedding.weight": "wte.weight",
+    "position_embedding.weight": "wpe.weight",
+    "final_norm.weight": "ln_f.weight",
+    "final_norm.bias": "ln_f.bias",
+}
+
+
+def load_decoder(folder: Path, *, dtype: torch.dtype = torch.float32) -> Decoder:
+    """The model in a Hugging Face GPT-2 `folder`, in evaluation mode.
+
+    Raises:
+        UserError: a file is missing or damaged, a tensor is missing or has the wrong shape, or the architecture
+            is not one that the decoder computes.
+    """
+    config = read_config(folder)
+    stored = _read_tensors(folder)
+    with torch.device("meta"):
+        model = Decoder(config)
+    weights: dict[str, Tensor] = {}
+    for name, expected in model.state_dict().items():
+        source, transposed = _stored_name(name)
+        tensor = stored.get(source, stored.get(f"transformer.{source}"))
+        if tensor is None:
+            raise UserError(f"{folder}: the weights lack {source!r}; copy the checkpoint again")
+        if transposed:
+            tensor = tensor.t()
+        if tensor.shape != expected.shape:
+            raise UserError(
+                f"{folder}: {source!r} has shape {list(tensor.shape)} where config.json asks for {list(expected.shape)}"
+            )
+        weights[name] = tensor.to(dtype).contiguous()
+    head = stored.get("lm_head.weight")
+    if head is not None and not torch.equal(head.to(dtype), weights["token_embedding.weight"]):
+        raise UserError(f"{folder}: lm_head is not tied to the token embedding; untied heads are not supported")
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
+
+
+def save_decoder(folder: Path, model: Decoder, *, dtype: torch.dtype = torch.float32) -> None:
+    """Write `model` as a GPT-2 folder (config.json, model.safetensors) that `transformers` opens; `folder` exists."""
+    stored = {}
+    for name, tensor in model.state_dict().items():
+        target, transposed = _stored_name(name)
+        stored[f"transformer.{target}"] = (tensor.t() if transposed else tensor).to("cpu", dtype).contiguous()
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(_to_gpt2_config(model.config, dtype), indent=2) + "\n")
+
+
+def read_config(folder: Path) -> DecoderConfig:
+    """Architecture of the model in `folder`."""
+    values = _read_json(folder / "config.json")
+    _refuse_unsupported(folder, values)
+    width = values["n_embd"]
+    return DecoderConfig(
+        vocab_size=values["vocab_size"],
+        context_length=values["n_positions"],
+        num_layers=values["n_layer"],
+        num_heads=values["n_head"],
+        width=width,
+        mlp_width=values.get("n_inner") or 4 * width,
+        norm_epsilon=values.get("layer_norm_epsilon", 1e-5),
+    )
+
+
+def weights_hash(folder: Path) -> str:
+    """SHA-256 over the weight files of `folder`: what a delta records as its base."""
+    digest = hashlib.sha256()
+    for file in _weight_files(folder):
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _stored_name(name: str) -> tuple[str, bool]:
+    if name in _OUTER_NAMES:
+        return _OUTER_NAMES[name], False
+    _, layer, inner = name.split(".", 2)
+    stored, transposed = _BLOCK_NAMES[inner]
+    return f"h.{layer}.{stored}", transposed
+
+
+def _to_gpt2_config(config: DecoderConfig, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "vocab_size": config.vocab_size,
+        "n_positions": config.context_length,
+        "n_embd": config.width,
+        "n_layer": config.num_layers,
+        "n_head": config.num_heads,
+        "n_inner": config.mlp_width,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": config.norm_epsilon,
+        "tie_word_embeddings": True,
+        "dtype": str(dtype).removeprefix("torch."),
+        # by GPT-2's convention the last token of the vocabulary ends a text
+        "bos_token_id": config.vocab_size - 1,
+        "eos_token_id": config.vocab_size - 1,
+    }
+
+
+def _refuse_unsupported(folder: Path, values: dict[str, Any]) -> None:
+    needed = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head"]
+    if values.get("model_type") != "gpt2":
+        raise UserError(f"{folder}/config.json: model_type={values.get('model_type')!r}; only 'gpt2' can be loaded")
+    missing = [key for key in needed if not isinstance(values.get(key), int)]
+    if missing:
+        raise UserError(f"{folder}/config.json lacks {', '.join(missing)}")
+    expected = {
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "tie_word_embeddings": (True,),
+        "add_cross_attention": (False,),
+    }
+    for key, allowed in expected.items():
+        if values.get(key, allowed[0]) not in allowed:
+            raise UserError(f"{folder}/config.json: {key}={values[key]!r} is not supported; only {allowed[0]!r} is")
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file in _weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as stored:
+                tensors.update({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118 (not a dict)
+        except SafetensorError as error:
+            raise UserError(f"{file} is damaged or not a safetensors file ({error}); copy it again") from None
+    return tensors
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        files = [folder / name for name in names]
+    else:
+        files = [folder / "model.safetensors"]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing and (folder / "pytorch_model.bin").exists():
+        raise UserError(
+            f"{folder} holds pickled weights (pytorch_model.bin), which are not loaded because they can run code; "
+            "save the model again with safe_serialization=True"
+        )
+    if missing:
+        raise UserError(f"{folder} lacks {', '.join(missing)}; a model folder holds config.json and model.safetensors")
+    return files
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{file.parent} lacks {file.name}; a model folder holds config.json and model.safetensors"
+        ) from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file} must hold a JSON object, not a {type(values).__name__}")
+    return values

@@ -1,0 +1,132 @@
+"""Connecting to Ray: a running cluster by address, else a local one that ends with the process.
+
+Logic elsewhere assumes that Ray is initialised; only entry points call this.
+"""
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from app.config.schema import WorkersConfig
+from app.errors import UserError
+
+ANSWER_WITHIN_S = 8.0
+
+
+@contextmanager
+def connected(address: str | None, *, min_cpus: float = 1, min_gpus: float = 0) -> Iterator[bool]:
+    """Ray, initialised for the block; yields whether the cluster is our own and ends with it.
+
+    Without `address`, the cluster that `ray job submit` set in RAY_ADDRESS, else a local one with at least
+    `min_cpus` logical CPUs: on a small machine, waiting workers must not starve the data that they wait for.
+
+    Raises:
+        UserError: nothing answers at the address within ten seconds, or the cluster has fewer CPUs or GPUs.
+    """
+    import ray
+
+    address = address or os.environ.get("RAY_ADDRESS")
+    try:
+        _connect(address, min_cpus)
+        _check_resources(address, {"CPU": min_cpus, "GPU": min_gpus})
+        _quieten()
+        yield not address
+    finally:
+        ray.shutdown()
+
+
+def _connect(address: str | None, min_cpus: float) -> None:
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "5")  # of a local cluster; below it Ray complains
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's coming default; silences its warning
+    if address:
+        _check_answers(address)
+    import ray
+
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    try:
+        if address:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+            return
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, math.ceil(min_cpus)),
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+    except ray.exceptions.AuthenticationError:
+        raise UserError(
+            f"address={address!r}: the cluster wants a token; export RAY_AUTH_MODE=token, and have its token in "
+            "~/.ray/auth_token or RAY_AUTH_TOKEN"
+        ) from None
+    except ConnectionError as error:
+        raise UserError(f"address={address!r}: {_first_line(error)}; start one with `ray start --head`") from None
+
+
+def thread_environment(workers: WorkersConfig) -> dict[str, str]:
+    """Environment variables that keep a worker process to its share of threads."""
+    return {"OMP_NUM_THREADS": str(workers.threads), "TOKENIZERS_PARALLELISM": "false"}
+
+
+def dashboard_url() -> str | None:
+    """Where the dashboard of the connected cluster answers."""
+    import ray
+
+    url = ray._private.worker.global_worker.node.webui_url if ray.is_initialized() else None
+    return f"http://{url}" if url else None
+
+
+def _check_answers(address: str) -> None:
+    """Fail fast where nothing speaks gRPC at `address`; `ray.init` would retry for minutes."""
+    if "://" in address:
+        raise UserError(
+            f"address={address!r} is not HOST:PORT; give the port of the cluster's GCS, as in HOST:6379 (a dashboard's "
+            "http:// address is for `ray job submit`, in RAY_API_SERVER_ADDRESS)"
+        )
+    if ":" not in address:  # "auto", "local": Ray looks them up itself, at once
+        return
+    if os.environ.get("RAY_USE_TLS") == "1":  # a plain channel cannot tell here
+        return
+    import grpc
+
+    with grpc.insecure_channel(address) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=ANSWER_WITHIN_S)
+        except grpc.FutureTimeoutError:
+            raise UserError(
+                f"address={address!r} does not answer ({ANSWER_WITHIN_S:.0f} s); is the cluster up, and the port its "
+                "GCS's (6379 unless set)?"
+            ) from None
+
+
+def _check_resources(address: str | None, needed: dict[str, float]) -> None:
+    """A job that waits for what the cluster does not have would wait for ever."""
+    import ray
+
+    present = ray.cluster_resources()
+    for kind, amount in needed.items():
+        if present.get(kind, 0) < amount:
+            raise UserError(
+                f"{f'the cluster at {address}' if address else 'this machine'} has {present.get(kind, 0):g} {kind}s "
+                f"and the job needs {amount:g}; lower workers.count or workers.{kind.lower()}s"
+                + (", which may be a fraction" if kind == "CPU" else "")
+            )
+
+
+def _quieten() -> None:
+    """Leave the terminal to our own progress display; Ray's is in the dashboard and its logs."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "The minimum number of concurrent actors", UserWarning)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,63 @@
+"""A folder of .md and .txt files -> documents, and a list of the files that had to be left out, with the reason."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from app.errors import UserError
+from app.retrieval.chunking import Document
+
+SUFFIXES = (".md", ".txt")
+
+
+@dataclass(frozen=True)
+class Skipped:
+    name: str
+    reason: str
+
+
+def read_documents(source: str) -> tuple[list[Document], list[Skipped]]:
+    """Every .md and .txt file of the folder `source` and its subfolders, or that one file, in order of their names.
+
+    Hidden files and folders are passed over. Line ends become \\n, and a byte order mark goes.
+
+    Raises:
+        UserError: `source` is missing, holds no such file, or none that can be used.
+    """
+    root = Path(source).expanduser()
+    documents, skipped = [], []
+    for name, file in _files(root, source):
+        document = _read(name, file)
+        if isinstance(document, Document):
+            documents.append(document)
+        else:
+            skipped.append(document)
+    if not documents:
+        first = skipped[0]
+        raise UserError(f"documents={source!r}: no file can be used; {first.name}: {first.reason}")
+    return documents, skipped
+
+
+def _files(root: Path, source: str) -> list[tuple[str, Path]]:
+    if root.is_file():
+        return [(root.name, root)]
+    if not root.is_dir():
+        raise UserError(f"documents={source!r}: no such folder or file")
+    files = sorted((file.relative_to(root), file) for file in root.rglob("*") if file.suffix.lower() in SUFFIXES)
+    found = [(name.as_posix(), file) for name, file in files if file.is_file() and not _is_hidden(name)]
+    if not found:
+        raise UserError(f"documents={source!r} holds no {' or '.join(SUFFIXES)} file")
+    return found
+
+
+def _is_hidden(name: Path) -> bool:
+    return any(part.startswith(".") for part in name.parts)
+
+
+def _read(name: str, file: Path) -> Document | Skipped:
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        return Skipped(name, f"byte {error.start} is not UTF-8; convert it, for example with iconv -f LATIN1 -t UTF-8")
+    except OSError as error:
+        return Skipped(name, f"cannot be read: {error.strerror}")
+    return Document(name, text) if text.strip() else Skipped(name, "empty")

@@ -1,0 +1,72 @@
+"""Texts -> unit vectors, by a sentence-transformers model. Knows no chunks, no index and no cluster."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from app.assets import EMBEDDED_EMBEDDER, model_folder
+from app.errors import UserError
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+
+class Embedder:
+    """A sentence-transformers model on `device`; `name` is `embedded`, a folder, or a Hugging Face name.
+
+    Raises:
+        UserError: the model is not to be had, or its folder is not one that sentence-transformers opens.
+    """
+
+    def __init__(self, name: str = "embedded", *, device: str = "cpu") -> None:
+        self.name = name
+        self.folder = embedder_folder(name)
+        self._model = _load(self.folder, name, device)
+        self.width = int(self._encode(["width"]).shape[1])  # its accessor has another name in every major version
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """float32 [len(texts), width], each row of length 1; a text without a known token gives a row of zeros."""
+        if not texts:
+            return np.zeros((0, self.width), dtype=np.float32)
+        vectors = self._encode(texts)
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+        return vectors / np.where(lengths > 0, lengths, 1)
+
+    def _encode(self, texts: Sequence[str]) -> np.ndarray:
+        vectors = self._model.encode(list(texts), convert_to_numpy=True, show_progress_bar=False)
+        return np.asarray(vectors, dtype=np.float32)
+
+
+def embedder_folder(name: str) -> Path:
+    """Where the embedder `name` lies on disk, fetched from the hub if need be."""
+    return model_folder(name, embedded=EMBEDDED_EMBEDDER)
+
+
+def embedder_hash(folder: Path) -> str:
+    """SHA-256 over every file that shapes an embedding: weights, tokenizer and module settings."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        if file.suffix in (".json", ".safetensors", ".txt", ".model") and file.is_file():
+            content = hashlib.sha256(file.read_bytes()).digest()
+            digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + content)
+    return digest.hexdigest()
+
+
+def _load(folder: Path, name: str, device: str) -> "SentenceTransformer":
+    if not (folder / "modules.json").is_file():
+        raise UserError(f"embedder={name!r}: {folder} lacks modules.json; give a sentence-transformers model")
+    if not any(folder.rglob("*.safetensors")):
+        raise UserError(
+            f"embedder={name!r}: {folder} lacks weights as .safetensors; pickled ones are not loaded, because they "
+            "can run code: save the model again with safe_serialization=True"
+        )
+    from sentence_transformers import SentenceTransformer
+
+    try:
+        model = SentenceTransformer(str(folder), device=device, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # damaged JSON, weights or tokenizer: every layer raises its own type
+        raise UserError(f"embedder={name!r}: {folder} cannot be loaded: {error}") from None
+    return model.float().eval()

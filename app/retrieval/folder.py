@@ -1,0 +1,115 @@
+"""The index folder: what it holds, how it is replaced as a whole, and how damage is noticed.
+
+documents.sqlite   documents and chunks
+vectors.faiss      a vector for each chunk
+manifest.json      what made them, and their hashes; written last
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from app.atomic import replaced_folder
+from app.errors import UserError
+from app.retrieval.chunking import Chunk, Document
+from app.retrieval.index import write_vectors
+from app.retrieval.store import write_store
+
+DOCUMENTS, VECTORS, MANIFEST = "documents.sqlite", "vectors.faiss", "manifest.json"
+_FILES = (MANIFEST, DOCUMENTS, VECTORS)
+FORMAT = 1
+
+
+class Manifest(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int = FORMAT
+    embedder: str
+    """As configured: `embedded`, a folder, or a Hugging Face name."""
+    embedder_sha256: str
+    """Of the embedder's files; queries must be embedded by the same."""
+    width: int
+    documents: int
+    chunks: int
+    chunk_words: int
+    overlap_words: int
+    documents_sha256: str = ""
+    """Of documents.sqlite."""
+    vectors_sha256: str = ""
+    """Of vectors.faiss: an index file from elsewhere is not safe to load."""
+
+    @property
+    def content_hash(self) -> str:
+        """Changes with any text or vector: part of the cache key of every answer that draws on the index."""
+        parts = (self.embedder_sha256, self.documents_sha256, self.vectors_sha256)
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def check_output(folder: Path) -> None:
+    """Refuse to replace a folder that is not an index.
+
+    Raises:
+        UserError: `folder` is a file, or holds anything that an index does not.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output={str(folder)!r} is a file; name a folder")
+    foreign = {file.name for file in folder.iterdir()} - set(_FILES) if folder.is_dir() else set()
+    if foreign:
+        raise UserError(
+            f"output={str(folder)!r} holds {min(foreign)!r}, which is not part of an index; name a new or empty folder"
+        )
+
+
+def write_index(
+    folder: Path, *, documents: Sequence[Document], chunks: Sequence[Chunk], vectors: np.ndarray, manifest: Manifest
+) -> Manifest:
+    """Write the index, and put it in the place of the old one once it is complete.
+
+    A kill at any moment leaves the old index, the new one or none, never a part. `vectors` [chunks, width] are in the
+    order of `chunks`. Returns the manifest with the hashes filled in.
+    """
+    check_output(folder)
+    # Whichever of its files the old index still has tells that it is one; a damaged one may be replaced.
+    marker = next((name for name in _FILES if (folder / name).exists()), MANIFEST)
+    with replaced_folder(folder.resolve(), marker=marker) as staging:
+        write_store(staging / DOCUMENTS, documents, chunks)
+        write_vectors(staging / VECTORS, vectors)
+        hashes = {"documents_sha256": _sha256(staging / DOCUMENTS), "vectors_sha256": _sha256(staging / VECTORS)}
+        manifest = manifest.model_copy(update=hashes)
+        (staging / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a complete, undamaged index.
+
+    Raises:
+        UserError: a file is missing, damaged or of another format; the message says so and names the remedy.
+    """
+    if not folder.is_dir():
+        raise UserError(f"index={str(folder)!r}: no such folder; build it with `pacos index`")
+    for name in _FILES:
+        if not (folder / name).is_file():
+            raise damaged(folder, f"lacks {name}")
+    try:
+        manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+    except ValidationError as error:
+        raise damaged(folder, f"{MANIFEST} is damaged ({error.errors()[0]['msg']})") from None
+    if manifest.format != FORMAT:
+        raise damaged(folder, f"{MANIFEST} has format {manifest.format}, but {FORMAT} is due")
+    for name, expected in ((DOCUMENTS, manifest.documents_sha256), (VECTORS, manifest.vectors_sha256)):
+        if _sha256(folder / name) != expected:
+            raise damaged(folder, f"{name} does not match its hash in {MANIFEST}")
+    return manifest
+
+
+def damaged(folder: Path, problem: str) -> UserError:
+    return UserError(f"index={str(folder)!r}: {problem}; build it again with `pacos index`")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

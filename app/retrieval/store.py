@@ -1,0 +1,83 @@
+"""Documents and chunks in one SQLite file: the source of truth for texts. Knows no vectors."""
+
+import sqlite3
+import threading
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from app.retrieval.chunking import Chunk, Document
+
+_SCHEMA = """
+CREATE TABLE documents (
+    id INTEGER PRIMARY KEY,
+    name TEXT NOT NULL UNIQUE,
+    title TEXT NOT NULL,
+    text TEXT NOT NULL
+);
+CREATE TABLE chunks (
+    id INTEGER PRIMARY KEY,
+    document_id INTEGER NOT NULL REFERENCES documents (id),
+    title TEXT NOT NULL,
+    start INTEGER NOT NULL,
+    "end" INTEGER NOT NULL,
+    text TEXT NOT NULL
+);
+CREATE INDEX chunks_of_document ON chunks (document_id);
+"""
+_CHUNK = 'SELECT chunks.id, name, chunks.title, start, "end", chunks.text FROM chunks JOIN documents ON documents.id = '
+_CHUNK += "document_id"
+
+
+def write_store(file: Path, documents: Iterable[Document], chunks: Sequence[Chunk]) -> None:
+    """Create the database `file`; a chunk's id is its position in `chunks`."""
+    connection = sqlite3.connect(file)
+    try:
+        connection.executescript(_SCHEMA)
+        rows = [(number, document.name, document.title, document.text) for number, document in enumerate(documents)]
+        connection.executemany("INSERT INTO documents VALUES (?, ?, ?, ?)", rows)
+        numbers = {name: number for number, name, _, _ in rows}
+        connection.executemany(
+            "INSERT INTO chunks VALUES (?, ?, ?, ?, ?, ?)",
+            [
+                (number, numbers[chunk.document], chunk.title, chunk.start, chunk.end, chunk.text)
+                for number, chunk in enumerate(chunks)
+            ],
+        )
+        connection.commit()
+    finally:
+        connection.close()
+
+
+class Store:
+    """Reading, from any thread, of a file that `write_store` made.
+
+    The file is never changed in place: a new index replaces its whole folder. So it is opened as immutable, without
+    locks or journals, and works on a read-only disk.
+    """
+
+    def __init__(self, file: Path) -> None:
+        uri = f"{file.resolve().as_uri()}?mode=ro&immutable=1"
+        self._connection = sqlite3.connect(uri, uri=True, check_same_thread=False)
+        self._lock = threading.Lock()
+
+    def chunks(self, ids: Sequence[int]) -> dict[int, Chunk]:
+        """The chunks with these ids; one that does not exist is left out."""
+        marks = ", ".join("?" * len(ids))
+        rows = self._rows(f"{_CHUNK} WHERE chunks.id IN ({marks})", [int(number) for number in ids])
+        return {number: Chunk(*fields) for number, *fields in rows}
+
+    def document(self, name: str) -> Document | None:
+        rows = self._rows("SELECT name, text FROM documents WHERE name = ?", [name])
+        return Document(*rows[0]) if rows else None
+
+    def counts(self) -> tuple[int, int]:
+        """(documents, chunks)."""
+        (row,) = self._rows("SELECT (SELECT count(*) FROM documents), (SELECT count(*) FROM chunks)", [])
+        return row
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def _rows(self, query: str, values: Sequence[object]) -> list[tuple]:
+        with self._lock:
+            return self._connection.execute(query, values).fetchall()

@@ -1,0 +1,183 @@
+"""Answers requests by putting the other deployments together: cache, then generator; retriever before, for RAG."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from app.caching.exact import cache_key
+from app.config import ApplicationConfig
+from app.serving.api_errors import ApiError
+from app.serving.cache import CacheClient
+from app.serving.messages import (
+    Collector,
+    Completion,
+    GenerateRequest,
+    ModelInfo,
+    Piece,
+    Refusal,
+    Started,
+)
+
+logger = logging.getLogger("ray.serve")
+
+_TIMEOUT = "the answer took longer than request_timeout_s={seconds:g}"
+
+
+class Answering:
+    """Raises ApiError wherever there is no answer; cancelling a call aborts what it started."""
+
+    def __init__(
+        self,
+        config: ApplicationConfig,
+        *,
+        generator: DeploymentHandle,
+        retriever: DeploymentHandle,
+        cache: DeploymentHandle,
+    ) -> None:
+        self.config = config
+        self._generator = generator
+        self._streaming = generator.options(stream=True)
+        self._retriever = retriever
+        self._cache = CacheClient(cache)
+        self._models: dict[str, ModelInfo] = {}
+
+    async def models(self) -> list[ModelInfo]:
+        """Asks the generator, so it also shows whether that answers."""
+        models = await self._call(self._generator.models.remote())
+        self._models = {model.name: model for model in models}
+        return models
+
+    async def search(self, question: str, *, top_k: int) -> list[dict[str, Any]]:
+        return await self._call(self._retriever.search.remote(question, top_k))
+
+    async def complete(self, request: GenerateRequest) -> tuple[Completion, bool]:
+        """The answer, and whether it came from the cache."""
+        key = await self._key(request)
+        if key and (cached := await self._cached(key)):
+            return cached, True
+        completion = await self._call(self._generator.complete.remote(request))
+        self._keep(key, request, completion)
+        return completion, False
+
+    async def stream(self, request: GenerateRequest) -> AsyncGenerator[Started | Piece, None]:
+        """`Started`, then pieces, within `request_timeout_s` altogether. A cached answer is streamed as one piece."""
+        deadline = asyncio.get_running_loop().time() + self.config.request_timeout_s
+        key = await self._key(request)
+        if key and (cached := await self._cached(key)):
+            for item in _replay(cached):
+                yield item
+            return
+        collector = None
+        async with aclosing(self._generated(request, deadline)) as items:
+            async for item in items:
+                yield item
+                if isinstance(item, Started):
+                    collector = Collector(item)
+                elif collector:
+                    collector.add(item)
+        if collector:
+            self._keep(key, request, collector.completion())
+
+    async def _generated(self, request: GenerateRequest, deadline: float) -> AsyncGenerator[Started | Piece, None]:
+        response = self._streaming.stream.remote(request)
+        finished = False
+        try:
+            while True:
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        item = await anext(response)
+                except StopAsyncIteration:
+                    finished = True
+                    return
+                except Exception as error:
+                    raise self._api_error(error) from error
+                if isinstance(item, Refusal):
+                    raise ApiError(item)
+                yield item
+        finally:
+            if not finished:
+                response.cancel()
+
+    async def _call(self, response: Any) -> Any:
+        finished = False
+        try:
+            result = await asyncio.wait_for(response, self.config.request_timeout_s)
+            finished = True
+        except Exception as error:
+            raise self._api_error(error) from error
+        finally:
+            if not finished:  # not waiting any longer does not end the work by itself
+                response.cancel()
+        if isinstance(result, Refusal):
+            raise ApiError(result)
+        return result
+
+    def _api_error(self, error: Exception) -> Exception:
+        """What Serve and Ray raise, as an answer; what nobody foresaw, as it is."""
+        if isinstance(error, TimeoutError):
+            return ApiError(Refusal(504, _TIMEOUT.format(seconds=self.config.request_timeout_s), code="timeout"))
+        if isinstance(error, BackPressureError):
+            return ApiError(Refusal(429, "too many requests are waiting", code="queue_full", retry_after_s=1))
+        if isinstance(error, RayActorError | DeploymentUnavailableError | ReplicaUnavailableError):
+            return ApiError(
+                Refusal(503, "the replica that worked on this has ended", code="unavailable", retry_after_s=2)
+            )
+        return error
+
+    # --- the cache ---
+
+    async def _key(self, request: GenerateRequest) -> str | None:
+        """None for a request whose answer must not be cached, because the next one may differ."""
+        if not request.is_deterministic:
+            return None
+        if request.model not in self._models:
+            await self.models()
+        model = self._models.get(request.model)
+        return cache_key(model.hash, **request.identity()) if model else None
+
+    async def _cached(self, key: str) -> Completion | None:
+        values = await self._cache.get(key)
+        try:
+            return Completion.from_json(values) if values else None
+        except (KeyError, TypeError):  # another program's value in a shared server
+            logger.warning("response cache: an entry of another format was ignored")
+            return None
+
+    def _keep(self, key: str | None, request: GenerateRequest, completion: Completion) -> None:
+        if key is None:
+            return
+        if completion.model_hash != self._models[request.model].hash:
+            self._models = {}  # a replica was replaced and has loaded other weights; the key is for the old ones
+            return
+        self._cache.put(key, completion.to_json())
+
+
+class Stopwatch:
+    """Seconds between laps."""
+
+    def __init__(self) -> None:
+        self.start = self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        last, self._last = self._last, time.perf_counter()
+        return self._last - last
+
+    def total(self) -> float:
+        return time.perf_counter() - self.start
+
+
+def _replay(completion: Completion) -> list[Started | Piece]:
+    prompts = tuple(choice.prompt for choice in completion.choices)
+    started = Started(completion.model_hash, prompts, was_cached=True)
+    pieces = [
+        Piece(index, choice.text, choice.num_tokens, choice.finish_reason)
+        for index, choice in enumerate(completion.choices)
+    ]
+    return [started, *pieces]

@@ -1,0 +1,100 @@
+"""Every failure as OpenAI's error object. Knows HTTP and FastAPI, not what failed."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.serving.messages import Refusal
+from app.serving.openai_schema import UNSUPPORTED, error_response
+
+INTERNAL_ERROR = Refusal(500, "the server failed to answer; its log says why", code="internal_error")
+
+
+class ApiError(Exception):
+    """Ends a request with `refusal` as its answer."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.message)
+        self.refusal = refusal
+
+
+def refuse(refusal: Refusal) -> JSONResponse:
+    headers = {"Retry-After": str(refusal.retry_after_s)} if refusal.retry_after_s else None
+    return JSONResponse(error_response(refusal).model_dump(), status_code=refusal.status, headers=headers)
+
+
+def add_error_handlers(api: FastAPI) -> None:
+    @api.exception_handler(ApiError)
+    async def on_api_error(request: Request, error: ApiError) -> JSONResponse:
+        return refuse(error.refusal)
+
+    @api.exception_handler(RequestValidationError)
+    async def on_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return refuse(_invalid(error.errors()))
+
+    @api.exception_handler(HTTPException)
+    async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
+        code = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}.get(error.status_code, "http_error")
+        message = error.detail
+        if error.status_code in (404, 405):
+            message = f"{request.method} {request.url.path}: {error.detail.lower()}; /docs lists what there is"
+        return refuse(Refusal(error.status_code, message, code=code))
+
+    @api.exception_handler(Exception)
+    async def on_failure(request: Request, error: Exception) -> JSONResponse:
+        return refuse(INTERNAL_ERROR)  # the framework logs the traceback
+
+
+class BodyLimit:
+    """ASGI middleware: a request body over `max_bytes` gets a 413, before the rest of it is read."""
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if declared.isdigit() and int(declared[:20]) > self.max_bytes:
+            return await refuse(self._refusal())(scope, receive, send)
+        received = 0
+
+        async def limited_receive() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.max_bytes:
+                raise HTTPException(413, self._refusal().message)
+            return message
+
+        await self.app(scope, limited_receive, send)
+
+    def _refusal(self) -> Refusal:
+        message = f"the request body is larger than {self.max_bytes} bytes, this server's max_body_bytes"
+        return Refusal(413, message, code="body_too_large")
+
+
+def _invalid(errors: Any) -> Refusal:
+    """What is wrong with a body, field by field: 400 for parameters that are not supported, else 422."""
+    for error in errors:
+        if error["type"] == UNSUPPORTED:
+            return Refusal(400, error["msg"], code=UNSUPPORTED, param=error["ctx"]["param"])
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return Refusal(422, f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
+    if isinstance(first.get("input"), bytes):
+        return Refusal(422, "send JSON with the header Content-Type: application/json", code="invalid_json")
+    messages = dict.fromkeys(f"{_field(error) or 'body'}: {error['msg']}" for error in errors)
+    return Refusal(422, "; ".join(messages), code="invalid_value", param=_field(first))
+
+
+def _field(error: Mapping[str, Any]) -> str | None:
+    """The parameter; what follows in the location is pydantic's way through its union."""
+    location = [part for part in error["loc"] if part != "body"]
+    return str(location[0]) if location else None

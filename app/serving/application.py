@@ -1,0 +1,77 @@
+"""The Serve application: four deployments bound to each other. `serve deploy` and `pacos serve` both call `build`."""
+
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+
+from app.config import ApplicationConfig, validate
+from app.errors import UserError
+from app.serving.cache import CacheDeployment
+from app.serving.generator import GeneratorDeployment
+from app.serving.ingress import IngressDeployment
+from app.serving.retriever import RetrieverDeployment
+
+# Serve's default of 5 requests at once would leave the batching engine with nothing to batch.
+_MAX_ONGOING = 1000
+# By default OpenMP threads spin while they wait for each other. Where a job computes on the same cores, that made two
+# threads many times slower than one.
+_GENERATOR_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def build(args: dict[str, Any]) -> Application:
+    """The application that `args` describe; see `ApplicationConfig`.
+
+    Logical CPUs only place replicas: they are kept small, so that everything fits on two cores beside a small job.
+    Threads are set by `generator.threads`.
+
+    Raises:
+        UserError: an unknown key, a wrong value, or a relative path.
+    """
+    config = validate(ApplicationConfig, args)
+    _check_absolute(config)
+    # The engine's own queue refuses first, with a reason; Serve's limit is for what never reaches it.
+    capacity = (1 + len(config.generator.deltas)) * (config.generator.max_batch_size + config.generator.max_queue)
+    gpus = 1 if config.generator.device == "cuda" else 0
+    generator = serve.deployment(
+        name="generator",
+        ray_actor_options={"num_cpus": 0.5, "num_gpus": gpus, "runtime_env": {"env_vars": _GENERATOR_ENVIRONMENT}},
+        max_ongoing_requests=capacity + 32,
+        max_queued_requests=capacity,
+        graceful_shutdown_timeout_s=20,
+        health_check_period_s=10,
+        health_check_timeout_s=30,
+    )(GeneratorDeployment).bind(config)
+    retriever = serve.deployment(
+        name="retriever",
+        ray_actor_options={"num_cpus": 0.2},
+        max_ongoing_requests=64,
+        max_queued_requests=_MAX_ONGOING,
+    )(RetrieverDeployment).bind(config.retriever)
+    cache = serve.deployment(
+        name="cache",
+        ray_actor_options={"num_cpus": 0.1},
+        max_ongoing_requests=_MAX_ONGOING,
+        max_queued_requests=_MAX_ONGOING,
+    )(CacheDeployment).bind(config.cache)
+    return serve.deployment(
+        name="ingress",
+        ray_actor_options={"num_cpus": 0.1},
+        max_ongoing_requests=_MAX_ONGOING,
+        max_queued_requests=_MAX_ONGOING,
+        backpressure_config={"status_code": 429, "retry_after_s": 1},
+        graceful_shutdown_timeout_s=20,
+    )(IngressDeployment).bind(config, generator, retriever, cache)
+
+
+def _check_absolute(config: ApplicationConfig) -> None:
+    """Replicas run in another working directory, often on another machine, than whoever wrote a relative path."""
+    paths = {f"generator.deltas.{name}": folder for name, folder in config.generator.deltas.items()}
+    if config.retriever.index is not None:
+        paths["retriever.index"] = config.retriever.index
+    if config.generator.model.startswith("."):
+        paths["generator.model"] = config.generator.model
+    for key, path in paths.items():
+        if not Path(path).is_absolute():
+            raise UserError(f"{key}={path!r}: give an absolute path, one that every node of the cluster can read")

@@ -1,0 +1,175 @@
+"""The HTTP surface: routes, and the deployment that carries them."""
+
+import json
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from functools import partial
+
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from app import __version__
+from app.config import ApplicationConfig
+from app.serving.answering import Answering, Stopwatch
+from app.serving.api_errors import INTERNAL_ERROR, ApiError, BodyLimit, add_error_handlers
+from app.serving.messages import GenerateRequest, Piece, RagPrompt, Started
+from app.serving.openai_schema import (
+    CompletionChoice,
+    CompletionRequest,
+    CompletionResponse,
+    ErrorResponse,
+    Model,
+    ModelList,
+    RagRequest,
+    RagResponse,
+    Source,
+    Timings,
+    completion_response,
+    error_response,
+    new_id,
+    now,
+    usage,
+)
+
+CACHE_HEADER = "x-pacos-cache"
+_ERRORS: dict[int | str, dict] = {
+    status: {"model": ErrorResponse, "description": description}
+    for status, description in {
+        400: "A parameter is not supported, or the prompt does not fit into the context",
+        404: "No such model",
+        413: "The body is too large",
+        422: "The body is not JSON, or a value has the wrong type or range",
+        429: "The queue is full; see Retry-After",
+        503: "The server cannot answer just now",
+        504: "The answer took longer than request_timeout_s",
+    }.items()
+}
+
+
+@serve.ingress()
+class IngressDeployment:
+    def __init__(
+        self,
+        config: ApplicationConfig,
+        generator: DeploymentHandle,
+        retriever: DeploymentHandle,
+        cache: DeploymentHandle,
+    ) -> None:
+        self._answering = Answering(config, generator=generator, retriever=retriever, cache=cache)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_api(self._answering)
+
+
+def create_api(answering: Answering) -> FastAPI:
+    """The routes over `answering`."""
+    api = FastAPI(title="Pacos", version=__version__, description="Completions, and answers from your documents.")
+    api.add_middleware(BodyLimit, max_bytes=answering.config.max_body_bytes)
+    add_error_handlers(api)
+    started_at = now()
+
+    @api.post("/v1/completions", response_model=CompletionResponse, responses=_ERRORS)
+    async def completions(body: CompletionRequest) -> Response:
+        """Continue a raw prompt, as OpenAI's completions API does; `stream: true` sends server-sent events."""
+        if body.stream:
+            return await stream_completion(answering, body)
+        completion, was_cached = await answering.complete(body.to_request())
+        return JSONResponse(completion_response(body, completion).model_dump(), headers=_cache_header(was_cached))
+
+    @api.post("/v1/rag", response_model=RagResponse, responses=_ERRORS)
+    async def rag(body: RagRequest) -> Response:
+        """Answer a question from the indexed documents, with the passages that the answer was drawn from."""
+        answer, was_cached = await answer_question(answering, body)
+        return JSONResponse(answer.model_dump(), headers=_cache_header(was_cached))
+
+    @api.get("/v1/models", responses={503: _ERRORS[503]})
+    async def models() -> ModelList:
+        """The base model and its fine-tuned variants."""
+        served = await answering.models()
+        data = [
+            Model(id=model.name, created=started_at, context_length=model.context_length, hash=model.hash)
+            for model in served
+        ]
+        return ModelList(data=data)
+
+    @api.get("/healthz", responses={503: _ERRORS[503]})
+    async def health() -> dict[str, str]:
+        """Whether requests can be answered: the generator is asked."""
+        await answering.models()
+        return {"status": "ok"}
+
+    return api
+
+
+async def answer_question(answering: Answering, body: RagRequest) -> tuple[RagResponse, bool]:
+    config, watch = answering.config, Stopwatch()
+    passages = await answering.search(body.question, top_k=body.top_k or config.retriever.top_k)
+    retrieve_s = watch.lap()
+    request = GenerateRequest(
+        model=body.model or config.name,
+        prompts=(RagPrompt(body.question, tuple(passage["text"] for passage in passages)),),
+        max_tokens=body.max_tokens,
+        temperature=body.temperature,
+        top_p=body.top_p,
+        seed=body.seed,
+        stop=tuple(body.stop),
+    )
+    completion, was_cached = await answering.complete(request)
+    (choice,) = completion.choices
+    answer = RagResponse(
+        id=new_id("rag"),
+        created=now(),
+        model=request.model,
+        answer=choice.text.strip(),
+        finish_reason=choice.finish_reason,
+        sources=[
+            Source(**{name: passage[name] for name in Source.model_fields})
+            for passage in passages[: choice.prompt.num_passages]
+        ],
+        usage=usage(completion.prompt_tokens, completion.completion_tokens),
+        timings=Timings(retrieve_s=retrieve_s, generate_s=watch.lap(), total_s=watch.total()),
+    )
+    return answer, was_cached
+
+
+async def stream_completion(answering: Answering, body: CompletionRequest) -> StreamingResponse:
+    """Waits for the first item, so that a refusal still has a status code of its own."""
+    items = answering.stream(body.to_request())
+    started = await anext(items)
+    assert isinstance(started, Started)
+    # without these, a reverse proxy may gather the events before it sends them on
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **_cache_header(started.was_cached)}
+    return StreamingResponse(_events(body, started, items), media_type="text/event-stream", headers=headers)
+
+
+async def _events(
+    body: CompletionRequest, started: Started, items: AsyncGenerator[Started | Piece, None]
+) -> AsyncIterator[str]:
+    chunk = partial(CompletionResponse, id=new_id("cmpl"), created=now(), model=body.model)
+    num_tokens = 0
+    try:
+        async with aclosing(items):
+            async for item in items:
+                assert isinstance(item, Piece)
+                num_tokens += item.num_tokens
+                choice = CompletionChoice(index=item.index, text=item.text, finish_reason=item.finish_reason)
+                yield _event(chunk(choices=[choice]))
+    except Exception as error:  # the status is out already: say it in the stream, which then has no [DONE]
+        yield _event(error_response(error.refusal if isinstance(error, ApiError) else INTERNAL_ERROR))
+        if not isinstance(error, ApiError):
+            raise
+        return
+    if body.stream_options and body.stream_options.include_usage:
+        prompt_tokens = sum(prompt.num_tokens for prompt in started.prompts)
+        yield _event(chunk(choices=[], usage=usage(prompt_tokens, num_tokens)))
+    yield "data: [DONE]\n\n"
+
+
+def _event(message: CompletionResponse | ErrorResponse) -> str:
+    return f"data: {json.dumps(message.model_dump(), ensure_ascii=False)}\n\n"
+
+
+def _cache_header(was_cached: bool) -> dict[str, str]:
+    return {CACHE_HEADER: "hit" if was_cached else "miss"}

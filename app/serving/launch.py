@@ -1,0 +1,166 @@
+"""Starts and stops the application on the connected Ray cluster. Assumes that Ray is initialised."""
+
+import logging
+import re
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from app.config import ServeConfig
+from app.errors import UserError
+
+APPLICATION = "pacos"
+START_WITHIN_S = 300.0
+
+Progress = Callable[[dict[str, str]], None]
+"""Called with the state of each deployment, by name, whenever one changes."""
+
+
+def serve_application(
+    config: ServeConfig, *, progress: Progress | None = None, timeout_s: float = START_WITHIN_S
+) -> str:
+    """Deploy the application, wait until it answers, and return its URL.
+
+    Paths in `config` are taken relative to the current directory.
+
+    Raises:
+        UserError: the port is taken, a setting is wrong, or the deployments do not come up.
+    """
+    check_port_is_free(config.host, config.port)
+    config = with_absolute_paths(config)
+    check_folders(config)
+    from ray import serve
+
+    from app.serving.application import build
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    application = build(config.model_dump(exclude={"host", "port"}))
+    _start_serve(config.host, config.port)
+    try:
+        serve.run_many(
+            [serve.RunTarget(application, name=APPLICATION, route_prefix="/")], wait_for_applications_running=False
+        )
+        _wait_until_running(progress or (lambda states: None), timeout_s)
+        url = f"http://{config.host}:{config.port}"
+        _wait_until_healthy(url, timeout_s)
+    except BaseException:
+        stop_application()
+        raise
+    return url
+
+
+def stop_application() -> None:
+    """Take the application down, and Serve with it unless it runs others; nothing to stop is no error."""
+    import ray
+    from ray import serve
+
+    if not ray.is_initialized():
+        return
+    others = set(serve.status().applications) - {APPLICATION}
+    if others:
+        serve.delete(APPLICATION)
+    else:
+        serve.shutdown()
+
+
+def with_absolute_paths(config: ServeConfig) -> ServeConfig:
+    """`config` as the replicas need it, who run in another directory."""
+    generator, retriever = config.generator, config.retriever
+    deltas = {name: _absolute(folder) for name, folder in generator.deltas.items()}
+    is_folder = generator.model != "embedded" and Path(generator.model).expanduser().is_dir()
+    model = _absolute(generator.model) if is_folder else generator.model
+    index = None if retriever.index is None else _absolute(retriever.index)
+    return config.model_copy(
+        update={
+            "generator": generator.model_copy(update={"deltas": deltas, "model": model}),
+            "retriever": retriever.model_copy(update={"index": index}),
+        }
+    )
+
+
+def check_folders(config: ServeConfig) -> None:
+    """A misspelt path is told at once, rather than after Serve's third attempt to start a replica."""
+    folders = {f"generator.deltas.{name}": folder for name, folder in config.generator.deltas.items()}
+    if config.retriever.index is not None:
+        folders["retriever.index"] = config.retriever.index
+    for key, folder in folders.items():
+        if not Path(folder).is_dir():
+            raise UserError(f"{key}={folder!r}: no such folder")
+
+
+def check_port_is_free(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(
+                f"port={port} cannot be used on host={host} ({error.strerror}); stop what listens there (another "
+                f"`pacos serve`?), or choose another with port=PORT"
+            ) from None
+
+
+def _absolute(folder: str) -> str:
+    return str(Path(folder).expanduser().absolute())
+
+
+def _start_serve(host: str, port: int) -> None:
+    """One proxy on the head node: the address is this machine's."""
+    from ray import serve
+    from ray.serve.context import _get_global_client
+
+    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+    running: Any = _get_global_client().http_config
+    if (running.host, running.port) != (host, port):  # Serve was there before; its address cannot be changed
+        raise UserError(
+            f"Ray Serve runs on this cluster already and listens on {running.host}:{running.port}; "
+            f"set host={running.host} port={running.port}, or stop it with `serve shutdown`"
+        )
+
+
+def _wait_until_running(progress: Progress, timeout_s: float) -> None:
+    from ray import serve
+    from ray.serve.schema import ApplicationStatus
+
+    deadline = time.monotonic() + timeout_s
+    states: dict[str, str] = {}
+    while time.monotonic() < deadline:
+        application = serve.status().applications[APPLICATION]
+        shown, states = states, {name: str(d.status.value) for name, d in application.deployments.items()}
+        if states != shown:
+            progress(states)
+        if application.status == ApplicationStatus.RUNNING:
+            return
+        if application.status == ApplicationStatus.DEPLOY_FAILED:
+            messages = [application.message, *(d.message for d in application.deployments.values())]
+            raise UserError(f"the application did not start: {explain(messages)}")
+        time.sleep(0.2)
+    raise UserError(
+        f"the application did not start within {timeout_s:g} s ({states}); does the cluster have 1 CPU free?"
+    )
+
+
+def explain(messages: list[str]) -> str:
+    """The user's mistake out of Serve's account of it, which is a traceback."""
+    for message in messages:
+        if found := re.search(r"UserError: (.+)", message):
+            return found.group(1)
+    return "\n".join(message for message in messages if message).strip() or "Serve gives no reason"
+
+
+def _wait_until_healthy(url: str, timeout_s: float) -> None:
+    import httpx
+
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            if httpx.get(f"{url}/healthz", timeout=5, trust_env=False).status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass  # the proxy learns of the application a moment after it runs
+        if time.monotonic() > deadline:
+            raise UserError(f"{url}/healthz did not answer within {timeout_s:g} s; see the Serve page of the dashboard")
+        time.sleep(0.1)

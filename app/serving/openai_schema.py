@@ -1,0 +1,285 @@
+"""The wire: requests and responses in OpenAI's shapes. Knows no models and no Ray.
+
+A parameter that this server cannot honour is refused by name, unless it says what is done anyway (`n=1`).
+"""
+
+import math
+import time
+import uuid
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from app.serving.messages import Choice, Completion, GenerateRequest, Refusal
+
+UNSUPPORTED = "unsupported_parameter"
+# OpenAI's parameters that are not built (yet), with the values that ask for nothing.
+_INERT_VALUES: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "logprobs": (),
+    "logit_bias": ({},),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "suffix": ("",),
+}
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can escape half a character; no tokenizer takes it
+        raise PydanticCustomError("invalid_unicode", "half of a surrogate pair is not text") from None
+    return text
+
+
+def _check_prompt(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """One message instead of one for each kind of prompt that this is not."""
+    try:
+        prompt = check(value)
+    except ValidationError:
+        raise PydanticCustomError(
+            "prompt_type", "must be a string, a list of strings, a list of token ids, or a list of such lists"
+        ) from None
+    if prompt == []:
+        raise PydanticCustomError("prompt_empty", "must not be an empty list")
+    return prompt
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+Prompt = Annotated[Text | list[Text] | list[int] | list[list[int]], WrapValidator(_check_prompt)]
+StopStrings = Annotated[
+    list[Annotated[Text, Field(min_length=1, max_length=200)]],
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    Field(max_length=4),
+]
+MaxTokens = Annotated[int, Field(ge=1)]
+Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
+TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+
+
+class Wire(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class WireRequest(Wire):
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        given = {key: value for key, value in values.items() if value is not None}  # null means: the default
+        wrong = [key for key in given if key in _INERT_VALUES and not _is_inert(key, given[key])]
+        wrong += [key for key in given if key not in _INERT_VALUES and key not in cls.model_fields]
+        if wrong:
+            names = _printable(", ".join(wrong))
+            param = _printable(wrong[0])
+            raise PydanticCustomError(
+                UNSUPPORTED, "not supported by this server: {names}", {"names": names, "param": param}
+            )
+        return {key: value for key, value in given.items() if key not in _INERT_VALUES}
+
+
+class StreamOptions(WireRequest):
+    include_usage: bool = False
+    """Send a last chunk with the token counts."""
+
+
+class CompletionRequest(WireRequest):
+    model: Text
+    prompt: Prompt
+    """Raw text or token ids; a list of either asks for several completions."""
+    max_tokens: MaxTokens = 16
+    temperature: Temperature = 1.0
+    top_p: TopP = 1.0
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    """Draw from the k likeliest tokens only; not in OpenAI's own API."""
+    seed: int | None = None
+    """Equal seeds give equal answers."""
+    stop: StopStrings = []
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: Text | None = None
+    """Accepted, and not used."""
+
+    def to_request(self) -> GenerateRequest:
+        return GenerateRequest(
+            model=self.model,
+            prompts=_prompts(self.prompt),
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            seed=self.seed,
+            stop=tuple(self.stop),
+        )
+
+    @model_validator(mode="after")
+    def _check(self) -> "CompletionRequest":
+        if self.stream_options and not self.stream:
+            raise PydanticCustomError("stream_options", "stream_options needs stream=true")
+        return self
+
+
+class RagRequest(WireRequest):
+    question: Annotated[Text, Field(min_length=1)]
+    top_k: Annotated[int, Field(ge=1, le=50)] | None = None
+    """Passages to retrieve; the server's setting if not given."""
+    model: Text | None = None
+    max_tokens: MaxTokens = 128
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
+    seed: int | None = None
+    stop: StopStrings = []
+
+
+class Usage(Wire):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class CompletionChoice(Wire):
+    index: int
+    text: str
+    logprobs: None = None
+    finish_reason: Literal["stop", "length"] | None = None
+
+
+class CompletionResponse(Wire):
+    """A whole answer, or one chunk of a streamed one."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class Source(Wire):
+    document: str
+    title: str
+    text: str
+    start: int
+    end: int
+    """Characters of the document, `end` excluded."""
+    score: float
+
+
+class Timings(Wire):
+    retrieve_s: float
+    generate_s: float
+    total_s: float
+
+
+class RagResponse(Wire):
+    id: str
+    object: Literal["rag.answer"] = "rag.answer"
+    created: int
+    model: str
+    answer: str
+    finish_reason: Literal["stop", "length"]
+    sources: list[Source]
+    """The passages that stood before the model, best first."""
+    usage: Usage
+    timings: Timings
+
+
+class Model(Wire):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "pacos"
+    context_length: int
+    hash: str
+    """Changes with every weight: equal hashes answer equally."""
+
+
+class ModelList(Wire):
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class ErrorBody(Wire):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(Wire):
+    error: ErrorBody
+
+
+def error_response(refusal: Refusal) -> ErrorResponse:
+    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 504: "timeout_error"}
+    kind = kinds.get(refusal.status, "server_error" if refusal.status >= 500 else "invalid_request_error")
+    return ErrorResponse(
+        error=ErrorBody(
+            message=_printable(refusal.message),
+            type=kind,
+            param=refusal.param,
+            code=refusal.code,
+        )
+    )
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> Usage:
+    return Usage(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        total_tokens=prompt_tokens + completion_tokens,
+    )
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def now() -> int:
+    return math.floor(time.time())
+
+
+def completion_response(request: CompletionRequest, completion: Completion) -> CompletionResponse:
+    return CompletionResponse(
+        id=new_id("cmpl"),
+        created=now(),
+        model=request.model,
+        choices=[_choice(index, choice) for index, choice in enumerate(completion.choices)],
+        usage=usage(completion.prompt_tokens, completion.completion_tokens),
+    )
+
+
+def _choice(index: int, choice: Choice) -> CompletionChoice:
+    return CompletionChoice(index=index, text=choice.text, finish_reason=choice.finish_reason)
+
+
+def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> tuple[str | tuple[int, ...], ...]:
+    if isinstance(prompt, str):
+        return (prompt,)
+    if prompt and isinstance(prompt[0], int):
+        return (tuple(prompt),)
+    return tuple(text if isinstance(text, str) else tuple(text) for text in prompt)  # type: ignore[arg-type]
+
+
+def _is_inert(key: str, value: Any) -> bool:
+    # True == 1 in Python, but not on the wire.
+    return any(value == inert and isinstance(value, bool) == isinstance(inert, bool) for inert in _INERT_VALUES[key])
+
+
+def _printable(text: str) -> str:
+    """`text` may quote what the client sent, and that may hold what UTF-8 does not."""
+    return text.encode(errors="replace").decode()

@@ -1,0 +1,28 @@
+"""Whether prepared data and a model belong together; checked before anything starts."""
+
+from app.assets import model_folder
+from app.data.shards import Manifest
+from app.data.tokenization import Tokenizer, load_tokenizer
+from app.errors import UserError
+from app.models.checkpoints import read_config
+
+
+def check_fits(manifest: Manifest, *, data: str, model: str) -> Tokenizer:
+    """The model's tokenizer, if the shards were made with it and their records fit into the model's context.
+
+    Raises:
+        UserError: naming `data`, `model` and the remedy.
+    """
+    folder = model_folder(model)
+    tokenizer, shape, prepared = load_tokenizer(folder), read_config(folder), manifest.values["config"]
+    if manifest.values["tokenizer_hash"] != tokenizer.fingerprint():
+        raise UserError(
+            f"data={data!r} was prepared with the tokenizer of model={prepared['model']!r}, which differs from that "
+            f"of model={model!r}; run `pacos prepare model={model}`"
+        )
+    if prepared["max_length"] > shape.context_length:
+        raise UserError(
+            f"data={data!r} holds records of up to max_length={prepared['max_length']} tokens and model={model!r} "
+            f"reads {shape.context_length}; prepare with max_length={shape.context_length}"
+        )
+    return tokenizer

@@ -1,0 +1,175 @@
+"""`pacos evaluate`: a model, with or without a delta, on held-out records. Scored by a pool of Ray Data actors."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from app.assets import model_folder
+from app.atomic import write_text
+from app.config.schema import EvaluateConfig
+from app.data.batches import collate
+from app.data.prompts import TEMPLATE_NAME
+from app.data.shards import Manifest, read_manifest
+from app.data.tokenization import Tokenizer, load_tokenizer
+from app.engine.engine import Engine
+from app.engine.sampling import Sampling
+from app.errors import UserError
+from app.methods.delta import check_base, merge_delta, read_delta
+from app.models.checkpoints import load_decoder, weights_hash
+from app.models.decoder import Decoder
+from app.ray_cluster import thread_environment
+from app.training.compatibility import check_fits
+from app.training.loop import autocast
+from app.training.loss import masked_nll
+
+SAMPLE_TOKENS = 80
+
+
+@dataclass(frozen=True)
+class Sample:
+    prompt: str
+    reference: str
+    answer: str
+    """The model's, greedy."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    records: int
+    tokens: int
+    """Response tokens, the end of text among them: those that the loss is over."""
+    loss: float
+    """Nats per token."""
+    perplexity: float
+    bits_per_byte: float
+    """Of response text; comparable between tokenizers, which loss and perplexity are not."""
+    samples: list[Sample]
+
+
+def evaluate(config: EvaluateConfig, *, progress: Callable[[int, int], None] = lambda done, total: None) -> Evaluation:
+    """Score the split and answer a few of its prompts; Ray is initialised.
+
+    Raises:
+        UserError: data, model and delta do not fit together, or the split is empty.
+    """
+    import ray.data
+
+    manifest = read_manifest(config.data)
+    tokenizer = check_fits(manifest, data=config.data, model=config.model)
+    total = min(manifest.num_records(config.split), config.max_records or 2**62)
+    if not total:
+        raise UserError(f"data={config.data!r} has no {config.split} records; prepare it with validation_fraction > 0")
+    model = load_model(config)  # here first, so that a mistake in model or delta is told before actors start
+    rows = ray.data.read_parquet(manifest.files(config.split))
+    rows.context.execution_options.preserve_order = True  # so that max_records means the same ones each time
+    if config.max_records:
+        rows = rows.limit(config.max_records)
+    scored = rows.map_batches(
+        Scorer,
+        fn_constructor_kwargs={"config": config},
+        batch_size=config.batch_size,
+        batch_format="numpy",
+        compute=ray.data.ActorPoolStrategy(size=config.workers.count),
+        num_cpus=config.workers.cpus,
+        num_gpus=config.workers.gpus,
+        runtime_env={"env_vars": thread_environment(config.workers)},
+    )
+    nll, tokens, num_bytes, records = 0.0, 0, 0, 0
+    for row in scored.iter_rows():
+        nll, tokens = nll + row["nll"], tokens + int(row["tokens"])
+        num_bytes, records = num_bytes + int(row["bytes"]), records + int(row["records"])
+        progress(records, total)
+    loss = nll / tokens
+    result = Evaluation(
+        records=records,
+        tokens=tokens,
+        loss=loss,
+        perplexity=math.exp(min(loss, 700)),
+        bits_per_byte=nll / math.log(2) / max(1, num_bytes),
+        samples=answer_samples(model, config, manifest, tokenizer),
+    )
+    if config.output:
+        write_text(Path(config.output), json.dumps({"config": config.model_dump(), **asdict(result)}, indent=2) + "\n")
+    return result
+
+
+class Scorer:
+    """A Ray Data actor: batches of records to sums of -log p. Only sums leave it, never logits."""
+
+    def __init__(self, config: EvaluateConfig) -> None:
+        torch.set_num_threads(config.workers.threads)
+        self.precision = config.precision
+        self.tokenizer = load_tokenizer(model_folder(config.model))
+        self.device = torch.device("cuda" if config.workers.gpus else "cpu")
+        self.model = load_model(config).to(self.device)
+
+    @torch.no_grad()
+    def __call__(self, columns: dict[str, np.ndarray]) -> dict[str, list[float]]:
+        batch = collate(list(columns["input_ids"]), list(columns["loss_mask"])).to(self.device)
+        with autocast(self.device, self.precision):
+            nll, count = masked_nll(self.model, batch)
+        responses = [ids[mask] for ids, mask in zip(columns["input_ids"], columns["loss_mask"], strict=True)]
+        num_bytes = sum(len(self.tokenizer.decode(ids.tolist()).encode()) for ids in responses)
+        return {"nll": [nll.item()], "tokens": [count.item()], "bytes": [num_bytes], "records": [len(responses)]}
+
+
+def load_model(config: EvaluateConfig) -> Decoder:
+    folder = model_folder(config.model)
+    model = load_decoder(folder)
+    if config.delta:
+        delta = read_delta(Path(config.delta))
+        check_base(
+            delta,
+            config.delta,
+            base_hash=weights_hash(folder),
+            tokenizer_hash=load_tokenizer(folder).fingerprint(),
+            template=TEMPLATE_NAME,
+        )
+        merge_delta(model, delta)
+    return model
+
+
+def answer_samples(model: Decoder, config: EvaluateConfig, manifest: Manifest, tokenizer: Tokenizer) -> list[Sample]:
+    """Greedy answers to the first prompts of the split, all in one batch, here in the driver."""
+    columns = _first_rows(manifest.files(config.split), config.samples)
+    if not columns:
+        return []
+    engine = Engine(model, max_batch_size=len(columns), max_queue=len(columns))
+    answers: dict[int, list[int]] = {}
+    rows = []
+    for row in columns:
+        ids, mask = np.asarray(row["input_ids"]), np.asarray(row["loss_mask"])
+        prompt, reference = ids[~mask].tolist(), ids[mask].tolist()
+        if len(prompt) < model.config.context_length:
+            sampling = Sampling(max_tokens=SAMPLE_TOKENS, stop_ids=frozenset([tokenizer.end_id]))
+            request_id = engine.add_request(prompt, sampling)
+            answers[request_id] = []
+            rows.append((request_id, prompt, reference))
+    while engine.has_work:
+        for event in engine.step():
+            if event.token is not None:
+                answers[event.request_id].append(event.token)
+    return [
+        Sample(
+            tokenizer.decode(prompt).strip(),
+            tokenizer.decode(reference).strip(),
+            tokenizer.decode(answers[request_id]).strip(),
+        )
+        for request_id, prompt, reference in rows
+    ]
+
+
+def _first_rows(files: list[str], count: int) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for file in files:
+        if len(rows) >= count:
+            break
+        rows += pq.read_table(file).to_pylist()
+    return rows[:count]

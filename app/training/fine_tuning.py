@@ -1,0 +1,226 @@
+"""`pacos train`: shards and a model in, a run folder with a delta out.
+
+OUTPUT/config.json        the resolved configuration
+OUTPUT/metrics.jsonl      loss, learning rate, … of every step
+OUTPUT/checkpoints/       to resume from
+OUTPUT/delta/             the result (`model/` after full fine-tuning)
+OUTPUT/loss.png
+"""
+
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from app.assets import model_folder
+from app.atomic import replaced_folder, write_text
+from app.config.schema import TrainConfig
+from app.data.batches import Batch, collate
+from app.data.shards import Manifest, read_manifest
+from app.errors import UserError
+from app.methods import apply_method
+from app.methods.delta import Delta, write_delta
+from app.models.checkpoints import load_decoder, read_config, save_decoder, weights_hash
+from app.models.decoder import Decoder
+from app.training import loop
+from app.training.compatibility import check_fits
+from app.training.deepspeed import DeepSpeedOptimizer
+from app.training.loop import Metrics
+from app.training.optimizer import trained_parameters
+from app.training.run_log import RunLog, open_run
+from app.training.trainer import run_on_workers, train_on_worker
+from app.training.workers import rank, world_size
+
+SHUFFLE_ROWS = 10_000
+"""Each worker draws from a buffer of this many records."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked configuration with what follows from it."""
+
+    config: TrainConfig
+    manifest: Manifest
+    steps_per_epoch: int
+    total_steps: int
+    trained_count: int
+    total_count: int
+
+    @property
+    def checkpoints(self) -> Path:
+        return Path(self.config.output) / "checkpoints"
+
+    @property
+    def result(self) -> Path:
+        return Path(self.config.output) / ("model" if self.config.method.type == "full" else "delta")
+
+
+def plan_job(config: TrainConfig) -> Job:
+    """Check everything that can be checked before a worker starts.
+
+    Raises:
+        UserError: data, model and method do not fit together.
+    """
+    manifest = read_manifest(config.data)
+    check_fits(manifest, data=config.data, model=config.model)
+    steps_per_epoch = manifest.num_records("train") // config.batch_size
+    if not steps_per_epoch:
+        raise UserError(
+            f"batch_size={config.batch_size} is more than the {manifest.num_records('train')} training records"
+        )
+    with torch.device("meta"):
+        model = Decoder(read_config(model_folder(config.model)))
+        total_count = sum(parameter.numel() for parameter in model.parameters())
+        apply_method(model, config.method)
+    return Job(
+        config,
+        manifest,
+        steps_per_epoch,
+        total_steps=min(config.epochs * steps_per_epoch, config.max_steps or 2**62),
+        trained_count=sum(parameter.numel() for parameter in trained_parameters(model).values()),
+        total_count=total_count,
+    )
+
+
+def fine_tune(
+    job: Job, *, resume: bool = False, on_metrics: Callable[[Metrics], None] = lambda metrics: None
+) -> dict[str, Any]:
+    """Train on the cluster; Ray is initialised. Returns a summary, which also stands in `result.json`.
+
+    Raises:
+        UserError: the output folder holds a run and `resume` is false, or none that can be resumed.
+    """
+    import ray.data
+
+    config, output = job.config, Path(job.config.output)
+    log = RunLog(output, start_step=open_run(config, inputs=job.manifest.content_hash(), resume=resume))
+
+    def record(metrics: Metrics) -> None:
+        log.add(metrics)
+        on_metrics(metrics)
+
+    datasets = {"train": ray.data.read_parquet(job.manifest.files("train"))}
+    if job.manifest.num_records("validation"):
+        datasets["validation"] = ray.data.read_parquet(job.manifest.files("validation"))
+    run_on_workers(
+        _worker,
+        {"job": job},
+        workers=config.workers,
+        output=output,
+        max_failures=config.max_failures,
+        on_metrics=record,
+        datasets=datasets,
+        split_datasets=("train",),
+    )
+    log.plot(output / "loss.png", title=f"{config.method.type} on {config.model}")
+    steps = [row for row in log.rows if "step_s" in row][1:]  # the first step warms caches up
+    summary = {
+        "steps": job.total_steps,
+        "trained_parameters": job.trained_count,
+        "loss_first": log.first("loss"),
+        "loss_last": log.last("loss"),
+        "eval_loss_before": log.first("eval_loss"),
+        "eval_loss_after": log.last("eval_loss"),
+        "perplexity_before": log.first("perplexity"),
+        "perplexity_after": log.last("perplexity"),
+        "tokens_per_s": sum(row["tokens"] for row in steps) / max(1e-9, sum(row["step_s"] for row in steps)),
+        "peak_worker_bytes": log.last("peak_worker_bytes"),
+        "result": str(job.result),
+    }
+    write_text(output / "result.json", json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def _worker(payload: dict[str, Any]) -> None:
+    """What each Ray Train worker runs."""
+    job: Job = payload["job"]
+    config = job.config
+    torch.set_num_threads(config.workers.threads)
+    model = load_decoder(model_folder(config.model))
+    torch.manual_seed(config.seed)  # every worker draws the same initial weights
+    apply_method(model, config.method)
+    validation = _validation_batches(job)
+    train_on_worker(
+        model,
+        plan=loop.Plan(
+            job.total_steps, config.eval_every, config.save_every, config.optimizer, config.precision, config.seed
+        ),
+        make_optimizer=lambda model, checkpoint: DeepSpeedOptimizer(
+            model,
+            config.optimizer,
+            deepspeed=config.deepspeed,
+            batch_per_worker=config.batch_size // world_size(),
+            resume=checkpoint,
+        ),
+        checkpoints=job.checkpoints,
+        keep_checkpoints=config.keep_checkpoints,
+        batches=lambda start_step: _training_batches(job, start_step=start_step),
+        validation=lambda: validation,
+        send=payload["send"],
+    )
+    if rank() == 0:
+        _write_result(job, model)
+
+
+def _training_batches(job: Job, *, start_step: int) -> Iterator[Batch]:
+    """This worker's records of every step from `start_step` on, each epoch in an order of its own."""
+    import ray.train
+
+    shard = ray.train.get_dataset_shard("train")
+    first_epoch, skip = divmod(start_step, job.steps_per_epoch)
+    for epoch in itertools.count(first_epoch):
+        batches = shard.iter_batches(
+            batch_size=job.config.batch_size // world_size(),
+            batch_format="numpy",
+            drop_last=True,
+            prefetch_batches=2,
+            local_shuffle_buffer_size=SHUFFLE_ROWS,
+            local_shuffle_seed=job.config.seed + epoch,
+        )
+        for columns in itertools.islice(batches, skip, job.steps_per_epoch):
+            yield collate(columns["input_ids"], columns["loss_mask"])
+        skip = 0
+
+
+def _validation_batches(job: Job) -> list[Batch]:
+    """This worker's share of the held-out records, by length, so that little is padding.
+
+    Kept in memory, as ids: reading them anew for every evaluation costs more.
+    """
+    import ray.train
+
+    if not job.manifest.num_records("validation"):
+        return []
+    rows = ray.train.get_dataset_shard("validation").iter_rows()
+    mine = sorted(itertools.islice(rows, rank(), None, world_size()), key=lambda row: len(row["input_ids"]))
+    size = max(1, job.config.batch_size // world_size())
+    chunks = (mine[first : first + size] for first in range(0, len(mine), size))
+    return [collate([row["input_ids"] for row in chunk], [row["loss_mask"] for row in chunk]) for chunk in chunks]
+
+
+def _write_result(job: Job, model: Decoder) -> None:
+    """The trained delta, or the whole model after full fine-tuning, in one rename."""
+    config = job.config
+    model.to("cpu")
+    if config.method.type == "full":
+        with replaced_folder(job.result, marker="config.json") as staging:
+            save_decoder(staging, model)
+            for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
+                if (model_folder(config.model) / name).exists():
+                    shutil.copy(model_folder(config.model) / name, staging)
+        return
+    weights = {name: parameter.detach().clone() for name, parameter in trained_parameters(model).items()}
+    metadata = {
+        "base": config.model,
+        "base_hash": weights_hash(model_folder(config.model)),
+        "tokenizer_hash": job.manifest.values["tokenizer_hash"],
+        "template": job.manifest.values["template"],
+        "config": config.model_dump(mode="json"),
+    }
+    with replaced_folder(job.result, marker="delta.json") as staging:
+        write_delta(staging, Delta(config.method, weights, metadata))

@@ -1,0 +1,116 @@
+"""The training loop: batches -> loss -> step -> evaluation -> checkpoint. The same alone and on many workers.
+
+It is given everything it does: where batches come from, how weights are updated, what to do with metrics and
+checkpoints. It knows no Ray, no DeepSpeed and no files.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from app.config.schema import OptimizerConfig
+from app.data.batches import Batch
+from app.models.decoder import Decoder
+from app.training.loss import masked_nll
+from app.training.optimizer import Optimizer
+from app.training.schedule import learning_rate
+from app.training.workers import rank, sum_over_workers, world_size
+
+Metrics = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """When what happens, in optimizer steps."""
+
+    total_steps: int
+    eval_every: int
+    save_every: int
+    optimizer: OptimizerConfig
+    precision: str
+    seed: int
+
+    def is_due(self, step: int, every: int) -> bool:
+        return step % every == 0 or step == self.total_steps
+
+
+def run(
+    model: Decoder,
+    optimizer: Optimizer,
+    *,
+    plan: Plan,
+    start_step: int,
+    batches: Iterator[Batch],
+    validation: Callable[[], Iterable[Batch]],
+    report: Callable[[Metrics], None],
+    save: Callable[[int, Metrics], None],
+) -> None:
+    """Train from `start_step` to `plan.total_steps`.
+
+    `batches` yields this worker's part of the steps from `start_step` on; every worker must get as many. `report`
+    and `save` are called on every worker, `save(step, metrics)` with the metrics of that step.
+    """
+    device = next(model.parameters()).device
+    model.train()
+    if start_step == 0:
+        report({"step": 0, **evaluate(model, validation(), precision=plan.precision)})
+    for step in range(start_step + 1, plan.total_steps + 1):
+        started = time.perf_counter()
+        # Dropout draws from the step's own seed, so that a resumed run draws what an unbroken one would have.
+        torch.manual_seed((plan.seed * 1_000_003 + step) * 4099 + rank())
+        rate = learning_rate(
+            step - 1,
+            peak=plan.optimizer.learning_rate,
+            total_steps=plan.total_steps,
+            warmup_fraction=plan.optimizer.warmup_fraction,
+        )
+        batch = next(batches).to(device)
+        with autocast(device, plan.precision):
+            nll, count = masked_nll(model, batch)
+        # The mean over all workers' tokens. Gradients are averaged over workers afterwards, hence world_size().
+        nll_sum, token_count, num_tokens = sum_over_workers(nll.item(), count.item(), batch.num_tokens, device=device)
+        if not math.isfinite(nll_sum):
+            raise FloatingPointError(f"the loss is {nll_sum} at step {step}; lower optimizer.learning_rate")
+        optimizer.backward(nll * (world_size() / max(1.0, token_count)))
+        gradient_norm = optimizer.step(rate)
+        metrics: Metrics = {
+            "step": step,
+            "loss": nll_sum / max(1.0, token_count),
+            "learning_rate": rate,
+            "gradient_norm": gradient_norm,
+            "tokens": num_tokens,
+            "step_s": time.perf_counter() - started,
+        }
+        if plan.is_due(step, plan.eval_every):
+            metrics |= evaluate(model, validation(), precision=plan.precision)
+        report(metrics)
+        if plan.is_due(step, plan.save_every):
+            save(step, metrics)
+
+
+@torch.no_grad()
+def evaluate(model: Decoder, batches: Iterable[Batch], *, precision: str) -> Metrics:
+    """Held-out loss (nats per token) and perplexity over all workers' `batches`; holds sums only, never logits."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    nll_sum = token_count = 0.0
+    for batch in batches:
+        with autocast(device, precision):
+            nll, count = masked_nll(model, batch.to(device))
+        nll_sum += nll.item()
+        token_count += count.item()
+    model.train(was_training)
+    nll_sum, token_count = sum_over_workers(nll_sum, token_count, device=device)
+    if not token_count:
+        return {}
+    loss = nll_sum / token_count
+    return {"eval_loss": loss, "perplexity": math.exp(min(loss, 700)), "eval_tokens": int(token_count)}
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")

@@ -1,0 +1,88 @@
+"""How gradients become weights: the interface that the loop uses, and its form for one plain process.
+
+The form for several workers is in `deepspeed.py`. Both hold AdamW's state as full tensors by parameter name when
+asked for it, so that a checkpoint fits any number of workers.
+"""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from app.config.schema import OptimizerConfig
+from app.training.checkpointing import Checkpoint
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+BETAS = (0.9, 0.999)
+
+
+class Optimizer(Protocol):
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`, to be averaged over the workers."""
+
+    def step(self, learning_rate: float) -> float:
+        """Clip, update, clear the gradients; returns their global L2 norm before clipping."""
+        ...
+
+    def weights(self) -> dict[str, Tensor]:
+        """Trained weights by name, fp32 on CPU. A collective call: every worker must make it."""
+        ...
+
+    def moments(self) -> dict[str, Tensor]:
+        """AdamW's moments as `NAME.exp_avg` and `NAME.exp_avg_sq`, full size, on CPU. A collective call."""
+        ...
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def adamw(parameters: Mapping[str, nn.Parameter], *, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW that decays matrices only: biases, norms and other vectors are not what over-fits."""
+    matrices = [parameter for parameter in parameters.values() if parameter.dim() > 1]
+    vectors = [parameter for parameter in parameters.values() if parameter.dim() <= 1]
+    groups = [
+        {"params": group, "weight_decay": decay} for group, decay in ((matrices, weight_decay), (vectors, 0.0)) if group
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=True)
+
+
+def adamw_state(checkpoint: Checkpoint, name: str, *, device: torch.device) -> dict[str, Tensor]:
+    """What torch's AdamW keeps for parameter `name`, on `device`."""
+    moments = {moment: checkpoint.moments[f"{name}.{moment}"].to(device, copy=True) for moment in MOMENTS}
+    return {"step": torch.tensor(float(checkpoint.step), device=device), **moments}
+
+
+class PlainOptimizer:
+    """AdamW in one process. With `resume`, it goes on from that checkpoint's moments."""
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig, *, resume: Checkpoint | None = None) -> None:
+        self._parameters = trained_parameters(model)
+        self._adamw = adamw(self._parameters, weight_decay=config.weight_decay)
+        self._clip_norm = config.clip_norm
+        if resume is not None:
+            for name, parameter in self._parameters.items():
+                self._adamw.state[parameter] = adamw_state(resume, name, device=parameter.device)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self, learning_rate: float) -> float:
+        norm = nn.utils.clip_grad_norm_(self._parameters.values(), self._clip_norm)
+        for group in self._adamw.param_groups:
+            group["lr"] = learning_rate
+        self._adamw.step()
+        self._adamw.zero_grad()
+        return norm.item()
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: parameter.detach().float().cpu().clone() for name, parameter in self._parameters.items()}
+
+    def moments(self) -> dict[str, Tensor]:
+        state = self._adamw.state
+        return {
+            f"{name}.{moment}": state[parameter][moment].cpu().clone()
+            for name, parameter in self._parameters.items()
+            for moment in MOMENTS
+        }

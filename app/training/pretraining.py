@@ -1,0 +1,167 @@
+"""`pacos pretrain`: text in, a byte-level BPE tokenizer and a GPT-2-shaped model out.
+
+OUTPUT/config.json        the resolved configuration
+OUTPUT/metrics.jsonl      loss and, on held-out text, bits per byte
+OUTPUT/checkpoints/       to resume from
+OUTPUT/model/             the model of the lowest held-out loss so far, as a Hugging Face GPT-2 folder
+OUTPUT/loss.png
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from app.atomic import replaced_folder, write_text
+from app.config.schema import PretrainConfig
+from app.data.batches import Batch
+from app.data.corpus import TokenStream, read_documents, split_documents
+from app.data.tokenization import Tokenizer, save_tokenizer, train_tokenizer
+from app.models.checkpoints import save_decoder
+from app.models.decoder import Decoder, DecoderConfig
+from app.training.loop import Metrics, Plan
+from app.training.muon import MuonOptimizer
+from app.training.run_log import RunLog, open_run
+from app.training.trainer import run_on_workers, train_on_worker
+from app.training.workers import rank, world_size
+
+
+@dataclass(frozen=True)
+class Corpus:
+    tokenizer: Tokenizer
+    train: TokenStream
+    validation: TokenStream
+
+    @property
+    def validation_bytes_per_token(self) -> float:
+        return self.validation.num_bytes / self.validation.num_tokens
+
+
+def pretrain(
+    config: PretrainConfig, *, resume: bool = False, on_metrics: Callable[[Metrics], None] = lambda metrics: None
+) -> dict[str, Any]:
+    """Train on the cluster; Ray is initialised. Returns a summary, which also stands in `result.json`.
+
+    Raises:
+        UserError: a source cannot be read, or the output folder's state does not fit `resume`.
+    """
+    for source in config.sources:
+        next(read_documents(source), None)  # a missing or damaged file is found before any worker starts
+    output = Path(config.output)
+    inputs = "".join(hashlib.sha256(Path(source).read_bytes()).hexdigest() for source in config.sources)
+    log = RunLog(output, start_step=open_run(config, inputs=inputs, resume=resume))
+
+    def record(metrics: Metrics) -> None:
+        log.add(metrics)
+        on_metrics(metrics)
+
+    run_on_workers(
+        _worker, {"config": config}, workers=config.workers, output=output, max_failures=2, on_metrics=record
+    )
+    log.plot(output / "loss.png", title=f"pretraining, {config.num_layers} layers of width {config.width}")
+    summary = json.loads((output / "model" / "pretraining.json").read_text()) | {"result": str(output / "model")}
+    write_text(output / "result.json", json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def _worker(payload: dict[str, Any]) -> None:
+    """What each Ray Train worker runs."""
+    config: PretrainConfig = payload["config"]
+    torch.set_num_threads(config.workers.threads)
+    corpus = load_corpus(config)
+    model = new_model(config, vocab_size=corpus.tokenizer.vocab_size)
+    output = Path(config.output)
+
+    def keep_if_best(metrics: Metrics) -> None:
+        file = output / "model" / "pretraining.json"
+        best = json.loads(file.read_text())["eval_loss"] if file.exists() else math.inf
+        if metrics["eval_loss"] < best:
+            write_model(output / "model", model, corpus, metrics)
+
+    train_on_worker(
+        model,
+        plan=plan(config),
+        make_optimizer=lambda model, checkpoint: MuonOptimizer(model, config.optimizer, resume=checkpoint),
+        checkpoints=output / "checkpoints",
+        keep_checkpoints=1,
+        batches=lambda start_step: training_batches(corpus, config, start_step=start_step),
+        validation=lambda: validation_batches(corpus, config),
+        send=payload["send"],
+        on_save=keep_if_best,
+    )
+
+
+def write_model(folder: Path, model: Decoder, corpus: Corpus, metrics: Metrics) -> None:
+    """Model, tokenizer and figures, in one rename. bf16: half the bytes, and no loss that a held-out text shows."""
+    figures = {
+        "step": metrics["step"],
+        "eval_loss": metrics["eval_loss"],
+        "bits_per_byte": metrics["eval_loss"] / math.log(2) / corpus.validation_bytes_per_token,
+        "train_tokens": corpus.train.num_tokens,
+        "validation_tokens": corpus.validation.num_tokens,
+    }
+    with replaced_folder(folder, marker="pretraining.json") as staging:
+        save_decoder(staging, model, dtype=torch.bfloat16)
+        save_tokenizer(corpus.tokenizer, staging)
+        (staging / "pretraining.json").write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def load_corpus(config: PretrainConfig) -> Corpus:
+    """Documents of all sources, split, and a tokenizer learned from the training part; the same on every worker."""
+    documents = [document for source in config.sources for document in read_documents(source)]
+    train, validation = split_documents(documents, validation_fraction=config.validation_fraction)
+    tokenizer = train_tokenizer(train, vocab_size=config.vocab_size)
+    return Corpus(
+        tokenizer,
+        TokenStream(train, tokenizer, row_length=config.context_length),
+        TokenStream(validation, tokenizer, row_length=config.context_length),
+    )
+
+
+def new_model(config: PretrainConfig, *, vocab_size: int) -> Decoder:
+    model = Decoder(
+        DecoderConfig(
+            vocab_size=vocab_size,
+            context_length=config.context_length,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            width=config.width,
+            mlp_width=4 * config.width,
+        )
+    )
+    model.initialize(generator=torch.Generator().manual_seed(config.seed))
+    return model
+
+
+def plan(config: PretrainConfig) -> Plan:
+    return Plan(config.steps, config.eval_every, config.eval_every, config.optimizer, config.precision, config.seed)
+
+
+def training_batches(corpus: Corpus, config: PretrainConfig, *, start_step: int) -> Iterator[Batch]:
+    """This worker's rows of every step from `start_step` on, epoch after epoch."""
+    stream, step = corpus.train, start_step
+    steps_per_epoch = max(1, stream.rows_per_epoch // config.batch_size)
+    while True:
+        epoch, first = divmod(step, steps_per_epoch)
+        rows = stream.epoch(epoch, seed=config.seed)
+        for index in range(first, steps_per_epoch):
+            of_step = rows[index * config.batch_size : (index + 1) * config.batch_size]
+            yield _as_batch(of_step[rank() :: world_size()])
+            step += 1
+
+
+def validation_batches(corpus: Corpus, config: PretrainConfig) -> Iterable[Batch]:
+    rows = corpus.validation.epoch(0, seed=0)[rank() :: world_size()]
+    size = max(1, config.batch_size // world_size())
+    return (_as_batch(rows[first : first + size]) for first in range(0, len(rows), size))
+
+
+def _as_batch(rows: np.ndarray) -> Batch:
+    ids = torch.from_numpy(rows.astype(np.int64))
+    return Batch(ids, torch.ones_like(ids, dtype=torch.bool), ids.numel())

@@ -1,0 +1,105 @@
+"""A run's folder: opened or reopened at its start, metrics.jsonl while it goes, loss.png at its end."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from app.atomic import write_text
+from app.config.schema import Config
+from app.errors import UserError
+from app.training.checkpointing import latest_step
+from app.training.loop import Metrics
+
+_MAY_CHANGE = {"workers", "deepspeed", "max_failures", "keep_checkpoints", "output"}
+"""Settings that a resumed run may change: how it is spread over the cluster, not what it computes."""
+
+
+def open_run(config: Config, *, inputs: str, resume: bool) -> int:
+    """Create `config.output` for a new run, or check that it holds this run; returns the step to go on from.
+
+    `inputs` is a hash of what the run reads: a path may be the same when what lies there is not.
+
+    Raises:
+        UserError: the folder holds a run and `resume` is false; or true, and it holds none, or another one.
+    """
+    resolved = config.model_dump(mode="json")
+    output = Path(resolved["output"])
+    stored, stored_inputs = output / "config.json", output / "inputs.sha256"
+    if resume:
+        if not stored.exists():
+            raise UserError(f"output={str(output)!r} holds no run to resume; leave --resume out to start one")
+        _refuse_changes(json.loads(stored.read_text()), resolved)
+        if stored_inputs.read_text().strip() != inputs:
+            raise UserError(f"the data that the run in {str(output)!r} reads has changed since it was started")
+        checkpoint = latest_step(output / "checkpoints")
+        return checkpoint.step if checkpoint else 0
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"output={str(output)!r} is not empty; pass --resume to go on, or name another folder")
+    write_text(stored_inputs, inputs + "\n")
+    write_text(stored, json.dumps(resolved, indent=2) + "\n")
+    return 0
+
+
+def _refuse_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
+    for key in sorted((before.keys() | now.keys()) - _MAY_CHANGE):
+        if before.get(key) != now.get(key):
+            raise UserError(f"{key}: the run was started with {before.get(key)!r}, not {now.get(key)!r}; keep it")
+
+
+class RunLog:
+    """Metrics by step, one JSON line each. A step that comes again, after a resume, replaces what followed it."""
+
+    def __init__(self, folder: Path, *, start_step: int) -> None:
+        self._file = folder / "metrics.jsonl"
+        self.rows: list[Metrics] = []
+        if start_step and self._file.exists():
+            lines = self._file.read_text(encoding="utf-8").splitlines()
+            self.rows = [row for row in map(_parse, lines) if row and row["step"] <= start_step]
+        self._rewrite()
+
+    def add(self, metrics: Metrics) -> None:
+        if self.rows and metrics["step"] <= self.rows[-1]["step"]:
+            self.rows = [row for row in self.rows if row["step"] < metrics["step"]]
+            self._rewrite()
+        self.rows.append(metrics)
+        with self._file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(metrics) + "\n")
+
+    def last(self, key: str) -> float | None:
+        """The newest value of `key`."""
+        return next((row[key] for row in reversed(self.rows) if key in row), None)
+
+    def first(self, key: str) -> float | None:
+        return next((row[key] for row in self.rows if key in row), None)
+
+    def plot(self, file: Path, *, title: str) -> None:
+        """Training and held-out loss by step, as a PNG."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+        train = [(row["step"], row["loss"]) for row in self.rows if "loss" in row]
+        held_out = [(row["step"], row["eval_loss"]) for row in self.rows if "eval_loss" in row]
+        if train:
+            axes.plot(*zip(*train, strict=True), color="0.7", linewidth=0.8, label="training batch")
+        if held_out:
+            axes.plot(*zip(*held_out, strict=True), marker="o", color="tab:blue", label="held-out records")
+        axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        staging = file.with_name(f".{file.name}.tmp")
+        figure.savefig(staging, dpi=130, format="png")
+        staging.replace(file)
+        pyplot.close(figure)
+
+    def _rewrite(self) -> None:
+        write_text(self._file, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+
+def _parse(line: str) -> Metrics | None:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:  # the last line of a killed run
+        return None

@@ -1,0 +1,193 @@
+"""The loop on a Ray Train worker group, with its metrics streamed back to the driver.
+
+Used by fine-tuning and by pretraining: `run_on_workers` in the driver, `train_on_worker` in each worker. Failure
+handling is Ray's: lost workers are replaced and the function starts again from its newest checkpoint.
+"""
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from app.config.schema import WorkersConfig
+from app.data.batches import Batch
+from app.errors import UserError
+from app.methods.delta import load_trained
+from app.models.decoder import Decoder
+from app.ray_cluster import thread_environment
+from app.training import loop
+from app.training.checkpointing import Checkpoint, latest_step, save_step
+from app.training.loop import Metrics
+from app.training.optimizer import Optimizer
+from app.training.workers import rank
+
+WorkerFunction = Callable[[dict[str, Any]], None]
+
+
+def run_on_workers(
+    function: WorkerFunction,
+    payload: dict[str, Any],
+    *,
+    workers: WorkersConfig,
+    output: Path,
+    max_failures: int,
+    on_metrics: Callable[[Metrics], None],
+    datasets: dict[str, Any] | None = None,
+    split_datasets: tuple[str, ...] = (),
+) -> None:
+    """Run `function({**payload, "send": …})` on every worker until all return.
+
+    The function sends metrics with `payload["send"](metrics)`; `on_metrics` gets them here, in order. `datasets`
+    named in `split_datasets` are dealt out in equal parts; the others every worker reads whole.
+
+    Raises:
+        UserError: a worker failed for a reason that the user can mend.
+        TrainingFailedError: workers failed for another reason, more than `max_failures` times.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.util.queue import Queue
+
+    queue = Queue(actor_options={"num_cpus": 0})
+    trainer = TorchTrainer(
+        function,
+        train_loop_config={**payload, "send": queue.put},
+        torch_config=TorchConfig(backend="nccl" if workers.gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=workers.count,
+            use_gpu=workers.gpus > 0,
+            resources_per_worker={"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})},
+        ),
+        run_config=RunConfig(
+            # A name of its own each time: our checkpoints, not Ray's snapshot of an earlier run, say where to go on.
+            name=time.strftime("run-%Y%m%d-%H%M%S"),
+            storage_path=str(output / "ray"),
+            failure_config=FailureConfig(max_failures=max_failures),
+            worker_runtime_env={"env_vars": _worker_environment(workers)},
+        ),
+        datasets=datasets,
+        dataset_config=data_config(split_datasets),
+    )
+    with _draining(queue, on_metrics):
+        try:
+            trainer.fit()
+        except Exception as error:
+            mistake = _user_mistake(error)
+            if mistake is None:
+                raise
+            raise mistake from None
+    queue.shutdown()
+
+
+def data_config(split_datasets: tuple[str, ...]) -> Any:
+    """How Ray Train hands out datasets: in an order that does not depend on which task ends first.
+
+    Else a resumed run would see other records, and workers would disagree about who scores which held-out ones.
+    """
+    from ray.data import ExecutionOptions
+    from ray.train import DataConfig
+
+    return DataConfig(datasets_to_split=list(split_datasets), execution_options=ExecutionOptions(preserve_order=True))
+
+
+def train_on_worker(
+    model: Decoder,
+    *,
+    plan: loop.Plan,
+    make_optimizer: Callable[[Decoder, Checkpoint | None], Optimizer],
+    checkpoints: Path,
+    keep_checkpoints: int,
+    batches: Callable[[int], Iterator[Batch]],
+    validation: Callable[[], Iterable[Batch]],
+    send: Callable[[Metrics], None],
+    on_save: Callable[[Metrics], None] = lambda metrics: None,
+) -> None:
+    """Train `model`'s trainable weights from the newest checkpoint, if any, to the plan's end; ends on the device.
+
+    `make_optimizer(model, checkpoint)` is called with the model on its device;
+    `batches(start_step)` yields this worker's batches. Only rank 0 sends metrics, writes checkpoints, and then calls
+    `on_save`.
+    """
+    import ray.train.torch
+
+    checkpoint = latest_step(checkpoints)
+    if checkpoint is not None:
+        load_trained(model, checkpoint.weights)
+    model.to(ray.train.torch.get_device())
+    optimizer = make_optimizer(model, checkpoint)
+    start_step = checkpoint.step if checkpoint else 0
+
+    def report(metrics: Metrics) -> None:
+        if rank() == 0:
+            send({**metrics, "peak_worker_bytes": peak_memory_bytes()})
+
+    def save(step: int, metrics: Metrics) -> None:
+        state = Checkpoint(step, optimizer.weights(), optimizer.moments())  # collective
+        if rank() == 0:
+            save_step(checkpoints, state, keep=keep_checkpoints)
+            on_save(metrics)
+        ray.train.report({key: value for key, value in metrics.items() if isinstance(value, (int, float))})
+
+    loop.run(
+        model,
+        optimizer,
+        plan=plan,
+        start_step=start_step,
+        batches=batches(start_step),
+        validation=validation,
+        report=report,
+        save=save,
+    )
+
+
+def peak_memory_bytes() -> int:
+    """Peak resident memory of this process."""
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _worker_environment(workers: WorkersConfig) -> dict[str, str]:
+    environment = {
+        **thread_environment(workers),
+        "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin take the cores that other workers need
+    }
+    if not workers.gpus:
+        environment["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed guesses from what is installed
+    return environment
+
+
+@contextmanager
+def _draining(queue: Any, on_metrics: Callable[[Metrics], None]) -> Iterator[None]:
+    """Hand the queue's items to `on_metrics` from a thread of its own; on leaving, what is still in it."""
+    finished = threading.Event()
+
+    def drain() -> None:
+        while True:
+            was_finished = finished.is_set()
+            for metrics in queue.get_nowait_batch(queue.size()):
+                on_metrics(metrics)
+            if was_finished:
+                return
+            time.sleep(0.2)
+
+    thread = threading.Thread(target=drain, name="metrics", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        thread.join(timeout=10)
+
+
+def _user_mistake(error: Exception) -> UserError | None:
+    """A worker's own error where it is one that the user can mend."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        cause = getattr(failure, "_base_exc", failure)  # Ray Train's wrapper keeps the worker's exception there
+        if isinstance(cause, UserError | FloatingPointError):
+            return UserError(str(cause))
+    return None

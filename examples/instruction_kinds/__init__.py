@@ -1,0 +1,1 @@
+"""The kinds of example instruction, by subject; `make_instructions.py` gathers them."""

@@ -1,0 +1,81 @@
+"""Fixtures that several packages' tests share. One Ray cluster serves the whole session of pytest."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("RAY_worker_niceness", "0")
+
+REPOSITORY = Path(__file__).parent.parent
+SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local cluster of six logical CPUs."""
+    from app.ray_cluster import connected
+
+    with connected(None, min_cpus=6):
+        yield
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real third-party data, where it lies beside the checkout."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("the third-party test data is not on this machine")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder with random weights and a tokenizer of 400 entries: GPT-2's layout in small."""
+    from app.data.tokenization import save_tokenizer, train_tokenizer
+    from app.models.checkpoints import save_decoder
+    from app.models.decoder import Decoder, DecoderConfig
+
+    folder = tmp_path_factory.mktemp("tiny-model")
+    records = [json.loads(line) for line in (REPOSITORY / "examples/instructions.jsonl").open(encoding="utf-8")]
+    tokenizer = train_tokenizer([record["output"] for record in records[:300]], vocab_size=400)
+    config = DecoderConfig(tokenizer.vocab_size, context_length=96, num_layers=2, num_heads=2, width=32, mlp_width=64)
+    model = Decoder(config)
+    model.initialize(generator=torch.Generator().manual_seed(0))
+    save_decoder(folder, model)
+    save_tokenizer(tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first 200 example records, as JSON Lines."""
+    file = tmp_path_factory.mktemp("source") / "records.jsonl"
+    lines = (REPOSITORY / "examples/instructions.jsonl").read_text(encoding="utf-8").splitlines()
+    file.write_text("\n".join(lines[:200]) + "\n", encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="session")
+def small_data(
+    ray_cluster: None, tiny_model: Path, small_source: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """`small_source`, prepared for `tiny_model`."""
+    from app.config import PrepareConfig
+    from app.data.shards import prepare
+
+    output = tmp_path_factory.mktemp("prepared") / "data"
+    prepare(
+        PrepareConfig(
+            source=str(small_source),
+            output=str(output),
+            model=str(tiny_model),
+            max_length=96,
+            validation_fraction=0.1,
+            records_per_shard=60,
+        )
+    )
+    return output

@@ -1,0 +1,145 @@
+import asyncio
+from contextlib import aclosing
+
+import pytest
+from single import alone
+
+from app.engine.engine import Engine
+from app.engine.front import EngineFront, EngineStopped, GenerationFailed
+from app.engine.sampling import Sampling
+from app.engine.sequence import ContextLengthExceeded, QueueFull
+
+
+@pytest.fixture
+def front(model):
+    front = EngineFront(Engine(model, max_batch_size=4, max_queue=8))
+    yield front
+    front.shutdown()
+
+
+async def tokens_of(front, ids, sampling):
+    async with aclosing(front.generate(ids, sampling)) as events:
+        return [event.token async for event in events if event.token is not None]
+
+
+async def until(condition, timeout_s=5.0):
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def slow_down(front, delay_s=0.01):
+    import time
+
+    step = front._engine.step
+
+    def slow_step():
+        time.sleep(delay_s)
+        return step()
+
+    front._engine.step = slow_step
+
+
+def test_concurrent_requests_equal_single_ones(front, model, prompts):
+    async def main():
+        return await asyncio.gather(*(tokens_of(front, ids, Sampling(max_tokens=12)) for ids in prompts))
+
+    assert asyncio.run(main()) == [alone(model, ids, Sampling(max_tokens=12)) for ids in prompts]
+
+
+def test_cancelling_one_reader_frees_its_slot_and_touches_nobody_else(front, model, prompts):
+    slow_down(front)
+
+    async def main():
+        doomed = asyncio.create_task(tokens_of(front, prompts[1], Sampling(max_tokens=40)))
+        kept = asyncio.create_task(tokens_of(front, prompts[0], Sampling(max_tokens=25)))
+        await until(lambda: front.stats().running == 2)
+        doomed.cancel()
+        await until(lambda: front.stats().running == 1)
+        assert not kept.done()
+        return await kept
+
+    assert asyncio.run(main()) == alone(model, prompts[0], Sampling(max_tokens=25))
+    assert front.stats().free_slots == 4
+
+
+def test_leaving_the_stream_early_aborts_the_request(front, prompts):
+    slow_down(front)
+
+    async def main():
+        async with aclosing(front.generate(prompts[0], Sampling(max_tokens=40))) as events:
+            async for _ in events:
+                break
+        await until(lambda: front.stats().running == 0)
+        assert front.stats().generated_tokens < 20
+
+    asyncio.run(main())
+
+
+def test_errors_reach_the_caller(front):
+    with pytest.raises(ContextLengthExceeded):
+        asyncio.run(tokens_of(front, [1] * 500, Sampling(max_tokens=1)))
+
+
+def test_a_full_queue_refuses_only_the_requests_beyond_it(model, prompts):
+    front = EngineFront(Engine(model, max_batch_size=1, max_queue=1))
+    slow_down(front)
+
+    async def main():
+        calls = (tokens_of(front, prompts[0], Sampling(max_tokens=10)) for _ in range(6))
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    results = asyncio.run(main())
+    front.shutdown()
+    answered = [result for result in results if isinstance(result, list)]
+    assert len(answered) >= 2 and all(result == answered[0] for result in answered)
+    assert all(isinstance(result, QueueFull) for result in results if not isinstance(result, list))
+
+
+def test_a_failing_step_fails_the_requests_in_flight_and_leaves_the_engine_usable(front, model, prompts):
+    run = front._engine._runner.run
+
+    def fail_once(sequences):
+        front._engine._runner.run = run
+        raise RuntimeError("out of something")
+
+    async def main():
+        front._engine._runner.run = fail_once
+        with pytest.raises(GenerationFailed, match="RuntimeError: out of something"):
+            await tokens_of(front, prompts[0], Sampling(max_tokens=5))
+        assert front.stats().free_slots == 4
+        return await tokens_of(front, prompts[0], Sampling(max_tokens=5))
+
+    assert asyncio.run(main()) == alone(model, prompts[0], Sampling(max_tokens=5))
+
+
+def test_a_closed_event_loop_does_not_disturb_the_engine(front, model, prompts):
+    slow_down(front)
+
+    async def start_and_leave():
+        events = front.generate(prompts[0], Sampling(max_tokens=40))
+        await anext(events)
+        return events  # never closed: its loop is gone before it ends
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(start_and_leave())
+    loop.close()
+    assert asyncio.run(tokens_of(front, prompts[2], Sampling(max_tokens=5))) == alone(
+        model, prompts[2], Sampling(max_tokens=5)
+    )
+
+
+def test_shutdown_ends_open_calls_and_refuses_new_ones(front, prompts):
+    slow_down(front, 0.05)
+
+    async def main():
+        call = asyncio.create_task(tokens_of(front, prompts[0], Sampling(max_tokens=40)))
+        await until(lambda: front.stats().running == 1)
+        await asyncio.to_thread(front.shutdown)
+        with pytest.raises(EngineStopped):
+            await call
+        with pytest.raises(EngineStopped):
+            await tokens_of(front, prompts[0], Sampling(max_tokens=1))
+
+    asyncio.run(main())
+    assert not front.is_alive

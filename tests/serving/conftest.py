@@ -1,0 +1,121 @@
+"""A tiny GPT-2 folder with clear-cut logits, an index, a delta, and what `transformers` continues a prompt with."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from app.data.tokenization import Tokenizer, save_tokenizer, train_tokenizer
+from app.models.checkpoints import load_decoder, weights_hash
+
+DOCUMENTS = {
+    "hay.md": "# Hay\n\nAn adult alpaca eats two kilograms of hay each day, and more in a cold winter.\n",
+    "shearing.md": "# Shearing\n\nShearing takes place once a year in spring, with electric clippers.\n",
+    "guards.md": "# Guards\n\nA pair of llamas will guard the herd from foxes and chase a stray dog away.\n",
+}
+CONTEXT_LENGTH = 2048
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer([*DOCUMENTS.values(), "Ünïcödé — ñandú, 🦙 и альпака"] * 3, vocab_size=500)
+
+
+@pytest.fixture(scope="session")
+def reference(tokenizer: Tokenizer) -> GPT2LMHeadModel:
+    torch.manual_seed(3)
+    config = GPT2Config(
+        vocab_size=tokenizer.vocab_size, n_positions=CONTEXT_LENGTH, n_embd=48, n_layer=2, n_head=4,
+        bos_token_id=tokenizer.end_id, eos_token_id=tokenizer.end_id,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:  # fresh weights give logits that are almost tied, and one token again and again
+                parameter.mul_(30.0 if "wpe" in name else 12.0)
+        model.transformer.wte.weight[tokenizer.end_id] = 0  # its logit is always 0: no answer ends by itself
+    return model
+
+
+@pytest.fixture(scope="session")
+def model_dir(reference: GPT2LMHeadModel, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("served-model")
+    reference.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def greedy(reference: GPT2LMHeadModel, tokenizer: Tokenizer) -> Callable[..., str]:
+    """`greedy(prompt, max_tokens)`: the continuation that `transformers` gives."""
+
+    def run(prompt: str, max_tokens: int) -> str:
+        ids = tokenizer.encode(prompt)
+        output = reference.generate(
+            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=max_tokens, do_sample=False
+        )
+        return tokenizer.decode(output[0, len(ids) :].tolist())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def delta_dir(model_dir: Path, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA delta of `model_dir` with random weights."""
+    from app.config.schema import LoraConfig
+    from app.methods import apply_method
+    from app.methods.delta import Delta, write_delta
+
+    model = load_decoder(model_dir)
+    method = LoraConfig(rank=2)
+    apply_method(model, method)
+    generator = torch.Generator().manual_seed(5)
+    weights = {
+        name: torch.randn(parameter.shape, generator=generator)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    folder: Path = tmp_path_factory.mktemp("delta")
+    metadata = {
+        "base": str(model_dir), "base_hash": weights_hash(model_dir), "tokenizer_hash": tokenizer.fingerprint(),
+        "template": "pacos",
+    }  # fmt: skip
+    write_delta(folder, Delta(method, weights, metadata))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def index_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index of `DOCUMENTS` with an embedder that knows their words."""
+    from app.retrieval.chunking import Document, chunk_document
+    from app.retrieval.embedding import Embedder, embedder_hash
+    from app.retrieval.folder import Manifest, write_index
+    from app.retrieval.static_embedder import StaticEmbedderSettings, save_static_embedder, train_static_embedder
+
+    embedder_dir = tmp_path_factory.mktemp("embedder")
+    settings = StaticEmbedderSettings(vocab_size=300, width=64, epochs=0, lexical=1.0)
+    texts = [*DOCUMENTS.values()] * 5
+    save_static_embedder(embedder_dir, *train_static_embedder(texts, [], settings=settings, log=lambda line: None))
+
+    embedder = Embedder(str(embedder_dir))
+    documents = [Document(name, text) for name, text in DOCUMENTS.items()]
+    chunks = [chunk for document in documents for chunk in chunk_document(document, chunk_words=30, overlap_words=5)]
+    manifest = Manifest(
+        embedder=str(embedder_dir), embedder_sha256=embedder_hash(embedder_dir), width=embedder.width,
+        documents=len(documents), chunks=len(chunks), chunk_words=30, overlap_words=5,
+    )  # fmt: skip
+    vectors = embedder.embed([chunk.content for chunk in chunks])
+    folder: Path = tmp_path_factory.mktemp("indexed") / "index"
+    write_index(folder, documents=documents, chunks=chunks, vectors=vectors, manifest=manifest)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

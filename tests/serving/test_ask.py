@@ -1,0 +1,71 @@
+import json
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from app.config import AskConfig
+from app.data.prompts import render_prompt
+from app.errors import UserError
+from app.serving.ask import ask
+
+
+@pytest.fixture
+def endpoint():
+    """A server that answers each POST with the (status, text) in `replies`, and keeps what it was sent."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            server.received.append((self.path, body))
+            status, text = server.replies.pop(0)
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *args):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    server.received, server.replies = [], []
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def test_a_question_goes_out_in_the_template_and_the_answer_comes_back(endpoint):
+    reply = {"choices": [{"text": " Once a year."}], "model": "pacos", "usage": {"total_tokens": 9}}
+    endpoint.replies.append((200, json.dumps(reply)))
+    answer = ask(AskConfig(question="How often?", url=endpoint.url, max_tokens=7))
+    assert answer == {"text": "Once a year.", "model": "pacos", "usage": {"total_tokens": 9}}
+    path, body = endpoint.received[0]
+    assert path == "/v1/completions"
+    assert body == {"model": "pacos", "prompt": render_prompt("How often?"), "max_tokens": 7, "temperature": 0.0}
+
+
+def test_an_error_answer_is_told_in_its_own_words(endpoint):
+    endpoint.replies.append((404, json.dumps({"error": {"message": "model 'x' does not exist"}})))
+    with pytest.raises(UserError, match="404: model 'x' does not exist"):
+        ask(AskConfig(question="?", url=endpoint.url, model="x"))
+
+
+@pytest.mark.parametrize("text", ["<html>", "[]", '{"error": "no"}'])
+def test_an_answer_that_is_not_ours_is_told(endpoint, text):
+    endpoint.replies.append((502, text))
+    with pytest.raises(UserError, match="502 and not as a Pacos endpoint"):
+        ask(AskConfig(question="?", url=endpoint.url))
+
+
+def test_an_endpoint_that_is_not_there_is_told_with_a_remedy():
+    with pytest.raises(UserError, match="cannot be reached.*pacos serve"):
+        ask(AskConfig(question="?", url="http://127.0.0.1:9"))
+
+
+def test_asking_imports_neither_ray_nor_torch():
+    code = (
+        "import sys, app.serving.ask; sys.exit(any(name in sys.modules for name in ('ray', 'torch', 'transformers')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

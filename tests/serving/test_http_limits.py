@@ -1,0 +1,140 @@
+"""The application on a real Serve with tight limits: full queue, timeout, large bodies, clients that leave."""
+
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from app.config import ServeConfig, validate
+from app.errors import UserError
+from app.serving.launch import serve_application, stop_application
+
+pytestmark = pytest.mark.ray
+
+LONG = {"model": "pacos", "prompt": "An adult alpaca", "max_tokens": 2000, "temperature": 0}
+SHORT = LONG | {"max_tokens": 5}
+
+
+@pytest.fixture(scope="module")
+def url(ray_cluster, model_dir, free_port):
+    config = {
+        "port": free_port,
+        "generator": {"model": str(model_dir), "threads": 1, "max_batch_size": 2, "max_queue": 1},
+        "request_timeout_s": 1.0,
+        "max_body_bytes": 5000,
+    }
+    yield serve_application(validate(ServeConfig, config))
+    stop_application()
+
+
+@pytest.fixture
+def client(url):
+    with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
+        yield client
+    wait_until_idle()
+
+
+def stats():
+    from ray import serve
+
+    return serve.get_deployment_handle("generator", "pacos").stats.remote().result()["pacos"]
+
+
+def wait_until_idle():
+    deadline = time.monotonic() + 10
+    while (now := stats())["running"] or now["waiting"]:
+        assert time.monotonic() < deadline, now
+        time.sleep(0.02)
+    assert now["free_slots"] == 2
+
+
+def post_and_leave(url, body, *, after_s):
+    with httpx.Client(base_url=url, trust_env=False) as client, pytest.raises(httpx.ReadTimeout):
+        client.post("/v1/completions", json=body, timeout=after_s)
+
+
+def test_a_client_that_leaves_ends_its_generation_and_nobody_elses(client, url):
+    expected = client.post("/v1/completions", json=SHORT).json()["choices"]
+    before = stats()["generated_tokens"]
+    leaver = threading.Thread(target=post_and_leave, args=(url, LONG), kwargs={"after_s": 0.3})
+    leaver.start()
+    while not stats()["running"]:
+        time.sleep(0.01)
+    # While the other comes and goes, this one is answered as ever; `user` and a new seed keep it out of the cache.
+    for seed in range(5):
+        answer = client.post("/v1/completions", json=SHORT | {"seed": seed})
+        assert answer.status_code == 200 and answer.json()["choices"] == expected
+    leaver.join()
+    wait_until_idle()
+    assert stats()["generated_tokens"] - before < 1500
+
+
+def test_a_client_that_leaves_a_stream_ends_its_generation(client):
+    before = stats()["generated_tokens"]
+    with client.stream("POST", "/v1/completions", json=LONG | {"stream": True, "seed": 100}) as response:
+        for _, line in zip(range(3), response.iter_lines(), strict=False):
+            assert line == "" or line.startswith("data: ")
+    wait_until_idle()
+    assert stats()["generated_tokens"] - before < 1500
+
+
+def test_a_full_queue_answers_429_with_retry_after_and_serves_the_others(url):
+    def post(seed):
+        with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
+            return client.post("/v1/completions", json=LONG | {"max_tokens": 150, "seed": 200 + seed})
+
+    with ThreadPoolExecutor(8) as pool:
+        responses = list(pool.map(post, range(8)))
+    refused = [response for response in responses if response.status_code == 429]
+    assert refused and any(response.status_code == 200 for response in responses)
+    assert {response.status_code for response in responses} <= {200, 429, 504}
+    for response in refused:
+        assert response.json()["error"]["code"] == "queue_full"
+        assert int(response.headers["retry-after"]) >= 1
+
+
+def test_an_answer_that_takes_too_long_is_a_504_and_its_generation_ends(client):
+    response = client.post("/v1/completions", json=LONG)
+    assert response.status_code == 504 and response.json()["error"]["code"] == "timeout"
+    wait_until_idle()
+
+
+def test_a_stream_that_takes_too_long_ends_with_an_error_event(client):
+    with client.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as response:
+        lines = [line for line in response.iter_lines() if line]
+    assert response.status_code == 200
+    assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "timeout"
+    wait_until_idle()
+
+
+def test_a_body_over_the_limit_is_a_413_declared_or_not(client):
+    content = json.dumps(SHORT | {"prompt": "hay " * 2000}).encode()
+    headers = {"content-type": "application/json"}
+    declared = client.post("/v1/completions", content=content, headers=headers)
+    chunked = client.post("/v1/completions", content=iter([content[:3000], content[3000:]]), headers=headers)
+    for response in (declared, chunked):
+        assert response.status_code == 413 and response.json()["error"]["code"] == "body_too_large"
+
+
+def test_without_an_index_rag_says_how_to_get_one(client):
+    response = client.post("/v1/rag", json={"question": "Why?"})
+    assert response.status_code == 404
+    message = response.json()["error"]["message"]
+    assert "pacos index" in message and "retriever.index" in message
+
+
+def test_a_model_that_cannot_be_loaded_is_told_in_one_line(url, tmp_path, free_port, ray_cluster):
+    from ray import serve
+
+    from app.serving.application import build
+    from app.serving.launch import _wait_until_running
+
+    serve.delete("pacos")
+    (tmp_path / "model").mkdir()
+    application = build({"generator": {"model": str(tmp_path / "model")}})
+    serve.run_many([serve.RunTarget(application, name="pacos", route_prefix="/")], wait_for_applications_running=False)
+    with pytest.raises(UserError, match="did not start: .*tokenizer.json"):
+        _wait_until_running(lambda states: None, 120)

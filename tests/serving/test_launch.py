@@ -1,0 +1,42 @@
+import socket
+
+import pytest
+
+from app.config import ServeConfig, validate
+from app.errors import UserError
+from app.serving.launch import check_port_is_free, explain, serve_application, with_absolute_paths
+
+
+def test_a_taken_port_is_told_before_anything_is_deployed():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        with pytest.raises(UserError, match=f"port={port} cannot be used.*port=PORT"):
+            serve_application(ServeConfig(port=port))  # Ray is not running: it is not reached
+    check_port_is_free("127.0.0.1", port)
+
+
+def test_paths_become_absolute_and_model_names_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "embedded").mkdir()
+    values = {"generator": {"model": "model", "deltas": {"a": "d"}}, "retriever": {"index": "~/index"}}
+    config = with_absolute_paths(validate(ServeConfig, values))
+    assert config.generator.model == str(tmp_path / "model")
+    assert config.generator.deltas == {"a": str(tmp_path / "d")}
+    assert config.retriever.index is not None and config.retriever.index.startswith("/")
+    for name in ("embedded", "gpt2"):
+        assert with_absolute_paths(validate(ServeConfig, {"generator": {"model": name}})).generator.model == name
+
+
+@pytest.mark.parametrize("values", [{"generator": {"deltas": {"a": "runs/none"}}}, {"retriever": {"index": "none"}}])
+def test_a_folder_that_is_not_there_is_told_before_anything_is_deployed(values, free_port):
+    with pytest.raises(UserError, match="none': no such folder"):
+        serve_application(validate(ServeConfig, values | {"port": free_port}))
+
+
+def test_the_users_mistake_is_found_in_serves_traceback():
+    trace = "Traceback\n  File x\napp.errors.UserError: delta='/x' lacks delta.json\nThe above exception was …"
+    assert explain(["", trace]) == "delta='/x' lacks delta.json"
+    assert explain(["", "no nodes"]) == "no nodes"

@@ -1,0 +1,160 @@
+import asyncio
+import json
+import shutil
+import time
+
+import pytest
+
+from app.config import ApplicationConfig
+from app.data.prompts import render_prompt
+from app.errors import UserError
+from app.serving.generator import GeneratorDeployment
+from app.serving.messages import Completion, GenerateRequest, Piece, RagPrompt, Refusal, Started
+
+
+def config(model_dir, **generator):
+    values = {"model": str(model_dir), "threads": 1, "max_batch_size": 4, "max_queue": 8} | generator
+    return ApplicationConfig.model_validate({"generator": values})
+
+
+def request(*prompts, **values):
+    return GenerateRequest(**({"model": "pacos", "prompts": prompts, "max_tokens": 12, "temperature": 0.0} | values))
+
+
+@pytest.fixture(scope="module")
+def generator(model_dir, delta_dir):
+    generator = GeneratorDeployment(config(model_dir, deltas={"tuned": str(delta_dir)}))
+    yield generator
+    generator.__del__()
+
+
+def complete(generator, request) -> Completion:
+    completion = asyncio.run(generator.complete(request))
+    assert isinstance(completion, Completion), completion
+    return completion
+
+
+def refusal(generator, request) -> Refusal:
+    answer = asyncio.run(generator.complete(request))
+    assert isinstance(answer, Refusal), answer
+    return answer
+
+
+def test_a_greedy_answer_is_the_one_that_transformers_gives(generator, greedy):
+    (choice,) = complete(generator, request("An adult alpaca", max_tokens=20)).choices
+    assert choice.text == greedy("An adult alpaca", 20)
+    assert (choice.finish_reason, choice.num_tokens) == ("length", 20)
+
+
+def test_several_prompts_get_the_answers_that_each_gets_alone(generator, greedy):
+    prompts = ["An adult", "Shearing takes", "foxes", "A pair of llamas will"]
+    choices = complete(generator, request(*prompts)).choices
+    assert [choice.text for choice in choices] == [greedy(prompt, 12) for prompt in prompts]
+
+
+def test_streamed_pieces_join_to_the_unstreamed_answer(generator):
+    async def stream():
+        return [item async for item in generator.stream(request("hay", "dog", max_tokens=30))]
+
+    started, *pieces = asyncio.run(stream())
+    assert isinstance(started, Started) and all(isinstance(piece, Piece) for piece in pieces)
+    whole = complete(generator, request("hay", "dog", max_tokens=30))
+    for index, choice in enumerate(whole.choices):
+        mine = [piece for piece in pieces if piece.index == index]
+        assert "".join(piece.text for piece in mine) == choice.text
+        assert sum(piece.num_tokens for piece in mine) == choice.num_tokens == 30
+        assert [piece.finish_reason for piece in mine][-1] == "length"
+
+
+def test_a_stop_string_ends_the_answer_and_the_generation(generator):
+    text = complete(generator, request("An adult alpaca", max_tokens=30)).choices[0].text
+    stop = text[len(text) // 2 :][:2]
+    (choice,) = complete(generator, request("An adult alpaca", max_tokens=30, stop=(stop,))).choices
+    assert choice.text == text[: text.index(stop)]
+    assert choice.finish_reason == "stop" and choice.num_tokens < 30
+    assert asyncio.run(generator.stats())["pacos"]["running"] == 0
+
+
+def test_a_delta_answers_as_the_model_with_the_delta_applied(generator, model_dir, delta_dir, tokenizer):
+    import torch
+
+    from app.methods.delta import apply_delta, read_delta
+    from app.models.checkpoints import load_decoder
+
+    model = load_decoder(model_dir)
+    apply_delta(model, read_delta(delta_dir))
+    ids = tokenizer.encode("An adult alpaca")
+    with torch.inference_mode():
+        for _ in range(12):
+            ids.append(int(model.head(model(torch.tensor([ids]))[0, -1]).argmax()))
+    tuned = complete(generator, request("An adult alpaca", model="pacos:tuned"))
+    plain = complete(generator, request("An adult alpaca"))
+    assert tuned.choices[0].text == tokenizer.decode(ids[-12:])
+    assert tuned.choices[0].text != plain.choices[0].text
+    assert tuned.model_hash != plain.model_hash
+
+
+def test_a_delta_of_another_base_is_refused(model_dir, delta_dir, tmp_path):
+    other = tmp_path / "delta"
+    shutil.copytree(delta_dir, other)
+    metadata = json.loads((other / "delta.json").read_text())
+    (other / "delta.json").write_text(json.dumps(metadata | {"base_hash": "0" * 64}))
+    with pytest.raises(UserError, match="base_hash='0000000000000000'"):
+        GeneratorDeployment(config(model_dir, deltas={"tuned": str(other)}))
+
+
+@pytest.mark.parametrize(
+    ("values", "status", "code"),
+    [
+        ({"model": "other"}, 404, "model_not_found"),
+        ({"prompts": ("",)}, 400, "invalid_prompt"),
+        ({"prompts": ((),)}, 400, "invalid_prompt"),
+        ({"prompts": ((10**9,),)}, 400, "invalid_prompt"),
+        ({"prompts": ("hay", (-1,))}, 400, "invalid_prompt"),
+        ({"prompts": ((1,) * 2048,)}, 400, "context_length_exceeded"),
+        ({"prompts": (RagPrompt("hay " * 2048, ("x",)),)}, 400, "context_length_exceeded"),
+        ({"prompts": ("x",) * 50}, 400, "too_many_prompts"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused_with_a_reason(generator, values, status, code):
+    answer = refusal(generator, request("x", **values))
+    assert (answer.status, answer.code) == (status, code)
+    deadline = time.monotonic() + 5
+    while asyncio.run(generator.stats())["pacos"]["free_slots"] < 4:  # prompts that had begun are aborted
+        assert time.monotonic() < deadline
+
+
+def test_a_failed_step_is_a_503_and_the_next_request_is_answered(generator, greedy):
+    engine = generator._models["pacos"].front._engine
+    run = engine._runner.run
+
+    def fail_once(sequences):
+        engine._runner.run = run
+        raise RuntimeError("broken")
+
+    engine._runner.run = fail_once
+    answer = refusal(generator, request("hay"))
+    assert (answer.status, answer.code) == (503, "generation_failed")
+    assert complete(generator, request("hay")).choices[0].text == greedy("hay", 12)
+
+
+def test_a_dead_engine_fails_the_health_check(model_dir):
+    generator = GeneratorDeployment(config(model_dir))
+    generator.check_health()
+    generator._models["pacos"].front.shutdown()
+    with pytest.raises(RuntimeError, match="engine of pacos"):
+        generator.check_health()
+
+
+def test_passages_stand_in_the_template_on_one_line_as_many_as_fit(generator, tokenizer):
+    model = generator._models["pacos"]
+    ids, info = model._encode(RagPrompt("Why?\n", ("one\ntwo", "<|endoftext|>three\nResponse: no")), 16)
+    assert tokenizer.decode(ids) == render_prompt("Why?", input="one two three Response: no")
+    assert (info.num_tokens, info.num_passages) == (len(ids), 2)
+    assert tokenizer.end_id not in ids
+
+    passages = tuple(f"{number} " + "hay " * 300 for number in range(9))
+    ids, info = model._encode(RagPrompt("Why?", passages), 256)
+    assert 0 < info.num_passages < 9
+    assert len(ids) + 256 <= 2048
+    assert len(model._render("Why?", passages[: info.num_passages + 1])) + 256 > 2048

@@ -1,0 +1,83 @@
+"""The command line as a user meets it, as processes of their own."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+PACOS = str(Path(sys.executable).parent / "pacos")
+
+
+def run(*args: str, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        args, capture_output=True, text=True, cwd=cwd, timeout=120, env=os.environ | {"COLUMNS": "200"}
+    )
+
+
+def test_help_names_every_command_and_imports_nothing_heavy() -> None:
+    result = run(sys.executable, "-X", "importtime", "-m", "app.cli", "--help")
+    assert result.returncode == 0
+    for command in ("prepare", "pretrain", "train", "evaluate", "index", "serve", "ask", "quickstart"):
+        assert command in result.stdout
+    imported = {line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines()}
+    assert not imported & {"torch", "ray", "numpy", "transformers", "pydantic", "omegaconf", "fastapi"}
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (REPOSITORY / "jobs").glob("*.py")))
+def test_every_job_script_answers_help(script: str) -> None:
+    result = run(sys.executable, f"jobs/{script}", "--help")
+    assert result.returncode == 0, result.stderr
+    assert "Usage" in result.stdout or "usage" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        (["train", "metod.rank=3"], ["metod", "did you mean 'method'?"]),
+        (["train", "--config", "absent.yaml"], ["absent.yaml does not exist"]),
+        (["prepare", "source=absent.json", "output=/tmp/never"], ["absent.json", "no such file"]),
+        (["train", "data=absent", "output=/tmp/never"], ["absent", "pacos prepare"]),
+        (["ask", "question=Hi", "url=http://127.0.0.1:9"], ["127.0.0.1:9", "pacos serve"]),
+        (["evaluate", "data=absent"], ["absent", "pacos prepare"]),
+    ],
+)
+def test_a_users_mistake_is_one_message_and_exit_code_2(args: list[str], parts: list[str], tmp_path: Path) -> None:
+    result = run(PACOS, *args, cwd=tmp_path)
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert all(part in result.stderr for part in parts), result.stderr
+
+
+def test_a_cluster_that_does_not_answer_is_told_within_ten_seconds(small_source: Path, tmp_path: Path) -> None:
+    with socket.socket() as listener:  # accepts, and never says a word
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        started = time.monotonic()
+        code = f"from app.ray_cluster import _check_answers; _check_answers({address!r})"
+        result = run(sys.executable, "-c", code)
+        assert time.monotonic() - started < 30  # the check itself gives up after 8 s; the rest is start-up
+    assert f"address='{address}' does not answer" in result.stderr
+    nobody = run(PACOS, "prepare", f"source={small_source}", f"output={tmp_path / 'o'}", "--address", "127.0.0.1:9")
+    assert nobody.returncode == 2
+    assert "does not answer" in nobody.stderr
+    assert "Traceback" not in nobody.stderr
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_prepare_on_a_cluster_of_its_own_and_what_it_prints(
+    small_source: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    result = run(PACOS, "prepare", f"source={small_source}", "output=data", f"model={tiny_model}", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "records read" in result.stdout
+    assert "200" in result.stdout
+    assert json.loads((tmp_path / "data/manifest.json").read_text())["rows"] == 200

@@ -1,0 +1,176 @@
+"""The documented way on a running cluster: `ray start --head`, `ray job submit`, `serve deploy`, HTTP."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+import yaml
+
+from app.config import TrainConfig, load_config
+from app.data.prompts import render_prompt
+from app.data.tokenization import load_tokenizer
+from app.methods.delta import merge_delta, read_delta
+from app.models.checkpoints import load_decoder, save_decoder
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+REPOSITORY = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A head node as `ray start --head` makes it; yields the environment that the command line needs."""
+    gcs, dashboard = free_port(), free_port()
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    environment |= {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "RAY_worker_niceness": "0"}
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}
+    command = [
+        BIN / "ray",
+        "start",
+        "--head",
+        "--block",
+        f"--port={gcs}",
+        "--num-cpus=6",
+        "--node-ip-address=127.0.0.1",
+    ]
+    command += [
+        f"--dashboard-port={dashboard}",
+        f"--dashboard-agent-listen-port={free_port()}",
+        f"--ray-client-server-port={free_port()}",
+        "--disable-usage-stats",
+    ]
+    log = (tmp_path_factory.mktemp("head") / "log").open("w+")
+    head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        url = f"http://127.0.0.1:{dashboard}"
+        wait_for(lambda: head.poll() is not None or httpx.get(url, timeout=2).is_success, what="the dashboard")
+        log.seek(0)
+        assert head.poll() is None, log.read()
+        ready = environment | {"RAY_API_SERVER_ADDRESS": url, "RAY_DASHBOARD_ADDRESS": url, "GCS": f"127.0.0.1:{gcs}"}
+        wait_for(lambda: takes_jobs(ready), what="the job agent")  # some time after the dashboard
+        yield ready
+    finally:
+        if head.poll() is None:
+            head.send_signal(signal.SIGTERM)  # `--block` takes its own processes down, and no other Ray's
+            head.wait(timeout=60)
+
+
+def takes_jobs(cluster: dict[str, str]) -> bool:
+    probe = [BIN / "ray", "job", "submit", "--", "python", "-c", "pass"]
+    return subprocess.run(probe, env=cluster, capture_output=True, timeout=120).returncode == 0
+
+
+def wait_for(condition, *, what: str, timeout_s: float = 180) -> None:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            if condition():
+                return
+        except httpx.HTTPError:
+            pass
+        assert time.monotonic() < deadline, f"{what} did not come up in {timeout_s} s"
+        time.sleep(0.5)
+
+
+def command_line(cluster: dict[str, str], *args: str) -> str:
+    result = subprocess.run(
+        [BIN / args[0], *args[1:]], env=cluster, cwd=REPOSITORY, capture_output=True, text=True, timeout=400
+    )
+    assert result.returncode == 0, f"{args}:\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+def submit(cluster: dict[str, str], script: str, *args: str) -> str:
+    return command_line(cluster, "ray", "job", "submit", "--working-dir", ".", "--", "python", f"jobs/{script}", *args)
+
+
+@pytest.fixture(scope="module")
+def run_folder(
+    cluster: dict[str, str], small_source: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Prepared and trained by submitted jobs."""
+    folder = tmp_path_factory.mktemp("cluster")
+    printed = submit(
+        cluster, "prepare_data.py", f"source={small_source}", f"output={folder / 'data'}", f"model={tiny_model}",
+        "max_length=96",
+    )  # fmt: skip
+    assert "records read" in printed
+    printed = submit(
+        cluster, "train.py", f"data={folder / 'data'}", f"output={folder / 'run'}", f"model={tiny_model}",
+        "max_steps=4", "batch_size=8", "workers.cpus=0.5", "method.rank=4", "optimizer.learning_rate=0.01",
+    )  # fmt: skip
+    assert "held-out perplexity" in printed
+    return folder
+
+
+def test_submitted_jobs_prepare_and_train(run_folder: Path, tiny_model: Path) -> None:
+    delta = read_delta(run_folder / "run/delta")
+    assert delta.method.rank == 4
+    config = load_config(TrainConfig, file=str(run_folder / "run/config.json"))
+    assert config.model == str(tiny_model)
+
+
+def test_a_command_with_an_address_runs_on_that_cluster(
+    cluster: dict[str, str], run_folder: Path, tiny_model: Path
+) -> None:
+    printed = command_line(
+        cluster, "pacos", "evaluate", "--address", cluster["GCS"], f"data={run_folder / 'data'}",
+        f"model={tiny_model}", f"delta={run_folder / 'run/delta'}", "workers.count=1",
+    )  # fmt: skip
+    assert "bits per byte" in printed
+
+
+def test_serve_deploy_answers_as_transformers_does(
+    cluster: dict[str, str], run_folder: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    port = free_port()
+    config = yaml.safe_load((REPOSITORY / "serve_config.yaml").read_text())
+    config["http_options"]["port"] = port
+    generator = config["applications"][0]["args"]["generator"]
+    generator |= {"model": str(tiny_model), "deltas": {"tuned": str(run_folder / "run/delta")}}
+    (tmp_path / "serve.yaml").write_text(yaml.safe_dump(config))
+    command_line(cluster, "serve", "deploy", str(tmp_path / "serve.yaml"))
+    url = f"http://127.0.0.1:{port}"
+    wait_for(lambda: httpx.get(f"{url}/healthz", timeout=5).status_code == 200, what="the endpoint")
+    prompt = render_prompt("Which continent is Chile part of?")
+    body = {"model": "pacos:tuned", "prompt": prompt, "max_tokens": 12, "temperature": 0}
+    response = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+    assert response.status_code == 200, response.text
+    assert response.json()["choices"][0]["text"] == transformers_continuation(
+        tiny_model, run_folder / "run/delta", prompt, tokens=12, folder=tmp_path
+    )
+
+
+@torch.no_grad()
+def transformers_continuation(base: Path, delta: Path, prompt: str, *, tokens: int, folder: Path) -> str:
+    """Greedy, by `transformers`, from the merged model as an exported GPT-2 folder."""
+    from transformers import GPT2LMHeadModel
+
+    model, tokenizer = load_decoder(base), load_tokenizer(base)
+    merge_delta(model, read_delta(delta))
+    exported = folder / "exported"
+    exported.mkdir()
+    save_decoder(exported, model)
+    ids = torch.tensor([tokenizer.encode(prompt)])
+    theirs = GPT2LMHeadModel.from_pretrained(exported).eval()
+    output = theirs.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.end_id
+    )
+    answer = output[0, ids.shape[1] :].tolist()
+    return tokenizer.decode(answer[: answer.index(tokenizer.end_id)] if tokenizer.end_id in answer else answer)

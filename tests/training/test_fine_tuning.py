@@ -1,0 +1,223 @@
+"""`pacos train` on the session's Ray cluster: two workers, DeepSpeed, gloo."""
+
+import json
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from app.config import PrepareConfig, TrainConfig, load_config
+from app.data.shards import prepare
+from app.errors import UserError
+from app.methods.delta import apply_delta, read_delta
+from app.models.checkpoints import load_decoder
+from app.training.fine_tuning import fine_tune, plan_job
+from app.training.loop import Metrics
+from app.training.trainer import data_config
+
+pytestmark = pytest.mark.ray
+
+STEPS = 8
+
+
+def config(data: Path, model: Path, output: Path, *overrides: str) -> TrainConfig:
+    settings = [
+        f"data={data}",
+        f"model={model}",
+        f"output={output}",
+        "batch_size=8",
+        f"max_steps={STEPS}",
+        "eval_every=4",
+        "save_every=3",
+        "precision=fp32",
+        "method.rank=4",
+        "method.dropout=0.1",
+        "optimizer.learning_rate=1e-2",
+        "workers.cpus=0.5",
+    ]
+    return load_config(TrainConfig, overrides=[*settings, *overrides])
+
+
+def train(settings: TrainConfig, *, resume: bool = False) -> tuple[dict, list[Metrics]]:
+    seen: list[Metrics] = []
+    return fine_tune(plan_job(settings), resume=resume, on_metrics=seen.append), seen
+
+
+def losses(metrics: list[Metrics]) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in metrics if "loss" in row}
+
+
+@pytest.fixture(scope="module")
+def unbroken(small_data: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory):
+    """One whole run, which the others are compared with."""
+    output = tmp_path_factory.mktemp("runs") / "unbroken"
+    summary, seen = train(config(small_data, tiny_model, output))
+    return output, summary, seen
+
+
+def test_a_run_lowers_the_loss_and_leaves_all_its_files(unbroken) -> None:
+    output, summary, seen = unbroken
+    assert summary["eval_loss_after"] < summary["eval_loss_before"]
+    assert list(losses(seen)) == list(range(1, STEPS + 1))
+    assert [row["step"] for row in seen if "eval_loss" in row] == [0, 4, 8]
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert lines == seen
+    assert json.loads((output / "config.json").read_text())["method"]["rank"] == 4
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((output / "result.json").read_text()) == summary
+
+
+@torch.no_grad()
+def test_the_delta_reproduces_the_held_out_loss(unbroken, small_data: Path, tiny_model: Path) -> None:
+    from app.config import EvaluateConfig
+    from app.training.evaluate import evaluate
+
+    output, summary, _ = unbroken
+    delta = read_delta(output / "delta")
+    assert delta.metadata["template"] == "pacos"
+    apply_delta(load_decoder(tiny_model), delta)
+    result = evaluate(
+        EvaluateConfig(
+            data=str(small_data),
+            model=str(tiny_model),
+            delta=str(output / "delta"),
+            samples=2,
+            output=str(output / "evaluation.json"),
+            workers=config(small_data, tiny_model, output).workers,
+        )
+    )
+    assert result.loss == pytest.approx(summary["eval_loss_after"], rel=1e-5)
+    assert len(result.samples) == 2
+    assert all(sample.prompt.startswith("Instruction:") for sample in result.samples)
+    assert json.loads((output / "evaluation.json").read_text())["loss"] == result.loss
+
+
+def test_a_killed_worker_is_replaced_and_the_losses_continue(
+    small_data: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    seen: list[Metrics] = []
+    killed: list[int] = []
+
+    def kill_after_step_25(metrics: Metrics) -> None:
+        seen.append(metrics)
+        if metrics["step"] >= 25 and not killed:
+            ours = psutil.Process().children(recursive=True)  # never those of another job on this machine
+            workers = [process for process in ours if "RayTrainWorker" in " ".join(process.cmdline())]
+            killed.append(workers[0].pid)
+            workers[0].kill()
+
+    settings = config(small_data, tiny_model, tmp_path / "run", "max_steps=200", "epochs=20", "save_every=20")
+    settings = settings.model_copy(update={"eval_every": 100})
+    fine_tune(plan_job(settings), on_metrics=kill_after_step_25)
+    steps = [row["step"] for row in seen if "loss" in row]
+    assert killed
+    assert sorted(set(steps)) == list(range(1, 201))
+    again = [step for step in set(steps) if steps.count(step) > 1]
+    assert 0 < len(again) <= 20, "what a crash costs is at most the steps since the last checkpoint"
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in lines] == list(range(201))
+    for step in again:
+        first, second = [row["loss"] for row in seen if row["step"] == step]
+        assert second == pytest.approx(first, abs=1e-5)
+
+
+@pytest.mark.parametrize("change", ["workers.count=2", "workers.count=1", "deepspeed.zero_stage=0"])
+def test_a_stopped_run_resumes_and_ends_where_an_unbroken_one_does(
+    unbroken, small_data: Path, tiny_model: Path, tmp_path: Path, change: str
+) -> None:
+    # Stopped after step 6, by taking the later checkpoints away, as a kill between them would leave it.
+    import shutil
+
+    output = tmp_path / "run"
+    shutil.copytree(unbroken[0], output)
+    for path in (output / "checkpoints").iterdir():
+        if path.name > "step-00000006":
+            shutil.rmtree(path)
+    shutil.rmtree(output / "delta")
+    summary, seen = train(config(small_data, tiny_model, output, change), resume=True)
+    assert list(losses(seen)) == [7, 8]
+    if change.startswith("workers.count=1"):  # other workers see the records in another order
+        assert losses(seen)[8] == pytest.approx(losses(unbroken[2])[8], abs=0.5)
+    else:
+        assert losses(seen)[7] == pytest.approx(losses(unbroken[2])[7], abs=1e-5)
+        assert summary["eval_loss_after"] == pytest.approx(unbroken[1]["eval_loss_after"], abs=1e-5)
+    assert (output / "delta/delta.json").exists()
+
+
+def test_one_and_two_workers_compute_the_same_loss_and_gradient(
+    ray_cluster: None, small_source: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    # All records in one step, of uneven length: only the mean over all their tokens is the same on any split.
+    lines = small_source.read_text().splitlines()[:40]
+    (tmp_path / "forty.jsonl").write_text("\n".join(lines))
+    manifest = prepare(
+        PrepareConfig(
+            source=str(tmp_path / "forty.jsonl"),
+            output=str(tmp_path / "data"),
+            model=str(tiny_model),
+            max_length=96,
+            validation_fraction=0,
+        )
+    )
+    num_records = manifest.num_records("train")
+    assert num_records % 2 == 0, "two workers must get the same number of records"
+    seen = {}
+    for count, stage in ((1, 1), (2, 1), (2, 0)):
+        changes = [f"workers.count={count}", f"deepspeed.zero_stage={stage}", "method.dropout=0", "epochs=2"]
+        settings = config(
+            tmp_path / "data", tiny_model, tmp_path / f"run-{count}-{stage}", *changes, f"batch_size={num_records}"
+        )
+        seen[count, stage] = [(row["loss"], row["gradient_norm"]) for row in train(settings)[1] if "loss" in row]
+        assert len(seen[count, stage]) == 2
+    for other in ((2, 1), (2, 0)):
+        assert seen[other] == [pytest.approx(step, rel=1e-5) for step in seen[1, 1]]
+
+
+def test_records_come_in_an_order_that_does_not_depend_on_the_tasks() -> None:
+    assert data_config(("train",))._resolve_execution_options("train").preserve_order
+
+
+def test_full_fine_tuning_leaves_a_whole_model(small_data: Path, tiny_model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "full"
+    settings = TrainConfig(
+        data=str(small_data),
+        model=str(tiny_model),
+        output=str(output),
+        method={"type": "full"},
+        batch_size=8,
+        max_steps=2,
+        workers={"count": 2, "cpus": 0.5},
+    )
+    summary, _ = train(settings)
+    assert summary["trained_parameters"] == sum(p.numel() for p in load_decoder(tiny_model).parameters())
+    assert (output / "model/tokenizer.json").exists()
+    changed = load_decoder(output / "model").state_dict()
+    assert all(not torch.equal(changed[name], w) for name, w in load_decoder(tiny_model).state_dict().items())
+
+
+def test_a_run_folder_is_not_overwritten_and_a_resumed_run_not_changed(
+    unbroken, small_data: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="pass --resume"):
+        train(config(small_data, tiny_model, unbroken[0]))
+    with pytest.raises(UserError, match="no run to resume"):
+        train(config(small_data, tiny_model, tmp_path / "new"), resume=True)
+    (unbroken[0] / "inputs.sha256").write_text("other\n")
+    with pytest.raises(UserError, match="has changed since it was started"):
+        train(config(small_data, tiny_model, unbroken[0]), resume=True)
+    with pytest.raises(UserError, match="batch_size: the run was started with 8, not 4"):
+        train(config(small_data, tiny_model, unbroken[0], "batch_size=4"), resume=True)
+
+
+def test_what_does_not_fit_together_is_told_before_anything_starts(
+    small_data: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="no manifest.json"):
+        plan_job(config(tmp_path, tiny_model, tmp_path / "o"))
+    with pytest.raises(UserError, match="batch_size=1000 is more than"):
+        plan_job(config(small_data, tiny_model, tmp_path / "o", "batch_size=1000"))
+    with pytest.raises(UserError, match="matches no layer"):
+        plan_job(config(small_data, tiny_model, tmp_path / "o", "method.targets=[q_proj]"))
+    with pytest.raises(UserError, match="no such folder"):
+        plan_job(config(small_data, tmp_path / "absent", tmp_path / "o"))

@@ -1,0 +1,186 @@
+"""The loop in one plain process: no Ray, no DeepSpeed."""
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from app.config import LoraConfig, OptimizerConfig
+from app.data.batches import Batch, collate
+from app.errors import UserError
+from app.methods import apply_method
+from app.methods.delta import load_trained
+from app.models.checkpoints import load_decoder
+from app.models.decoder import Decoder
+from app.training import loop
+from app.training.checkpointing import Checkpoint, latest_step, save_step
+from app.training.loss import masked_nll
+from app.training.muon import MuonOptimizer
+from app.training.optimizer import PlainOptimizer
+from app.training.schedule import learning_rate
+
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2)
+
+
+def batches(start_step: int) -> Iterator[Batch]:
+    """Records of uneven length; step s always gets the same ones."""
+    for step in itertools.count(start_step):
+        draw = torch.Generator().manual_seed(step)
+        lengths = torch.randint(4, 20, (4,), generator=draw).tolist()
+        ids = [torch.randint(0, 400, (length,), generator=draw).numpy() for length in lengths]
+        yield collate(ids, [(torch.arange(len(row)) >= 2).numpy() for row in ids])
+
+
+def validation() -> list[Batch]:
+    return [batch for batch, _ in zip(batches(1000), range(3), strict=False)]
+
+
+def train(
+    tiny_model: Path, *, steps: int, folder: Path | None = None, until: int | None = None, dropout: float = 0.0
+) -> tuple[Decoder, list[loop.Metrics]]:
+    """`until` stops early, as a crash would; a folder with checkpoints is gone on from."""
+    model = load_decoder(tiny_model)
+    torch.manual_seed(0)
+    apply_method(model, LoraConfig(rank=4, dropout=dropout))
+    checkpoint = latest_step(folder) if folder else None
+    if checkpoint:
+        load_trained(model, checkpoint.weights)
+    optimizer = PlainOptimizer(model, OPTIMIZER, resume=checkpoint)
+    start = checkpoint.step if checkpoint else 0
+    seen: list[loop.Metrics] = []
+
+    def report(metrics: loop.Metrics) -> None:
+        seen.append(metrics)
+        if metrics["step"] == until:
+            raise KeyboardInterrupt
+
+    def save(step: int, metrics: loop.Metrics) -> None:
+        if folder:
+            save_step(folder, Checkpoint(step, optimizer.weights(), optimizer.moments()), keep=2)
+
+    plan = loop.Plan(steps, eval_every=5, save_every=4, optimizer=OPTIMIZER, precision="fp32", seed=7)
+    with contextlib.suppress(KeyboardInterrupt):
+        loop.run(
+            model,
+            optimizer,
+            plan=plan,
+            start_step=start,
+            batches=batches(start),
+            validation=validation,
+            report=report,
+            save=save,
+        )
+    return model, seen
+
+
+def losses(metrics: list[loop.Metrics]) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in metrics if "loss" in row}
+
+
+def test_two_runs_with_one_seed_are_bit_equal(tiny_model: Path) -> None:
+    first, second = train(tiny_model, steps=6, dropout=0.3), train(tiny_model, steps=6, dropout=0.3)
+    assert losses(first[1]) == losses(second[1])
+    for a, b in zip(first[0].parameters(), second[0].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_resumed_run_continues_the_unbroken_ones_losses_exactly(tiny_model: Path, tmp_path: Path) -> None:
+    unbroken = losses(train(tiny_model, steps=12, dropout=0.3)[1])
+    _, before = train(tiny_model, steps=12, folder=tmp_path, until=7, dropout=0.3)
+    _, after = train(tiny_model, steps=12, folder=tmp_path, dropout=0.3)
+    assert max(losses(before)) == 7
+    assert min(losses(after)) == 5  # the step after the last checkpoint
+    assert {**losses(before), **losses(after)} == unbroken
+
+
+def test_only_the_newest_checkpoints_are_kept(tiny_model: Path, tmp_path: Path) -> None:
+    train(tiny_model, steps=12, folder=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000008", "step-00000012"]
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "moments.safetensors"])
+def test_a_checkpoint_that_lacks_a_file_is_told(tiny_model: Path, tmp_path: Path, file: str) -> None:
+    train(tiny_model, steps=4, folder=tmp_path)
+    (tmp_path / "step-00000004" / file).unlink()
+    with pytest.raises(UserError, match="step-00000004' is damaged.*remove that folder"):
+        latest_step(tmp_path)
+
+
+def test_evaluation_is_the_token_weighted_mean(tiny_model: Path) -> None:
+    model = load_decoder(tiny_model)
+    with torch.no_grad():
+        sums = [masked_nll(model, batch) for batch in validation()]
+    expected = sum(nll.item() for nll, _ in sums) / sum(count.item() for _, count in sums)
+    result = loop.evaluate(model, validation(), precision="fp32")
+    assert result["eval_loss"] == pytest.approx(expected, rel=1e-6)
+    assert result["eval_tokens"] == sum(count.item() for _, count in sums)
+
+
+def test_the_loss_equals_transformers_with_masked_labels(tiny_model: Path) -> None:
+    from transformers import GPT2LMHeadModel
+
+    batch = next(batches(3))
+    labels = batch.input_ids.masked_fill(~batch.loss_mask, -100)
+    with torch.no_grad():
+        theirs = GPT2LMHeadModel.from_pretrained(tiny_model).eval()(batch.input_ids, labels=labels).loss
+        nll, count = masked_nll(load_decoder(tiny_model), batch)
+    assert (nll / count).item() == pytest.approx(theirs.item(), rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_model: Path) -> None:
+    model = load_decoder(tiny_model)
+    with torch.no_grad():
+        model.final_norm.weight.fill_(float("nan"))
+    apply_method(model, LoraConfig(rank=4))
+    plan = loop.Plan(3, eval_every=5, save_every=5, optimizer=OPTIMIZER, precision="fp32", seed=0)
+    with pytest.raises(FloatingPointError, match="lower optimizer.learning_rate"):
+        loop.run(
+            model,
+            PlainOptimizer(model, OPTIMIZER),
+            plan=plan,
+            start_step=0,
+            batches=batches(0),
+            validation=list,
+            report=lambda metrics: None,
+            save=lambda step, metrics: None,
+        )
+
+
+def test_bf16_keeps_trained_weights_and_moments_in_fp32(tiny_model: Path) -> None:
+    model = load_decoder(tiny_model)
+    apply_method(model, LoraConfig(rank=4))
+    optimizer = PlainOptimizer(model, OPTIMIZER)
+    with loop.autocast(torch.device("cpu"), "bf16"):
+        nll, _ = masked_nll(model, next(batches(0)))
+    optimizer.backward(nll)
+    optimizer.step(1e-3)
+    assert {tensor.dtype for tensor in (optimizer.weights() | optimizer.moments()).values()} == {torch.float32}
+
+
+def test_muon_resumes_exactly(tiny_model: Path) -> None:
+    def steps(model: Decoder, optimizer: MuonOptimizer, first: int, last: int) -> None:
+        for batch in itertools.islice(batches(first), last - first):
+            optimizer.backward(masked_nll(model, batch)[0])
+            optimizer.step(1e-3)
+
+    unbroken = load_decoder(tiny_model)
+    optimizer = MuonOptimizer(unbroken, OPTIMIZER)
+    steps(unbroken, optimizer, 0, 2)
+    checkpoint = Checkpoint(2, optimizer.weights(), optimizer.moments())
+    steps(unbroken, optimizer, 2, 4)
+    resumed = load_decoder(tiny_model)
+    load_trained(resumed, checkpoint.weights)
+    steps(resumed, MuonOptimizer(resumed, OPTIMIZER, resume=checkpoint), 2, 4)
+    for a, b in zip(unbroken.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_learning_rate_warms_up_then_decays_to_a_tenth() -> None:
+    rates = [learning_rate(step, peak=1.0, total_steps=100, warmup_fraction=0.1) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9] == 1.0
+    assert rates[-1] == pytest.approx(0.1)
+    assert rates[9:] == sorted(rates[9:], reverse=True)
