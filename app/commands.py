@@ -114,6 +114,7 @@ def run_train(job: Any, *, resume: bool = False) -> dict[str, Any]:
             "held-out loss": _change(summary["eval_loss_before"], summary["eval_loss_after"]),
             "held-out perplexity": _change(summary["perplexity_before"], summary["perplexity_after"]),
             "tokens per second": summary["tokens_per_s"],
+            "computed in": summary["precision"],
             "peak memory per worker": f"{(summary['peak_worker_bytes'] or 0) / 2**30:.2f} GiB",
         },
     )

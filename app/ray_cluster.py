@@ -32,7 +32,7 @@ def connected(address: str | None, *, min_cpus: float = 1, min_gpus: float = 0) 
     try:
         _connect(address, min_cpus)
         _check_resources(address, {"CPU": min_cpus, "GPU": min_gpus})
-        _quieten()
+        _configure_data()
         yield not address
     finally:
         ray.shutdown()
@@ -117,11 +117,13 @@ def _check_resources(address: str | None, needed: dict[str, float]) -> None:
             )
 
 
-def _quieten() -> None:
-    """Leave the terminal to our own progress display; Ray's is in the dashboard and its logs."""
+def _configure_data() -> None:
     import ray.data
 
     context = ray.data.DataContext.get_current()
+    # Ray 2.60's new reader starts worker processes of its own at every epoch: 5 s instead of 0.3 s on two cores.
+    context.use_datasource_v2 = False
+    # Leave the terminal to our own progress display; Ray's is in the dashboard and its logs.
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16"]
 
 
 def _absolute(path: str) -> str:
@@ -124,7 +124,7 @@ class PretrainConfig(Config):
     """Sequences of `context_length` tokens per optimizer step, over all workers."""
     steps: Positive = 2000
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3, weight_decay=0.1)
-    precision: Precision = "bf16"
+    precision: Precision = "auto"
     validation_fraction: Fraction = 0.05
     eval_every: Positive = 200
     """Steps between evaluations on held-out text; a checkpoint follows each."""
@@ -154,8 +154,8 @@ class TrainConfig(Config):
     max_steps: Positive | None = None
     """Stop after this many steps, if the epochs hold as many."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    precision: Precision = "bf16"
-    """bf16 computes under autocast; trained weights and optimizer state are fp32 either way."""
+    precision: Precision = "auto"
+    """bf16 computes under autocast, auto does so where the hardware has it; trained weights stay fp32 in any."""
     eval_every: Positive = 100
     """Steps between evaluations on held-out records."""
     save_every: Positive = 100
@@ -215,7 +215,7 @@ class GeneratorConfig(Config):
     model: str = "embedded"
     deltas: dict[str, str] = {}
     """Fine-tuned variants by name: a request for model `pacos:NAME` is answered with the delta in that folder."""
-    precision: Precision = "fp32"
+    precision: Literal["fp32", "bf16"] = "fp32"
     max_batch_size: Positive = 16
     """Sequences that are generated together; each reserves KV cache for a whole context."""
     max_queue: Positive = 128

@@ -50,6 +50,10 @@ class Manifest:
     def files(self, split: str) -> list[str]:
         return [str(self.folder / shard["file"]) for shard in self.values["shards"] if shard["split"] == split]
 
+    def read(self, split: str) -> pa.Table:
+        """All records of a split, in order, in memory."""
+        return pa.concat_tables([_SCHEMA.empty_table(), *map(pq.read_table, self.files(split))])
+
 
 def prepare(config: PrepareConfig, *, progress: Progress = lambda done, total: None) -> Manifest:
     """Read, validate, tokenize and write `config.source`, one Ray task per shard. Ray is initialised.

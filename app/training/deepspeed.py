@@ -45,8 +45,11 @@ class DeepSpeedOptimizer:
             },
         )
         self._is_partitioned = deepspeed.zero_stage > 0
-        if resume is not None:
-            self._restore(resume)
+        if self._is_partitioned:
+            self._fill_partitions(resume)
+        elif resume is not None:
+            for name, parameter in self._parameters.items():
+                self._adamw.state[parameter] = adamw_state(resume, name, device=parameter.device)
 
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss)
@@ -81,18 +84,20 @@ class DeepSpeedOptimizer:
 
         return safe_get_full_optimizer_state(parameter, moment)
 
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        if not self._is_partitioned:
-            for name, parameter in self._parameters.items():
-                self._adamw.state[parameter] = adamw_state(checkpoint, name, device=parameter.device)
-            return
+    def _fill_partitions(self, resume: Checkpoint | None) -> None:
+        """AdamW's state of this worker's flat partitions, from `resume` or zero.
+
+        Made before the first step in either case: DeepSpeed links parameters to their state after it has stepped one
+        group, and misses that of the groups to come.
+        """
         names = {parameter: name for name, parameter in self._parameters.items()}
         zero: Any = self._engine.optimizer
         for group, partition in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
-            state = {"step": torch.tensor(float(checkpoint.step), device=partition.device)}
+            state = {"step": torch.tensor(float(resume.step if resume else 0), device=partition.device)}
             state |= {moment: torch.zeros_like(partition.data) for moment in MOMENTS}
-            for parameter in group:
-                _fill_fragments(state, parameter, checkpoint, names[parameter])
+            if resume is not None:
+                for parameter in group:
+                    _fill_fragments(state, parameter, resume, names[parameter])
             self._adamw.state[partition] = state
 
 

@@ -26,8 +26,8 @@ from app.models.checkpoints import load_decoder, weights_hash
 from app.models.decoder import Decoder
 from app.ray_cluster import thread_environment
 from app.training.compatibility import check_fits
-from app.training.loop import autocast
 from app.training.loss import masked_nll
+from app.training.precision import autocast
 
 SAMPLE_TOKENS = 80
 

@@ -104,9 +104,6 @@ def fine_tune(
         log.add(metrics)
         on_metrics(metrics)
 
-    datasets = {"train": ray.data.read_parquet(job.manifest.files("train"))}
-    if job.manifest.num_records("validation"):
-        datasets["validation"] = ray.data.read_parquet(job.manifest.files("validation"))
     run_on_workers(
         _worker,
         {"job": job},
@@ -114,8 +111,7 @@ def fine_tune(
         output=output,
         max_failures=config.max_failures,
         on_metrics=record,
-        datasets=datasets,
-        split_datasets=("train",),
+        datasets={"train": ray.data.read_parquet(job.manifest.files("train"))},
     )
     log.plot(output / "loss.png", title=f"{config.method.type} on {config.model}")
     steps = [row for row in log.rows if "step_s" in row][1:]  # the first step warms caches up
@@ -128,6 +124,7 @@ def fine_tune(
         "eval_loss_after": log.last("eval_loss"),
         "perplexity_before": log.first("perplexity"),
         "perplexity_after": log.last("perplexity"),
+        "precision": log.first("precision"),
         "tokens_per_s": sum(row["tokens"] for row in steps) / max(1e-9, sum(row["step_s"] for row in steps)),
         "peak_worker_bytes": log.last("peak_worker_bytes"),
         "result": str(job.result),
@@ -192,15 +189,12 @@ def _validation_batches(job: Job) -> list[Batch]:
 
     Kept in memory, as ids: reading them anew for every evaluation costs more.
     """
-    import ray.train
-
-    if not job.manifest.num_records("validation"):
-        return []
-    rows = ray.train.get_dataset_shard("validation").iter_rows()
-    mine = sorted(itertools.islice(rows, rank(), None, world_size()), key=lambda row: len(row["input_ids"]))
+    table = job.manifest.read("validation")
+    columns = (table[name].to_numpy()[rank() :: world_size()] for name in ("input_ids", "loss_mask"))
+    mine = sorted(zip(*columns, strict=True), key=lambda row: len(row[0]))
     size = max(1, job.config.batch_size // world_size())
     chunks = (mine[first : first + size] for first in range(0, len(mine), size))
-    return [collate([row["input_ids"] for row in chunk], [row["loss_mask"] for row in chunk]) for chunk in chunks]
+    return [collate([ids for ids, _ in chunk], [mask for _, mask in chunk]) for chunk in chunks]
 
 
 def _write_result(job: Job, model: Decoder) -> None:

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from app.config.schema import OptimizerConfig
+from app.config.schema import OptimizerConfig, Precision
 from app.data.batches import Batch
 from app.models.decoder import Decoder
 from app.training.loss import masked_nll
 from app.training.optimizer import Optimizer
+from app.training.precision import autocast, resolve_precision
 from app.training.schedule import learning_rate
 from app.training.workers import rank, sum_over_workers, world_size
 
@@ -31,7 +32,7 @@ class Plan:
     eval_every: int
     save_every: int
     optimizer: OptimizerConfig
-    precision: str
+    precision: Precision
     seed: int
 
     def is_due(self, step: int, every: int) -> bool:
@@ -57,7 +58,8 @@ def run(
     device = next(model.parameters()).device
     model.train()
     if start_step == 0:
-        report({"step": 0, **evaluate(model, validation(), precision=plan.precision)})
+        precision = resolve_precision(plan.precision, device)
+        report({"step": 0, "precision": precision, **evaluate(model, validation(), precision=plan.precision)})
     for step in range(start_step + 1, plan.total_steps + 1):
         started = time.perf_counter()
         # Dropout draws from the step's own seed, so that a resumed run draws what an unbroken one would have.
@@ -93,7 +95,7 @@ def run(
 
 
 @torch.no_grad()
-def evaluate(model: Decoder, batches: Iterable[Batch], *, precision: str) -> Metrics:
+def evaluate(model: Decoder, batches: Iterable[Batch], *, precision: Precision) -> Metrics:
     """Held-out loss (nats per token) and perplexity over all workers' `batches`; holds sums only, never logits."""
     device = next(model.parameters()).device
     was_training = model.training
@@ -110,7 +112,3 @@ def evaluate(model: Decoder, batches: Iterable[Batch], *, precision: str) -> Met
         return {}
     loss = nll_sum / token_count
     return {"eval_loss": loss, "perplexity": math.exp(min(loss, 700)), "eval_tokens": int(token_count)}
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")

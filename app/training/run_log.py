@@ -65,11 +65,11 @@ class RunLog:
         with self._file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(metrics) + "\n")
 
-    def last(self, key: str) -> float | None:
+    def last(self, key: str) -> Any:
         """The newest value of `key`."""
         return next((row[key] for row in reversed(self.rows) if key in row), None)
 
-    def first(self, key: str) -> float | None:
+    def first(self, key: str) -> Any:
         return next((row[key] for row in self.rows if key in row), None)
 
     def plot(self, file: Path, *, title: str) -> None:

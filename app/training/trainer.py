@@ -36,12 +36,11 @@ def run_on_workers(
     max_failures: int,
     on_metrics: Callable[[Metrics], None],
     datasets: dict[str, Any] | None = None,
-    split_datasets: tuple[str, ...] = (),
 ) -> None:
     """Run `function({**payload, "send": …})` on every worker until all return.
 
-    The function sends metrics with `payload["send"](metrics)`; `on_metrics` gets them here, in order. `datasets`
-    named in `split_datasets` are dealt out in equal parts; the others every worker reads whole.
+    The function sends metrics with `payload["send"](metrics)`; `on_metrics` gets them here, in order. `datasets` are
+    dealt out in equal parts.
 
     Raises:
         UserError: a worker failed for a reason that the user can mend.
@@ -69,7 +68,7 @@ def run_on_workers(
             worker_runtime_env={"env_vars": _worker_environment(workers)},
         ),
         datasets=datasets,
-        dataset_config=data_config(split_datasets),
+        dataset_config=data_config(),
     )
     with _draining(queue, on_metrics):
         try:
@@ -82,15 +81,15 @@ def run_on_workers(
     queue.shutdown()
 
 
-def data_config(split_datasets: tuple[str, ...]) -> Any:
+def data_config() -> Any:
     """How Ray Train hands out datasets: in an order that does not depend on which task ends first.
 
-    Else a resumed run would see other records, and workers would disagree about who scores which held-out ones.
+    Else a resumed run would see other records.
     """
     from ray.data import ExecutionOptions
     from ray.train import DataConfig
 
-    return DataConfig(datasets_to_split=list(split_datasets), execution_options=ExecutionOptions(preserve_order=True))
+    return DataConfig(execution_options=ExecutionOptions(preserve_order=True))
 
 
 def train_on_worker(

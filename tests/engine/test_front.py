@@ -22,13 +22,13 @@ async def tokens_of(front, ids, sampling):
         return [event.token async for event in events if event.token is not None]
 
 
-async def until(condition, timeout_s=5.0):
+async def until(condition, timeout_s=30.0):
     async with asyncio.timeout(timeout_s):
         while not condition():
             await asyncio.sleep(0.005)
 
 
-def slow_down(front, delay_s=0.01):
+def slow_down(front, delay_s=0.03):
     import time
 
     step = front._engine.step

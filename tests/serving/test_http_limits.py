@@ -44,7 +44,7 @@ def stats():
 
 
 def wait_until_idle():
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while (now := stats())["running"] or now["waiting"]:
         assert time.monotonic() < deadline, now
         time.sleep(0.02)

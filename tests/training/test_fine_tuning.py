@@ -1,14 +1,14 @@
 """`pacos train` on the session's Ray cluster: two workers, DeepSpeed, gloo."""
 
 import json
+import shutil
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
-from app.config import PrepareConfig, TrainConfig, load_config
-from app.data.shards import prepare
+from app.config import TrainConfig, load_config
 from app.errors import UserError
 from app.methods.delta import apply_delta, read_delta
 from app.models.checkpoints import load_decoder
@@ -99,83 +99,50 @@ def test_a_killed_worker_is_replaced_and_the_losses_continue(
     seen: list[Metrics] = []
     killed: list[int] = []
 
-    def kill_after_step_25(metrics: Metrics) -> None:
+    def kill_after_step_12(metrics: Metrics) -> None:
         seen.append(metrics)
-        if metrics["step"] >= 25 and not killed:
+        if metrics["step"] >= 12 and not killed:
             ours = psutil.Process().children(recursive=True)  # never those of another job on this machine
             workers = [process for process in ours if "RayTrainWorker" in " ".join(process.cmdline())]
             killed.append(workers[0].pid)
             workers[0].kill()
 
-    settings = config(small_data, tiny_model, tmp_path / "run", "max_steps=200", "epochs=20", "save_every=20")
-    settings = settings.model_copy(update={"eval_every": 100})
-    fine_tune(plan_job(settings), on_metrics=kill_after_step_25)
+    settings = config(small_data, tiny_model, tmp_path / "run", "max_steps=80", "epochs=8", "save_every=10")
+    settings = settings.model_copy(update={"eval_every": 40})
+    fine_tune(plan_job(settings), on_metrics=kill_after_step_12)
     steps = [row["step"] for row in seen if "loss" in row]
     assert killed
-    assert sorted(set(steps)) == list(range(1, 201))
+    assert sorted(set(steps)) == list(range(1, 81))
     again = [step for step in set(steps) if steps.count(step) > 1]
-    assert 0 < len(again) <= 20, "what a crash costs is at most the steps since the last checkpoint"
+    assert 0 < len(again) <= 10, "what a crash costs is at most the steps since the last checkpoint"
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in lines] == list(range(201))
+    assert [row["step"] for row in lines] == list(range(81))
     for step in again:
         first, second = [row["loss"] for row in seen if row["step"] == step]
         assert second == pytest.approx(first, abs=1e-5)
 
 
-@pytest.mark.parametrize("change", ["workers.count=2", "workers.count=1", "deepspeed.zero_stage=0"])
-def test_a_stopped_run_resumes_and_ends_where_an_unbroken_one_does(
-    unbroken, small_data: Path, tiny_model: Path, tmp_path: Path, change: str
+def test_a_stopped_run_resumes_with_another_number_of_workers_and_zero_stage(
+    unbroken, small_data: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     # Stopped after step 6, by taking the later checkpoints away, as a kill between them would leave it.
-    import shutil
-
     output = tmp_path / "run"
     shutil.copytree(unbroken[0], output)
     for path in (output / "checkpoints").iterdir():
         if path.name > "step-00000006":
             shutil.rmtree(path)
     shutil.rmtree(output / "delta")
-    summary, seen = train(config(small_data, tiny_model, output, change), resume=True)
+    changes = ["workers.count=1", "deepspeed.zero_stage=0"]
+    summary, seen = train(config(small_data, tiny_model, output, *changes), resume=True)
     assert list(losses(seen)) == [7, 8]
-    if change.startswith("workers.count=1"):  # other workers see the records in another order
-        assert losses(seen)[8] == pytest.approx(losses(unbroken[2])[8], abs=0.5)
-    else:
-        assert losses(seen)[7] == pytest.approx(losses(unbroken[2])[7], abs=1e-5)
-        assert summary["eval_loss_after"] == pytest.approx(unbroken[1]["eval_loss_after"], abs=1e-5)
+    # one worker sees the records in another order than two: near, not equal (test_deepspeed.py has equal ones)
+    assert losses(seen)[8] == pytest.approx(losses(unbroken[2])[8], abs=0.5)
+    assert summary["eval_loss_after"] == pytest.approx(unbroken[1]["eval_loss_after"], abs=0.1)
     assert (output / "delta/delta.json").exists()
 
 
-def test_one_and_two_workers_compute_the_same_loss_and_gradient(
-    ray_cluster: None, small_source: Path, tiny_model: Path, tmp_path: Path
-) -> None:
-    # All records in one step, of uneven length: only the mean over all their tokens is the same on any split.
-    lines = small_source.read_text().splitlines()[:40]
-    (tmp_path / "forty.jsonl").write_text("\n".join(lines))
-    manifest = prepare(
-        PrepareConfig(
-            source=str(tmp_path / "forty.jsonl"),
-            output=str(tmp_path / "data"),
-            model=str(tiny_model),
-            max_length=96,
-            validation_fraction=0,
-        )
-    )
-    num_records = manifest.num_records("train")
-    assert num_records % 2 == 0, "two workers must get the same number of records"
-    seen = {}
-    for count, stage in ((1, 1), (2, 1), (2, 0)):
-        changes = [f"workers.count={count}", f"deepspeed.zero_stage={stage}", "method.dropout=0", "epochs=2"]
-        settings = config(
-            tmp_path / "data", tiny_model, tmp_path / f"run-{count}-{stage}", *changes, f"batch_size={num_records}"
-        )
-        seen[count, stage] = [(row["loss"], row["gradient_norm"]) for row in train(settings)[1] if "loss" in row]
-        assert len(seen[count, stage]) == 2
-    for other in ((2, 1), (2, 0)):
-        assert seen[other] == [pytest.approx(step, rel=1e-5) for step in seen[1, 1]]
-
-
 def test_records_come_in_an_order_that_does_not_depend_on_the_tasks() -> None:
-    assert data_config(("train",))._resolve_execution_options("train").preserve_order
+    assert data_config()._resolve_execution_options("train").preserve_order
 
 
 def test_full_fine_tuning_leaves_a_whole_model(small_data: Path, tiny_model: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from app.training.checkpointing import Checkpoint, latest_step, save_step
 from app.training.loss import masked_nll
 from app.training.muon import MuonOptimizer
 from app.training.optimizer import PlainOptimizer
+from app.training.precision import autocast, resolve_precision
 from app.training.schedule import learning_rate
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2)
@@ -153,11 +154,20 @@ def test_bf16_keeps_trained_weights_and_moments_in_fp32(tiny_model: Path) -> Non
     model = load_decoder(tiny_model)
     apply_method(model, LoraConfig(rank=4))
     optimizer = PlainOptimizer(model, OPTIMIZER)
-    with loop.autocast(torch.device("cpu"), "bf16"):
+    with autocast(torch.device("cpu"), "bf16"):
         nll, _ = masked_nll(model, next(batches(0)))
     optimizer.backward(nll)
     optimizer.step(1e-3)
     assert {tensor.dtype for tensor in (optimizer.weights() | optimizer.moments()).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("instructions", "chosen"), [({"avx2": True}, "fp32"), ({"avx512_bf16": True}, "bf16")])
+def test_auto_precision_is_bf16_only_where_the_cpu_has_it(
+    instructions: dict[str, bool], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
+    assert resolve_precision("auto", torch.device("cpu")) == chosen
+    assert resolve_precision("bf16", torch.device("cpu")) == "bf16"
 
 
 def test_muon_resumes_exactly(tiny_model: Path) -> None:
@@ -176,6 +186,28 @@ def test_muon_resumes_exactly(tiny_model: Path) -> None:
     steps(resumed, MuonOptimizer(resumed, OPTIMIZER, resume=checkpoint), 2, 4)
     for a, b in zip(unbroken.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_muon_updates_as_torchs_own_does(tiny_model: Path) -> None:
+    ours, theirs = load_decoder(tiny_model), load_decoder(tiny_model)
+    optimizer = MuonOptimizer(ours, OPTIMIZER)
+    matrices = {name: p for name, p in theirs.named_parameters() if p.dim() == 2 and name.startswith("blocks.")}
+    reference = torch.optim.Muon(
+        list(matrices.values()), lr=1e-2, weight_decay=OPTIMIZER.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    gradients = {name: p.clone() for name, p in ours.named_parameters()}
+    for scale in (0.001, 0.002):  # below the clipping norm
+        for model in (ours, theirs):
+            for name, parameter in model.named_parameters():
+                parameter.grad = gradients[name] * scale
+        optimizer.step(1e-2)
+        reference.step()
+    for name, parameter in matrices.items():
+        mine = ours.get_parameter(name)
+        start = gradients[name]
+        assert not torch.equal(mine, start)
+        # theirs iterates in bf16, which keeps two digits of the update
+        assert (mine - parameter).norm() < 0.05 * (parameter - start).norm()
 
 
 def test_the_learning_rate_warms_up_then_decays_to_a_tenth() -> None:

@@ -1,0 +1,129 @@
+"""The loop over two gloo processes with DeepSpeed, against one plain process. No Ray."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+from app.config import DeepSpeedConfig, FullConfig, LoraConfig, OptimizerConfig
+from app.data.batches import Batch, collate
+from app.methods import apply_method
+from app.methods.delta import load_trained
+from app.models.checkpoints import load_decoder
+from app.training import loop
+from app.training.checkpointing import Checkpoint, read_checkpoint, save_step
+from app.training.deepspeed import DeepSpeedOptimizer
+from app.training.optimizer import PlainOptimizer
+from app.training.workers import rank, world_size
+
+OPTIMIZER = OptimizerConfig(learning_rate=1e-3)
+METHODS = {"lora": LoraConfig(rank=4), "full": FullConfig()}
+STEPS, HALF = 6, 3
+
+
+def batch_of(step: int) -> Batch:
+    """This process's records of a step: of six records of uneven length, every second one where there are two."""
+    draw = torch.Generator().manual_seed(step)
+    lengths = torch.randint(4, 40, (6,), generator=draw).tolist()
+    rows = [torch.randint(0, 400, (length,), generator=draw).numpy() for length in lengths]
+    mine = rows[rank() :: world_size()]
+    return collate(mine, [(torch.arange(len(row)) >= 2).numpy() for row in mine])
+
+
+def train(model_folder: Path, method: str, output: Path, *, zero_stage: int | None, resume: Path | None = None) -> None:
+    """Train to `STEPS`; leaves checkpoints and `metrics.json` in `output`. Without a ZeRO stage, no DeepSpeed."""
+    model = load_decoder(model_folder)
+    torch.manual_seed(0)
+    apply_method(model, METHODS[method])
+    checkpoint = read_checkpoint(resume) if resume else None
+    if checkpoint:
+        load_trained(model, checkpoint.weights)
+    optimizer: Any
+    if zero_stage is None:
+        optimizer = PlainOptimizer(model, OPTIMIZER, resume=checkpoint)
+    else:
+        stage = DeepSpeedConfig(zero_stage=zero_stage)
+        optimizer = DeepSpeedOptimizer(model, OPTIMIZER, deepspeed=stage, batch_per_worker=3, resume=checkpoint)
+    start = checkpoint.step if checkpoint else 0
+    seen: list[loop.Metrics] = []
+
+    def save(step: int, metrics: loop.Metrics) -> None:
+        state = Checkpoint(step, optimizer.weights(), optimizer.moments())
+        if rank() == 0:
+            save_step(output, state, keep=2)
+
+    loop.run(
+        model,
+        optimizer,
+        plan=loop.Plan(STEPS, eval_every=STEPS, save_every=HALF, optimizer=OPTIMIZER, precision="fp32", seed=7),
+        start_step=start,
+        batches=map(batch_of, range(start, STEPS)),
+        validation=lambda: [batch_of(100)],
+        report=seen.append,
+        save=save,
+    )
+    if rank() == 0:
+        (output / "metrics.json").write_text(json.dumps(seen))
+
+
+def two_workers(worker: int, model_folder: Path, folder: Path) -> None:
+    """What each of the two processes runs: every method and stage, whole, and resumed from the plain run's half."""
+    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(worker)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=worker, world_size=2)
+    for method in METHODS:
+        half = folder / method / "plain" / f"step-{HALF:08d}"
+        for stage in (0, 1):
+            train(model_folder, method, folder / method / f"zero-{stage}", zero_stage=stage)
+            train(model_folder, method, folder / method / f"resumed-{stage}", zero_stage=stage, resume=half)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("deepspeed")
+    for method in METHODS:
+        train(tiny_model, method, folder / method / "plain", zero_stage=None)
+    multiprocessing.spawn(two_workers, args=(tiny_model, folder), nprocs=2)
+    return folder
+
+
+def metrics(run: Path) -> dict[int, loop.Metrics]:
+    return {row["step"]: row for row in json.loads((run / "metrics.json").read_text())}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("kind", ["zero", "resumed"])
+def test_two_workers_compute_what_one_plain_process_does(runs: Path, method: str, stage: int, kind: str) -> None:
+    plain, ours = metrics(runs / method / "plain"), metrics(runs / method / f"{kind}-{stage}")
+    assert list(ours) == (list(range(HALF + 1, STEPS + 1)) if kind == "resumed" else list(range(STEPS + 1)))
+    for step, row in ours.items():
+        compared = [name for name in ("loss", "gradient_norm", "eval_loss") if name in plain[step]]
+        assert [row[name] for name in compared] == pytest.approx([plain[step][name] for name in compared], rel=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_checkpoint_of_two_workers_is_the_plain_ones(runs: Path, method: str, stage: int) -> None:
+    for step in (HALF, STEPS):
+        name = f"step-{step:08d}"
+        plain, ours = (read_checkpoint(runs / method / run / name) for run in ("plain", f"zero-{stage}"))
+        assert ours.weights.keys() == plain.weights.keys() and ours.moments.keys() == plain.moments.keys()
+        for theirs, mine in ((plain.weights, ours.weights), (plain.moments, ours.moments)):
+            for key, tensor in theirs.items():
+                torch.testing.assert_close(mine[key], tensor, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_plain_process_goes_on_from_two_workers_checkpoint(
+    runs: Path, tiny_model: Path, tmp_path: Path, method: str
+) -> None:
+    train(tiny_model, method, tmp_path, zero_stage=None, resume=runs / method / "zero-1" / f"step-{HALF:08d}")
+    for step, row in metrics(tmp_path).items():
+        assert row["loss"] == pytest.approx(metrics(runs / method / "plain")[step]["loss"], rel=1e-5)
