@@ -31,7 +31,8 @@ class _RateColumn(ProgressColumn):
         self.unit = unit
 
     def render(self, task: Task) -> Text:
-        rate = task.finished_speed or task.speed
+        # Rich's own figure covers the last samples only, which at the end may be a single one.
+        rate = task.completed / task.finished_time if task.finished_time else task.speed
         return Text(f"{rate:,.1f} {self.unit}/s" if rate else "", style="cyan")
 
 
@@ -78,12 +79,14 @@ def _plain_progress(title: str, unit: str) -> Advance:
 
 def table(title: str, rows: Mapping[str, object]) -> None:
     """Two columns: what, and how much. None values are left out."""
-    grid = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 2))
+    grid = Table(show_header=False, box=None, padding=(0, 2, 0, 2))
     grid.add_column(style="dim")
     grid.add_column()
     for name, value in rows.items():
         if value not in (None, ""):
             grid.add_row(name, Text(_text(value)))
+    if title:
+        console.print(Text(title, style="italic"), soft_wrap=True)  # a Rich title would wrap at the table's width
     console.print(grid)
 
 

@@ -6,7 +6,6 @@ Logic elsewhere assumes that Ray is initialised; only entry points call this.
 import logging
 import math
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -127,7 +126,6 @@ def _configure_data() -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", "The minimum number of concurrent actors", UserWarning)
 
 
 def _first_line(error: Exception) -> str:

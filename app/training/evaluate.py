@@ -1,5 +1,6 @@
-"""`pacos evaluate`: a model, with or without a delta, on held-out records. Scored by a pool of Ray Data actors."""
+"""`pacos evaluate`: a model, with or without a delta, on held-out records. Scored in Ray Data tasks."""
 
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -72,11 +73,11 @@ def evaluate(config: EvaluateConfig, *, progress: Callable[[int, int], None] = l
     if config.max_records:
         rows = rows.limit(config.max_records)
     scored = rows.map_batches(
-        Scorer,
-        fn_constructor_kwargs={"config": config},
+        _score,
+        fn_kwargs={"config": config},
         batch_size=config.batch_size,
         batch_format="numpy",
-        compute=ray.data.ActorPoolStrategy(size=config.workers.count),
+        compute=ray.data.TaskPoolStrategy(size=config.workers.count),
         num_cpus=config.workers.cpus,
         num_gpus=config.workers.gpus,
         runtime_env={"env_vars": thread_environment(config.workers)},
@@ -100,24 +101,24 @@ def evaluate(config: EvaluateConfig, *, progress: Callable[[int, int], None] = l
     return result
 
 
-class Scorer:
-    """A Ray Data actor: batches of records to sums of -log p. Only sums leave it, never logits."""
+@torch.no_grad()
+def _score(columns: dict[str, np.ndarray], *, config: EvaluateConfig) -> dict[str, list[float]]:
+    """A batch of records to sums of -log p, in a Ray Data task. Only sums leave it, never logits."""
+    device, model, tokenizer = _model_on_worker(config)
+    batch = collate(list(columns["input_ids"]), list(columns["loss_mask"])).to(device)
+    with autocast(device, config.precision):
+        nll, count = masked_nll(model, batch)
+    responses = [ids[mask] for ids, mask in zip(columns["input_ids"], columns["loss_mask"], strict=True)]
+    num_bytes = sum(len(tokenizer.decode(ids.tolist()).encode()) for ids in responses)
+    return {"nll": [nll.item()], "tokens": [count.item()], "bytes": [num_bytes], "records": [len(responses)]}
 
-    def __init__(self, config: EvaluateConfig) -> None:
-        torch.set_num_threads(config.workers.threads)
-        self.precision = config.precision
-        self.tokenizer = load_tokenizer(model_folder(config.model))
-        self.device = torch.device("cuda" if config.workers.gpus else "cpu")
-        self.model = load_model(config).to(self.device)
 
-    @torch.no_grad()
-    def __call__(self, columns: dict[str, np.ndarray]) -> dict[str, list[float]]:
-        batch = collate(list(columns["input_ids"]), list(columns["loss_mask"])).to(self.device)
-        with autocast(self.device, self.precision):
-            nll, count = masked_nll(self.model, batch)
-        responses = [ids[mask] for ids, mask in zip(columns["input_ids"], columns["loss_mask"], strict=True)]
-        num_bytes = sum(len(self.tokenizer.decode(ids.tolist()).encode()) for ids in responses)
-        return {"nll": [nll.item()], "tokens": [count.item()], "bytes": [num_bytes], "records": [len(responses)]}
+@functools.lru_cache(maxsize=1)
+def _model_on_worker(config: EvaluateConfig) -> tuple[torch.device, Decoder, Tokenizer]:
+    """Loaded once per worker process, which scores many batches."""
+    torch.set_num_threads(config.workers.threads)
+    device = torch.device("cuda" if config.workers.gpus else "cpu")
+    return device, load_model(config).to(device), load_tokenizer(model_folder(config.model))
 
 
 def load_model(config: EvaluateConfig) -> Decoder:
