@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,16 +10,20 @@ from app.errors import UserError
 
 
 @contextmanager
-def replaced_folder(folder: Path, *, marker: str) -> Iterator[Path]:
+def replaced_folder(folder: Path, *, contents: Collection[str]) -> Iterator[Path]:
     """An empty staging folder that takes `folder`'s place when the block ends well, and vanishes when it does not.
 
-    Staging lies beside `folder`, on the same file system, so that the last step is a rename.
+    Staging lies beside `folder`, on the same file system, so that the last step is a rename. `contents` are the names
+    of all that such a folder may hold.
 
     Raises:
-        UserError: `folder` holds something, and no file named `marker`, so it is not ours to replace.
+        UserError: `folder` is a file, or holds something else, so it is not ours to replace.
     """
-    if folder.exists() and not (folder / marker).exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"output={str(folder)!r} exists and holds no {marker}; name another folder")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output={str(folder)!r} is a file; name a folder")
+    foreign = {entry.name for entry in folder.iterdir()} - set(contents) if folder.is_dir() else set()
+    if foreign:
+        raise UserError(f"output={str(folder)!r} holds {min(foreign)!r}, which is not ours; name another folder")
     make_folder(folder.parent)
     staging = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     retired = folder.with_name(f".{folder.name}.{os.getpid()}.old")
@@ -51,8 +55,16 @@ def make_folder(folder: Path) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Replace `file`'s content in one step, making its folder if need be."""
+    """Replace `file`'s content in one step, making its folder if need be.
+
+    Raises:
+        UserError: the path cannot be written.
+    """
     make_folder(file.parent)
     staging = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    staging.write_text(text, encoding="utf-8")
-    staging.replace(file)
+    try:
+        staging.write_text(text, encoding="utf-8")
+        staging.replace(file)
+    except OSError as error:
+        staging.unlink(missing_ok=True)
+        raise UserError(f"{str(file)!r} cannot be written: {error.strerror}") from None

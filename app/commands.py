@@ -30,8 +30,10 @@ def prepare(config: PrepareConfig, *, address: Address) -> None:
 
 
 def pretrain(config: PretrainConfig, *, address: Address, resume: bool) -> None:
+    from app.training.pretraining import check_sources
     from app.training.pretraining import pretrain as run
 
+    check_sources(config)
     with (
         on_ray(address, workers=config.workers, spare_cpus=0),
         training_progress("pretrain", config.steps) as show,
@@ -49,6 +51,10 @@ def train(config: TrainConfig, *, address: Address, resume: bool) -> None:
 
 
 def evaluate(config: EvaluateConfig, *, address: Address) -> None:
+    from app.data.shards import read_manifest
+    from app.training.compatibility import check_fits
+
+    check_fits(read_manifest(config.data), data=config.data, model=config.model)  # mistakes are told before Ray starts
     with on_ray(address, workers=config.workers):
         run_evaluate(config)
 

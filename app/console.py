@@ -32,7 +32,8 @@ class _RateColumn(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         # Rich's own figure covers the last samples only, which at the end may be a single one.
-        rate = task.completed / task.finished_time if task.finished_time else task.speed
+        seconds = (task.finished_time or 0) - task.fields["first_s"]
+        rate = (task.completed - task.fields["first"]) / seconds if task.finished and seconds > 0 else task.speed
         return Text(f"{rate:,.1f} {self.unit}/s" if rate else "", style="cyan")
 
 
@@ -55,9 +56,14 @@ def progress(title: str, *, unit: str) -> Iterator[Advance]:
         console=console,
     )
     with bar:
-        task = bar.add_task(title, total=None, note="")
+        task = bar.add_task(title, total=None, note="", first=0, first_s=0.0)
+        has_begun = False
 
         def advance(done: int, total: int | None, note: str = "") -> None:
+            nonlocal has_begun
+            if not has_begun and done < (total or 0):  # a resumed run starts from what was done before, after start-up
+                has_begun = True
+                bar.update(task, first=done, first_s=bar.tasks[0].elapsed or 0.0)
             bar.update(task, completed=done, total=total, note=note)
 
         yield advance

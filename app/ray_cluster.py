@@ -62,7 +62,9 @@ def _connect(address: str | None, min_cpus: float) -> None:
             f"address={address!r}: the cluster wants a token; export RAY_AUTH_MODE=token, and have its token in "
             "~/.ray/auth_token or RAY_AUTH_TOKEN"
         ) from None
-    except ConnectionError as error:
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        if not address:
+            raise
         raise UserError(f"address={address!r}: {_first_line(error)}; start one with `ray start --head`") from None
 
 
@@ -80,25 +82,34 @@ def dashboard_url() -> str | None:
 
 
 def _check_answers(address: str) -> None:
-    """Fail fast where nothing speaks gRPC at `address`; `ray.init` would retry for minutes."""
+    """Fail fast where no GCS answers at `address`; `ray.init` would retry for minutes."""
     if "://" in address:
         raise UserError(
             f"address={address!r} is not HOST:PORT; give the port of the cluster's GCS, as in HOST:6379 (a dashboard's "
             "http:// address is for `ray job submit`, in RAY_API_SERVER_ADDRESS)"
         )
-    if ":" not in address:  # "auto", "local": Ray looks them up itself, at once
+    if address in ("auto", "local"):  # Ray looks them up itself, at once
         return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(f"address={address!r} is not HOST:PORT")
     if os.environ.get("RAY_USE_TLS") == "1":  # a plain channel cannot tell here
         return
     import grpc
+    from ray.core.generated.gcs_service_pb2 import CheckAliveRequest
+    from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
     with grpc.insecure_channel(address) as channel:
         try:
-            grpc.channel_ready_future(channel).result(timeout=ANSWER_WITHIN_S)
-        except grpc.FutureTimeoutError:
+            stub = NodeInfoGcsServiceStub(channel)
+            stub.CheckAlive(CheckAliveRequest(), timeout=ANSWER_WITHIN_S, wait_for_ready=True)
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNAUTHENTICATED:  # a GCS, which wants a token; `ray.init` brings it
+                return
+            reason = "does not answer" if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED else "is not a Ray cluster"
             raise UserError(
-                f"address={address!r} does not answer ({ANSWER_WITHIN_S:.0f} s); is the cluster up, and the port its "
-                "GCS's (6379 unless set)?"
+                f"address={address!r} {reason} ({ANSWER_WITHIN_S:.0f} s); is the cluster up, and the port its GCS's "
+                "(6379 unless set)?"
             ) from None
 
 

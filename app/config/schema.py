@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Precision = Literal["auto", "fp32", "bf16"]
 
 
@@ -24,7 +25,8 @@ def _absolute(path: str) -> str:
 
 
 def _absolute_folder(name: str) -> str:
-    return _absolute(name) if name.startswith((".", "~")) or Path(name).is_dir() else name
+    is_folder = name.startswith((".", "~")) or (name != "embedded" and Path(name).is_dir())
+    return _absolute(name) if is_folder else name
 
 
 LocalPath = Annotated[str, AfterValidator(_absolute)]
@@ -129,7 +131,7 @@ class PretrainConfig(Config):
     eval_every: Positive = 200
     """Steps between evaluations on held-out text; a checkpoint follows each."""
     workers: WorkersConfig = WorkersConfig(count=1, cpus=2, threads=2)
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _check(self) -> "PretrainConfig":
@@ -165,7 +167,7 @@ class TrainConfig(Config):
     """How often lost workers are replaced, each time from the last checkpoint."""
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     workers: WorkersConfig = WorkersConfig()
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":

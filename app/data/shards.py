@@ -29,7 +29,7 @@ from app.errors import UserError
 
 SPLITS = ("train", "validation")
 _SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("loss_mask", pa.list_(pa.bool_()))])
-_MANIFEST = "manifest.json"
+_MANIFEST, _REJECTED = "manifest.json", "rejected.jsonl"
 
 Progress = Callable[[int, int], None]
 """Called with (rows done, rows in all)."""
@@ -65,7 +65,7 @@ def prepare(config: PrepareConfig, *, progress: Progress = lambda done, total: N
 
     tokenizer = load_tokenizer(model_folder(config.model))  # here first, so that a bad folder is told at once
     rows = list(read_rows(config.source))
-    with replaced_folder(Path(config.output), marker=_MANIFEST) as staging:
+    with replaced_folder(Path(config.output), contents=(_MANIFEST, _REJECTED, *SPLITS)) as staging:
         for split in SPLITS:
             (staging / split).mkdir()
         starts = range(0, len(rows), config.records_per_shard)
@@ -85,7 +85,7 @@ def prepare(config: PrepareConfig, *, progress: Progress = lambda done, total: N
         rejected = [item for report in reports for item in report["rejected"]]
         if len(rejected) == len(rows):
             raise UserError(f"source={config.source!r}: no valid record among {len(rows)}; {_reasons(rejected)}")
-        (staging / "rejected.jsonl").write_text("".join(json.dumps(item) + "\n" for item in rejected))
+        (staging / _REJECTED).write_text("".join(json.dumps(item) + "\n" for item in rejected))
         values = _manifest(config, tokenizer, num_rows=len(rows), reports=reports, rejected=rejected)
         (staging / _MANIFEST).write_text(json.dumps(values, indent=2) + "\n")
     return read_manifest(config.output)
@@ -104,6 +104,8 @@ def read_manifest(folder: str) -> Manifest:
         raise UserError(f"data={folder!r} holds no {_MANIFEST}; write it with `pacos prepare`") from None
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); run `pacos prepare` again") from None
+    if not isinstance(manifest.values, dict) or not {"shards", "splits", "config"} <= manifest.values.keys():
+        raise UserError(f"{path} is not of prepared data; write it with `pacos prepare`")
     missing = [file for split in SPLITS for file in manifest.files(split) if not Path(file).is_file()]
     if missing:
         raise UserError(f"data={folder!r} lacks {missing[0]}, which its manifest names; run `pacos prepare` again")

@@ -9,6 +9,9 @@ from tokenizers import Tokenizer as Backend
 
 from app.errors import UserError
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
+"""What a model folder may hold of its tokenizer."""
+
 END_OF_TEXT = "<|endoftext|>"
 
 

@@ -21,7 +21,7 @@ from app.config.schema import MethodConfig
 from app.errors import UserError
 from app.methods import apply_method, merge_method
 
-_WEIGHTS, _METADATA = "delta.safetensors", "delta.json"
+_WEIGHTS, _METADATA = DELTA_FILES = ("delta.safetensors", "delta.json")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,9 @@ from torch import Tensor
 from app.errors import UserError
 from app.models.decoder import Decoder, DecoderConfig
 
+MODEL_FILES = ("config.json", "model.safetensors")
+"""What `save_decoder` writes."""
+
 # ours -> GPT-2's, inside a block; True marks a Conv1D weight, which is stored transposed
 _BLOCK_NAMES = {
     "attn_norm.weight": ("ln_1.weight", False),
@@ -87,6 +90,8 @@ def read_config(folder: Path) -> DecoderConfig:
     values = _read_json(folder / "config.json")
     _refuse_unsupported(folder, values)
     width = values["n_embd"]
+    if width % values["n_head"]:
+        raise UserError(f"{folder}/config.json: n_embd={width} is not a multiple of n_head={values['n_head']}")
     return DecoderConfig(
         vocab_size=values["vocab_size"],
         context_length=values["n_positions"],

@@ -72,9 +72,7 @@ def write_index(
     order of `chunks`. Returns the manifest with the hashes filled in.
     """
     check_output(folder)
-    # Whichever of its files the old index still has tells that it is one; a damaged one may be replaced.
-    marker = next((name for name in _FILES if (folder / name).exists()), MANIFEST)
-    with replaced_folder(folder.resolve(), marker=marker) as staging:
+    with replaced_folder(folder.resolve(), contents=_FILES) as staging:
         write_store(staging / DOCUMENTS, documents, chunks)
         write_vectors(staging / VECTORS, vectors)
         hashes = {"documents_sha256": _sha256(staging / DOCUMENTS), "vectors_sha256": _sha256(staging / VECTORS)}

@@ -15,7 +15,7 @@ from torch import Tensor
 from app.atomic import replaced_folder
 from app.errors import UserError
 
-_STATE = "state.json"
+_STATE, _WEIGHTS, _MOMENTS = _FILES = ("state.json", "weights.safetensors", "moments.safetensors")
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Checkpoint:
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Fill `folder`, which exists. Whoever calls this makes the folder appear as a whole."""
-    save_file(checkpoint.weights, folder / "weights.safetensors")
-    save_file(checkpoint.moments, folder / "moments.safetensors")
+    save_file(checkpoint.weights, folder / _WEIGHTS)
+    save_file(checkpoint.moments, folder / _MOMENTS)
     (folder / _STATE).write_text(json.dumps({"step": checkpoint.step}) + "\n")
 
 
@@ -42,8 +42,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         state = json.loads((folder / _STATE).read_text())
         return Checkpoint(
             step=state["step"],
-            weights=load_file(folder / "weights.safetensors"),
-            moments=load_file(folder / "moments.safetensors"),
+            weights=load_file(folder / _WEIGHTS),
+            moments=load_file(folder / _MOMENTS),
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(
@@ -53,7 +53,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 def save_step(folder: Path, checkpoint: Checkpoint, *, keep: int) -> None:
     """Write `folder/step-…` in one rename, then remove all but the newest `keep`."""
-    with replaced_folder(folder / f"step-{checkpoint.step:08d}", marker=_STATE) as staging:
+    with replaced_folder(folder / f"step-{checkpoint.step:08d}", contents=_FILES) as staging:
         write_checkpoint(staging, checkpoint)
     for old in _complete(folder)[:-keep]:
         shutil.rmtree(old)

@@ -20,6 +20,11 @@ def check_fits(manifest: Manifest, *, data: str, model: str) -> Tokenizer:
             f"data={data!r} was prepared with the tokenizer of model={prepared['model']!r}, which differs from that "
             f"of model={model!r}; run `pacos prepare model={model}`"
         )
+    if tokenizer.vocab_size > shape.vocab_size:
+        raise UserError(
+            f"model={model!r}: its tokenizer has {tokenizer.vocab_size} entries and its weights {shape.vocab_size}; "
+            "their files do not belong together"
+        )
     if prepared["max_length"] > shape.context_length:
         raise UserError(
             f"data={data!r} holds records of up to max_length={prepared['max_length']} tokens and model={model!r} "

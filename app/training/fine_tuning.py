@@ -22,10 +22,11 @@ from app.atomic import replaced_folder, write_text
 from app.config.schema import TrainConfig
 from app.data.batches import Batch, collate
 from app.data.shards import Manifest, read_manifest
+from app.data.tokenization import TOKENIZER_FILES
 from app.errors import UserError
 from app.methods import apply_method
-from app.methods.delta import Delta, write_delta
-from app.models.checkpoints import load_decoder, read_config, save_decoder, weights_hash
+from app.methods.delta import DELTA_FILES, Delta, write_delta
+from app.models.checkpoints import MODEL_FILES, load_decoder, read_config, save_decoder, weights_hash
 from app.models.decoder import Decoder
 from app.training import loop
 from app.training.compatibility import check_fits
@@ -98,12 +99,14 @@ def fine_tune(
     import ray.data
 
     config, output = job.config, Path(job.config.output)
-    log = RunLog(output, start_step=open_run(config, inputs=job.manifest.content_hash(), resume=resume))
+    inputs = f"{job.manifest.content_hash()} {weights_hash(model_folder(config.model))}"
+    log = RunLog(output, start_step=open_run(config, inputs=inputs, resume=resume))
 
     def record(metrics: Metrics) -> None:
         log.add(metrics)
         on_metrics(metrics)
 
+    files = job.manifest.files("train")
     run_on_workers(
         _worker,
         {"job": job},
@@ -111,7 +114,8 @@ def fine_tune(
         output=output,
         max_failures=config.max_failures,
         on_metrics=record,
-        datasets={"train": ray.data.read_parquet(job.manifest.files("train"))},
+        # A block for each shard, else Ray groups them by the cluster's size, and a resumed run could see other records.
+        datasets={"train": ray.data.read_parquet(files, override_num_blocks=len(files))},
     )
     log.plot(output / "loss.png", title=f"{config.method.type} on {config.model}")
     steps = [row for row in log.rows if "step_s" in row][1:]  # the first step warms caches up
@@ -142,7 +146,7 @@ def _worker(payload: dict[str, Any]) -> None:
     torch.manual_seed(config.seed)  # every worker draws the same initial weights
     apply_method(model, config.method)
     validation = _validation_batches(job)
-    train_on_worker(
+    metrics = train_on_worker(
         model,
         plan=loop.Plan(
             job.total_steps, config.eval_every, config.save_every, config.optimizer, config.precision, config.seed
@@ -161,7 +165,7 @@ def _worker(payload: dict[str, Any]) -> None:
         send=payload["send"],
     )
     if rank() == 0:
-        _write_result(job, model)
+        _write_result(job, model, metrics)
 
 
 def _training_batches(job: Job, *, start_step: int) -> Iterator[Batch]:
@@ -197,14 +201,14 @@ def _validation_batches(job: Job) -> list[Batch]:
     return [collate([ids for ids, _ in chunk], [mask for _, mask in chunk]) for chunk in chunks]
 
 
-def _write_result(job: Job, model: Decoder) -> None:
+def _write_result(job: Job, model: Decoder, metrics: Metrics) -> None:
     """The trained delta, or the whole model after full fine-tuning, in one rename."""
     config = job.config
     model.to("cpu")
     if config.method.type == "full":
-        with replaced_folder(job.result, marker="config.json") as staging:
+        with replaced_folder(job.result, contents=(*MODEL_FILES, *TOKENIZER_FILES)) as staging:
             save_decoder(staging, model)
-            for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
+            for name in TOKENIZER_FILES:
                 if (model_folder(config.model) / name).exists():
                     shutil.copy(model_folder(config.model) / name, staging)
         return
@@ -215,6 +219,7 @@ def _write_result(job: Job, model: Decoder) -> None:
         "tokenizer_hash": job.manifest.values["tokenizer_hash"],
         "template": job.manifest.values["template"],
         "config": config.model_dump(mode="json"),
+        "metrics": {name: metrics[name] for name in ("step", "loss", "eval_loss", "perplexity") if name in metrics},
     }
-    with replaced_folder(job.result, marker="delta.json") as staging:
+    with replaced_folder(job.result, contents=DELTA_FILES) as staging:
         write_delta(staging, Delta(config.method, weights, metadata))

@@ -75,10 +75,10 @@ def run(
             nll, count = masked_nll(model, batch)
         # The mean over all workers' tokens. Gradients are averaged over workers afterwards, hence world_size().
         nll_sum, token_count, num_tokens = sum_over_workers(nll.item(), count.item(), batch.num_tokens, device=device)
-        if not math.isfinite(nll_sum):
-            raise FloatingPointError(f"the loss is {nll_sum} at step {step}; lower optimizer.learning_rate")
+        _check_finite(nll_sum, "loss", step)
         optimizer.backward(nll * (world_size() / max(1.0, token_count)))
         gradient_norm = optimizer.step(rate)
+        _check_finite(gradient_norm, "gradient's norm", step)  # before such weights are saved
         metrics: Metrics = {
             "step": step,
             "loss": nll_sum / max(1.0, token_count),
@@ -92,6 +92,11 @@ def run(
         report(metrics)
         if plan.is_due(step, plan.save_every):
             save(step, metrics)
+
+
+def _check_finite(value: float, name: str, step: int) -> None:
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the {name} is {value} at step {step}; lower optimizer.learning_rate")
 
 
 @torch.no_grad()

