@@ -17,13 +17,9 @@ def replaced_folder(folder: Path, *, contents: Collection[str]) -> Iterator[Path
     of all that such a folder may hold.
 
     Raises:
-        UserError: `folder` is a file, or holds something else, so it is not ours to replace.
+        UserError: as `check_replaceable`.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output={str(folder)!r} is a file; name a folder")
-    foreign = {entry.name for entry in folder.iterdir()} - set(contents) if folder.is_dir() else set()
-    if foreign:
-        raise UserError(f"output={str(folder)!r} holds {min(foreign)!r}, which is not ours; name another folder")
+    check_replaceable(folder, contents)
     make_folder(folder.parent)
     staging = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     retired = folder.with_name(f".{folder.name}.{os.getpid()}.old")
@@ -32,6 +28,8 @@ def replaced_folder(folder: Path, *, contents: Collection[str]) -> Iterator[Path
     make_folder(staging)
     try:
         yield staging
+        for file in staging.rglob("*"):  # safetensors makes files that only their owner can read
+            file.chmod(file.stat().st_mode | (staging.stat().st_mode & 0o666))
         if folder.exists():
             folder.rename(retired)
         staging.rename(folder)
@@ -40,6 +38,19 @@ def replaced_folder(folder: Path, *, contents: Collection[str]) -> Iterator[Path
             retired.rename(folder)
         shutil.rmtree(staging, ignore_errors=True)
         shutil.rmtree(retired, ignore_errors=True)
+
+
+def check_replaceable(folder: Path, contents: Collection[str]) -> None:
+    """Refuse to replace what was not made by us.
+
+    Raises:
+        UserError: `folder` is a file, or holds anything that `contents` does not name.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output={str(folder)!r} is a file; name a folder")
+    foreign = {entry.name for entry in folder.iterdir()} - set(contents) if folder.is_dir() else set()
+    if foreign:
+        raise UserError(f"output={str(folder)!r} holds {min(foreign)!r}, which is not ours; name another folder")
 
 
 def make_folder(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from app import console
@@ -60,11 +61,21 @@ def evaluate(config: EvaluateConfig, *, address: Address) -> None:
 
 
 def index(config: IndexConfig, *, address: Address) -> None:
+    from app.retrieval.documents import read_documents
+    from app.retrieval.folder import check_output
+
+    check_output(Path(config.output))
+    read_documents(config.documents)
     with on_ray(address, workers=config.workers):
         run_index(config)
 
 
 def serve(config: ServeConfig, *, address: Address) -> None:
+    from app.serving.launch import check_folders, check_port_is_free
+
+    check_folders(config)
+    if not address:
+        check_port_is_free(config.host, config.port)
     with on_ray(address) as is_own, serving(config, on_own_cluster=is_own) as url:
         show_addresses(url)
         console.say("Ctrl-C stops it.", style="dim")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from app.atomic import replaced_folder
+from app.atomic import check_replaceable, replaced_folder
 from app.errors import UserError
 from app.retrieval.chunking import Chunk, Document
 from app.retrieval.index import write_vectors
@@ -43,7 +43,7 @@ class Manifest(BaseModel):
 
     @property
     def content_hash(self) -> str:
-        """Changes with any text or vector: part of the cache key of every answer that draws on the index."""
+        """Changes with any text or vector."""
         parts = (self.embedder_sha256, self.documents_sha256, self.vectors_sha256)
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
@@ -54,13 +54,7 @@ def check_output(folder: Path) -> None:
     Raises:
         UserError: `folder` is a file, or holds anything that an index does not.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output={str(folder)!r} is a file; name a folder")
-    foreign = {file.name for file in folder.iterdir()} - set(_FILES) if folder.is_dir() else set()
-    if foreign:
-        raise UserError(
-            f"output={str(folder)!r} holds {min(foreign)!r}, which is not part of an index; name a new or empty folder"
-        )
+    check_replaceable(folder, _FILES)
 
 
 def write_index(
@@ -71,7 +65,6 @@ def write_index(
     A kill at any moment leaves the old index, the new one or none, never a part. `vectors` [chunks, width] are in the
     order of `chunks`. Returns the manifest with the hashes filled in.
     """
-    check_output(folder)
     with replaced_folder(folder.resolve(), contents=_FILES) as staging:
         write_store(staging / DOCUMENTS, documents, chunks)
         write_vectors(staging / VECTORS, vectors)

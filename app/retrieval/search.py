@@ -46,7 +46,7 @@ class Searcher:
 
     @property
     def content_hash(self) -> str:
-        """Changes with any text or vector of the index: belongs into the cache key of answers that draw on it."""
+        """Changes with any text or vector of the index."""
         return self.manifest.content_hash
 
     def search(self, query: str, *, top_k: int) -> list[Passage]:

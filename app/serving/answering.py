@@ -153,7 +153,8 @@ class Answering:
     def _keep(self, key: str | None, request: GenerateRequest, completion: Completion) -> None:
         if key is None:
             return
-        if completion.model_hash != self._models[request.model].hash:
+        known = self._models.get(request.model)
+        if known is None or completion.model_hash != known.hash:
             self._models = {}  # a replica was replaced and has loaded other weights; the key is for the old ones
             return
         self._cache.put(key, completion.to_json())

@@ -26,9 +26,12 @@ def serve_application(
     Paths in `config` are taken relative to the current directory.
 
     Raises:
-        UserError: the port is taken, a setting is wrong, or the deployments do not come up.
+        UserError: the port is taken, the application runs already, a setting is wrong, or the deployments do not come
+            up.
     """
-    check_port_is_free(config.host, config.port)
+    _check_not_deployed()
+    if _serve_address() != (config.host, config.port):  # else it is Serve's own proxy that holds the port
+        check_port_is_free(config.host, config.port)
     config = with_absolute_paths(config)
     check_folders(config)
     from ray import serve
@@ -110,14 +113,32 @@ def _absolute(folder: str) -> str:
 def _start_serve(host: str, port: int) -> None:
     """One proxy on the head node: the address is this machine's."""
     from ray import serve
-    from ray.serve.context import _get_global_client
 
     serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
-    running: Any = _get_global_client().http_config
-    if (running.host, running.port) != (host, port):  # Serve was there before; its address cannot be changed
+    running = _serve_address()
+    if running is not None and running != (host, port):  # Serve was there before; its address cannot be changed
         raise UserError(
-            f"Ray Serve runs on this cluster already and listens on {running.host}:{running.port}; "
-            f"set host={running.host} port={running.port}, or stop it with `serve shutdown`"
+            f"Ray Serve runs on this cluster already and listens on {running[0]}:{running[1]}; "
+            f"set host={running[0]} port={running[1]}, or stop it with `serve shutdown`"
+        )
+
+
+def _serve_address() -> tuple[str, int] | None:
+    """Where Serve listens on the connected cluster, None where it does not run."""
+    from ray.serve.context import _get_global_client
+
+    client: Any = _get_global_client(raise_if_no_controller_running=False)
+    return (client.http_config.host, client.http_config.port) if client else None
+
+
+def _check_not_deployed() -> None:
+    """Two of the same name would not stand side by side: Serve would put the second in the place of the first."""
+    from ray import serve
+
+    if _serve_address() and APPLICATION in serve.status().applications:
+        raise UserError(
+            f"an application {APPLICATION!r} runs on this cluster already; change it with `serve deploy`, or stop it "
+            "with `serve shutdown`"
         )
 
 

@@ -79,6 +79,12 @@ def test_a_folder_that_holds_more_than_prepared_data_is_not_replaced(tmp_path: P
         read_manifest(str(tmp_path))
 
 
+def test_files_are_as_readable_as_their_folder(tmp_path: Path) -> None:
+    with replaced_folder(tmp_path / "new", contents=["secret"]) as staging:
+        (staging / "secret").touch(mode=0o600)
+    assert (tmp_path / "new/secret").stat().st_mode & 0o777 == (tmp_path / "new").stat().st_mode & 0o666
+
+
 def test_an_exception_between_the_two_renames_keeps_what_was_there(tmp_path: Path, monkeypatch) -> None:
     folder = tmp_path / "data"
     folder.mkdir()

@@ -50,7 +50,7 @@ def test_mistakes_are_reported_before_any_worker_starts(documents: Path, tmp_pat
     output = str(tmp_path / "index")
     with pytest.raises(UserError, match="no such folder or file"):
         build_index(IndexConfig(documents=str(tmp_path / "absent"), output=output))
-    with pytest.raises(UserError, match="not part of an index"):
+    with pytest.raises(UserError, match="which is not ours"):
         build_index(IndexConfig(documents=str(documents), output=str(documents)))
     with pytest.raises(UserError, match=r"absent': no such folder"):
         build_index(IndexConfig(documents=str(documents), output=output, embedder="./absent"))

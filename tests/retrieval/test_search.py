@@ -100,12 +100,12 @@ def test_a_folder_that_is_no_index_is_never_replaced(
     tmp_path: Path, tiny_embedder: Path, build: Build, texts: Texts
 ) -> None:
     (tmp_path / "thesis.md").write_text("three years of work")
-    with pytest.raises(UserError, match=r"holds 'thesis\.md', which is not part of an index"):
+    with pytest.raises(UserError, match=r"holds 'thesis\.md', which is not ours"):
         build(tmp_path, tiny_embedder, texts)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / MANIFEST).write_text("of another kind of folder")
     (tmp_path / "data" / "train").mkdir()
-    with pytest.raises(UserError, match=r"holds 'train', which is not part of an index"):
+    with pytest.raises(UserError, match=r"holds 'train', which is not ours"):
         build(tmp_path / "data", tiny_embedder, texts)
     with pytest.raises(UserError, match="is a file"):
         build(tmp_path / "thesis.md", tiny_embedder, texts)

@@ -215,8 +215,7 @@ def test_unknown_paths_are_refused_in_the_same_shape(client, method, path, statu
     assert response.status_code == status and response.json()["error"]["code"]
 
 
-def test_a_second_application_on_the_same_port_is_refused_before_it_is_deployed(client, url):
-    port = int(url.rsplit(":", 1)[1])
-    with pytest.raises(UserError, match=f"port={port}"):
-        serve_application(ServeConfig(port=port))
+def test_a_second_application_does_not_take_the_first_ones_place(client, url):
+    with pytest.raises(UserError, match="an application 'pacos' runs on this cluster already"):
+        serve_application(ServeConfig(port=int(url.rsplit(":", 1)[1])))
     assert client.get("/healthz").status_code == 200

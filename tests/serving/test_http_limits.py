@@ -7,9 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+import torch
 
 from app.config import ServeConfig, validate
+from app.data.tokenization import save_tokenizer
 from app.errors import UserError
+from app.models.checkpoints import save_decoder
+from app.models.decoder import Decoder, DecoderConfig
 from app.serving.launch import serve_application, stop_application
 
 pytestmark = pytest.mark.ray
@@ -19,11 +23,26 @@ SHORT = LONG | {"max_tokens": 5}
 
 
 @pytest.fixture(scope="module")
-def url(ray_cluster, model_dir, free_port):
+def slow_model(tokenizer, tmp_path_factory):
+    """Deep enough that 2,000 tokens take several times the timeout on any machine, and 5 a small part of it."""
+    torch.manual_seed(0)
+    shape = DecoderConfig(tokenizer.vocab_size, context_length=2048, num_layers=24, num_heads=4, width=48, mlp_width=96)
+    model = Decoder(shape)
+    model.initialize()
+    with torch.no_grad():
+        model.token_embedding.weight[tokenizer.end_id] = 0  # its logit is always 0: no answer ends by itself
+    folder = tmp_path_factory.mktemp("slow-model")
+    save_decoder(folder, model)
+    save_tokenizer(tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(ray_cluster, slow_model, free_port):
     config = {
         "port": free_port,
-        "generator": {"model": str(model_dir), "threads": 1, "max_batch_size": 2, "max_queue": 1},
-        "request_timeout_s": 1.0,
+        "generator": {"model": str(slow_model), "threads": 1, "max_batch_size": 2, "max_queue": 1},
+        "request_timeout_s": 2.0,
         "max_body_bytes": 5000,
     }
     yield serve_application(validate(ServeConfig, config))
@@ -53,15 +72,15 @@ def wait_until_idle():
 
 def post_and_leave(url, body, *, after_s):
     with httpx.Client(base_url=url, trust_env=False) as client, pytest.raises(httpx.ReadTimeout):
-        client.post("/v1/completions", json=body, timeout=after_s)
+        client.post("/v1/completions", json=body, timeout=httpx.Timeout(60, read=after_s))
 
 
 def test_a_client_that_leaves_ends_its_generation_and_nobody_elses(client, url):
     expected = client.post("/v1/completions", json=SHORT).json()["choices"]
     before = stats()["generated_tokens"]
-    leaver = threading.Thread(target=post_and_leave, args=(url, LONG), kwargs={"after_s": 0.3})
+    leaver = threading.Thread(target=post_and_leave, args=(url, LONG), kwargs={"after_s": 1.0})
     leaver.start()
-    while not stats()["running"]:
+    while not stats()["running"] and leaver.is_alive():
         time.sleep(0.01)
     # While the other comes and goes, this one is answered as ever; `user` and a new seed keep it out of the cache.
     for seed in range(5):
