@@ -1,5 +1,6 @@
 """One function per subcommand: connect to Ray, call the job, show how it goes and what came of it."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -74,7 +75,7 @@ def serve(config: ServeConfig, *, address: Address) -> None:
     from app.serving.launch import check_folders, check_port_is_free
 
     check_folders(config)
-    if not address:
+    if not (address or os.environ.get("RAY_ADDRESS")):  # else Serve may run there already, and hold the port itself
         check_port_is_free(config.host, config.port)
     with on_ray(address) as is_own, serving(config, on_own_cluster=is_own) as url:
         show_addresses(url)

@@ -41,12 +41,6 @@ class Manifest(BaseModel):
     vectors_sha256: str = ""
     """Of vectors.faiss: an index file from elsewhere is not safe to load."""
 
-    @property
-    def content_hash(self) -> str:
-        """Changes with any text or vector."""
-        parts = (self.embedder_sha256, self.documents_sha256, self.vectors_sha256)
-        return hashlib.sha256("".join(parts).encode()).hexdigest()
-
 
 def check_output(folder: Path) -> None:
     """Refuse to replace a folder that is not an index.

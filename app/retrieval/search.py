@@ -44,11 +44,6 @@ class Searcher:
             raise damaged(folder, f"FAISS cannot read {VECTORS} ({error})") from None
         self._store = Store(folder / DOCUMENTS)
 
-    @property
-    def content_hash(self) -> str:
-        """Changes with any text or vector of the index."""
-        return self.manifest.content_hash
-
     def search(self, query: str, *, top_k: int) -> list[Passage]:
         """The `top_k` nearest passages, best first; none for a query without a single known word."""
         (vector,) = self._embedder.embed([query])

@@ -66,15 +66,6 @@ class Store:
         rows = self._rows(f"{_CHUNK} WHERE chunks.id IN ({marks})", [int(number) for number in ids])
         return {number: Chunk(*fields) for number, *fields in rows}
 
-    def document(self, name: str) -> Document | None:
-        rows = self._rows("SELECT name, text FROM documents WHERE name = ?", [name])
-        return Document(*rows[0]) if rows else None
-
-    def counts(self) -> tuple[int, int]:
-        """(documents, chunks)."""
-        (row,) = self._rows("SELECT (SELECT count(*) FROM documents), (SELECT count(*) FROM chunks)", [])
-        return row
-
     def close(self) -> None:
         self._connection.close()
 

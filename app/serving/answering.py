@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 from ray.exceptions import RayActorError
@@ -103,7 +103,7 @@ class Answering:
                 yield item
         finally:
             if not finished:
-                response.cancel()
+                _cancel(response)
 
     async def _call(self, response: Any) -> Any:
         finished = False
@@ -114,7 +114,7 @@ class Answering:
             raise self._api_error(error) from error
         finally:
             if not finished:  # not waiting any longer does not end the work by itself
-                response.cancel()
+                _cancel(response)
         if isinstance(result, Refusal):
             raise ApiError(result)
         return result
@@ -153,7 +153,7 @@ class Answering:
     def _keep(self, key: str | None, request: GenerateRequest, completion: Completion) -> None:
         if key is None:
             return
-        known = self._models.get(request.model)
+        known = self._models.get(request.model)  # None where another request has forgotten them in the meantime
         if known is None or completion.model_hash != known.hash:
             self._models = {}  # a replica was replaced and has loaded other weights; the key is for the old ones
             return
@@ -172,6 +172,12 @@ class Stopwatch:
 
     def total(self) -> float:
         return time.perf_counter() - self.start
+
+
+def _cancel(response: Any) -> None:
+    """End a call that nobody waits for. One that reached no replica raises once more why, which is told already."""
+    with suppress(Exception):
+        response.cancel()
 
 
 def _replay(completion: Completion) -> list[Started | Piece]:

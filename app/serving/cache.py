@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
@@ -36,8 +37,16 @@ class CacheDeployment:
 class CacheClient:
     """The deployment as other deployments see it: it fails open, and soon."""
 
-    def __init__(self, handle: DeploymentHandle, *, deadline_s: float = DEADLINE_S, pause_s: float = PAUSE_S) -> None:
+    def __init__(
+        self,
+        handle: DeploymentHandle,
+        *,
+        deadline_s: float = DEADLINE_S,
+        pause_s: float = PAUSE_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._handle = handle
+        self._clock = clock
         self._deadline_s = deadline_s
         self._pause_s = pause_s
         self._paused_until = 0.0
@@ -54,11 +63,11 @@ class CacheClient:
         task.add_done_callback(self._writes.discard)
 
     async def _call(self, method: str, *args: Any) -> Any:
-        if time.monotonic() < self._paused_until:
+        if self._clock() < self._paused_until:
             return None
         try:
             return await asyncio.wait_for(self._handle.options(method_name=method).remote(*args), self._deadline_s)
         except Exception as error:  # a dead replica, a full queue, a timeout: all mean "without the cache"
-            self._paused_until = time.monotonic() + self._pause_s
+            self._paused_until = self._clock() + self._pause_s
             logger.warning(f"response cache: {method} failed ({type(error).__name__}); going on without it for a while")
             return None

@@ -23,15 +23,14 @@ def serve_application(
 ) -> str:
     """Deploy the application, wait until it answers, and return its URL.
 
-    Paths in `config` are taken relative to the current directory.
+    Paths in `config` are taken relative to the current directory. A Serve that runs on the cluster already is joined,
+    and its other applications stay.
 
     Raises:
         UserError: the port is taken, the application runs already, a setting is wrong, or the deployments do not come
             up.
     """
-    _check_not_deployed()
-    if _serve_address() != (config.host, config.port):  # else it is Serve's own proxy that holds the port
-        check_port_is_free(config.host, config.port)
+    _check_address_is_free(config.host, config.port)
     config = with_absolute_paths(config)
     check_folders(config)
     from ray import serve
@@ -40,7 +39,8 @@ def serve_application(
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     application = build(config.model_dump(exclude={"host", "port"}))
-    _start_serve(config.host, config.port)
+    # one proxy on the head node: the address is this machine's
+    serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port})
     try:
         serve.run_many(
             [serve.RunTarget(application, name=APPLICATION, route_prefix="/")], wait_for_applications_running=False
@@ -84,13 +84,32 @@ def with_absolute_paths(config: ServeConfig) -> ServeConfig:
 
 
 def check_folders(config: ServeConfig) -> None:
-    """A misspelt path is told at once, rather than after Serve's third attempt to start a replica."""
+    """A wrong folder is told at once, rather than after Serve's third attempt to start a replica. Needs no Ray.
+
+    Raises:
+        UserError: a model, delta or index folder is missing, or is not what it should be.
+    """
+    from app.assets import model_folder
+    from app.data.tokenization import load_tokenizer
+    from app.methods.delta import read_delta
+    from app.models.checkpoints import read_config
+    from app.retrieval.folder import read_manifest
+
+    config = with_absolute_paths(config)
     folders = {f"generator.deltas.{name}": folder for name, folder in config.generator.deltas.items()}
     if config.retriever.index is not None:
         folders["retriever.index"] = config.retriever.index
     for key, folder in folders.items():
         if not Path(folder).is_dir():
             raise UserError(f"{key}={folder!r}: no such folder")
+    if config.generator.model.startswith((".", "/", "~")):  # not a name of the hub: replicas fetch where they run
+        model = model_folder(config.generator.model)
+        read_config(model)
+        load_tokenizer(model)
+    for folder in config.generator.deltas.values():
+        read_delta(Path(folder))
+    if config.retriever.index is not None:
+        read_manifest(Path(config.retriever.index))
 
 
 def check_port_is_free(host: str, port: int) -> None:
@@ -110,36 +129,27 @@ def _absolute(folder: str) -> str:
     return str(Path(folder).expanduser().absolute())
 
 
-def _start_serve(host: str, port: int) -> None:
-    """One proxy on the head node: the address is this machine's."""
-    from ray import serve
+def _check_address_is_free(host: str, port: int) -> None:
+    """For this application: the port of this machine, or the route `/` of the Serve that the cluster has already."""
+    import ray
+    from ray.serve.context import _get_global_client  # starts Ray where it is not up
 
-    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
-    running = _serve_address()
-    if running is not None and running != (host, port):  # Serve was there before; its address cannot be changed
+    client: Any = _get_global_client(raise_if_no_controller_running=False) if ray.is_initialized() else None
+    if client is None:
+        check_port_is_free(host, port)
+        return
+    running = client.http_config
+    if (running.host, running.port) != (host, port):  # the address of a running Serve cannot be changed
         raise UserError(
-            f"Ray Serve runs on this cluster already and listens on {running[0]}:{running[1]}; "
-            f"set host={running[0]} port={running[1]}, or stop it with `serve shutdown`"
+            f"Ray Serve runs on this cluster already and listens on {running.host}:{running.port}; "
+            f"set host={running.host} port={running.port}, or stop it with `serve shutdown`"
         )
-
-
-def _serve_address() -> tuple[str, int] | None:
-    """Where Serve listens on the connected cluster, None where it does not run."""
-    from ray.serve.context import _get_global_client
-
-    client: Any = _get_global_client(raise_if_no_controller_running=False)
-    return (client.http_config.host, client.http_config.port) if client else None
-
-
-def _check_not_deployed() -> None:
-    """Two of the same name would not stand side by side: Serve would put the second in the place of the first."""
-    from ray import serve
-
-    if _serve_address() and APPLICATION in serve.status().applications:
-        raise UserError(
-            f"an application {APPLICATION!r} runs on this cluster already; change it with `serve deploy`, or stop it "
-            "with `serve shutdown`"
-        )
+    for name, application in client.get_serve_details()["applications"].items():
+        if name == APPLICATION or application["route_prefix"] == "/":  # Serve would replace the first, refuse the other
+            raise UserError(
+                f"an application {name!r} runs on this cluster already; change it with `serve deploy`, or stop it "
+                "with `serve shutdown`"
+            )
 
 
 def _wait_until_running(progress: Progress, timeout_s: float) -> None:

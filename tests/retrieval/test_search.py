@@ -12,7 +12,6 @@ from app.retrieval import folder as index_folder
 from app.retrieval.folder import DOCUMENTS, MANIFEST, VECTORS
 from app.retrieval.index import MIN_CHUNKS, VectorIndex, write_vectors
 from app.retrieval.search import Passage, Searcher
-from app.retrieval.store import Store
 
 Build = Callable[[Path, Path, dict[str, str]], None]
 Texts = dict[str, str]
@@ -54,31 +53,20 @@ def test_threads_that_search_at_once_get_what_one_gets(index: Path) -> None:
     assert len(answers) == 80 and all(answer == expected for answer in answers)
 
 
-def test_the_store_keeps_documents_whole(index: Path, texts: Texts) -> None:
-    store = Store(index / DOCUMENTS)
-    assert store.counts() == (3, 4)
-    document = store.document("shearing.md")
-    assert document is not None and document.text == texts["shearing.md"]
-    assert store.document("absent.md") is None
-
-
 def test_rebuilding_replaces_the_whole_index_and_an_open_one_goes_on(
     index: Path, tiny_embedder: Path, build: Build
 ) -> None:
     before = Searcher(index)
     build(index, tiny_embedder, {"new.txt": "A pair of llamas."})
     assert {passage.document for passage in Searcher(index).search("llamas", top_k=10)} == {"new.txt"}
-    assert Searcher(index).content_hash != before.content_hash
     assert before.search("llamas will guard the herd from foxes", top_k=1)[0].document == "guards.txt"
     assert [file.name for file in index.parent.iterdir()] == ["index"]
 
 
-def test_the_same_documents_give_the_same_content_hash(
-    index: Path, tiny_embedder: Path, build: Build, texts: Texts
-) -> None:
-    before = Searcher(index).content_hash
+def test_the_same_documents_give_the_same_index(index: Path, tiny_embedder: Path, build: Build, texts: Texts) -> None:
+    before = Searcher(index).manifest
     build(index, tiny_embedder, texts)
-    assert Searcher(index).content_hash == before
+    assert Searcher(index).manifest == before  # the hashes of its files among the rest
 
 
 def test_a_build_that_dies_leaves_the_old_index(

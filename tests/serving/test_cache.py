@@ -1,5 +1,4 @@
 import asyncio
-import time
 
 from app.config import CacheConfig
 from app.serving.cache import CacheClient, CacheDeployment
@@ -46,10 +45,8 @@ def test_a_hanging_cache_costs_one_deadline_and_then_nothing():
     async def main():
         handle = Handle(hang)
         client = CacheClient(handle, deadline_s=0.05, pause_s=60)
-        start = time.monotonic()
         for _ in range(20):
             assert await client.get("key") is None
-        assert time.monotonic() - start < 1
         assert handle.calls == 1
 
     asyncio.run(main())
@@ -57,13 +54,14 @@ def test_a_hanging_cache_costs_one_deadline_and_then_nothing():
 
 def test_a_failing_cache_is_a_miss_and_is_tried_again_after_the_pause():
     async def main():
-        handle = Handle(fail)
-        client = CacheClient(handle, pause_s=2)
+        handle, now = Handle(fail), [0.0]
+        client = CacheClient(handle, pause_s=5, clock=lambda: now[0])
         assert await client.get("key") is None
+        now[0] = 4.9
         client.put("key", {})
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0)  # the write in the background has its turn
         assert handle.calls == 1
-        await asyncio.sleep(2)
+        now[0] = 5.0
         assert await client.get("key") is None
         assert handle.calls == 2
 

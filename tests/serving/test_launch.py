@@ -4,7 +4,7 @@ import pytest
 
 from app.config import ServeConfig, validate
 from app.errors import UserError
-from app.serving.launch import check_port_is_free, explain, serve_application, with_absolute_paths
+from app.serving.launch import check_folders, check_port_is_free, explain, serve_application, with_absolute_paths
 
 
 def test_a_taken_port_is_told_before_anything_is_deployed():
@@ -40,3 +40,14 @@ def test_the_users_mistake_is_found_in_serves_traceback():
     trace = "Traceback\n  File x\napp.errors.UserError: delta='/x' lacks delta.json\nThe above exception was …"
     assert explain(["", trace]) == "delta='/x' lacks delta.json"
     assert explain(["", "no nodes"]) == "no nodes"
+
+
+def test_a_folder_of_another_kind_is_told_before_anything_is_deployed(tmp_path, model_dir):
+    for values, reason in (
+        ({"generator": {"model": str(tmp_path)}}, "lacks config.json"),
+        ({"generator": {"model": str(tmp_path / "none")}}, "no such folder"),
+        ({"generator": {"deltas": {"a": str(model_dir)}}}, "lacks delta.json"),
+        ({"retriever": {"index": str(model_dir)}}, "lacks manifest.json"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            check_folders(validate(ServeConfig, values))
