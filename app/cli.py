@@ -91,8 +91,6 @@ def main(*prefix: str) -> None:
             raise
         print(f"error: {mistake}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def _run(command: str, schema: str, overrides: list[str] | None, file: str | None, **options: Any) -> None:
@@ -101,7 +99,14 @@ def _run(command: str, schema: str, overrides: list[str] | None, file: str | Non
 
     settings = app.config.load_config(getattr(app.config, schema), file=file, overrides=overrides or ())
     module = importlib.import_module("app.quickstart" if command == "quickstart" else "app.commands")
-    getattr(module, command)(settings, **options)
+    try:
+        getattr(module, command)(settings, **options)
+    except KeyboardInterrupt:
+        print(
+            "stopped" + ("; --resume goes on from the newest checkpoint" if "resume" in options else ""),
+            file=sys.stderr,
+        )
+        sys.exit(130)
 
 
 def _user_error(error: BaseException | None) -> UserError | None:

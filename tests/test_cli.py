@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from app.cli import main
+
 REPOSITORY = Path(__file__).parent.parent
 PACOS = str(Path(sys.executable).parent / "pacos")
 
@@ -69,6 +71,20 @@ def test_a_cluster_that_does_not_answer_is_told_within_ten_seconds(small_source:
     assert nobody.returncode == 2
     assert "does not answer" in nobody.stderr
     assert "Traceback" not in nobody.stderr
+
+
+def test_an_interrupted_run_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("app.commands.train", interrupted)
+    monkeypatch.setattr(sys, "argv", ["pacos", "data=somewhere", "output=elsewhere"])
+    with pytest.raises(SystemExit) as ended:
+        main("train")
+    assert ended.value.code == 130
+    assert "--resume goes on" in capsys.readouterr().err
 
 
 @pytest.mark.ray
