@@ -4,6 +4,7 @@ Used by fine-tuning and by pretraining: `run_on_workers` in the driver, `train_o
 handling is Ray's: lost workers are replaced and the function starts again from its newest checkpoint.
 """
 
+import signal
 import sys
 import threading
 import time
@@ -74,8 +75,10 @@ def run_on_workers(
         dataset_config=data_config(),
     )
     try:
-        with _draining(queue, on_metrics):
+        with _draining(queue, on_metrics), _interrupt_handler_kept():
             trainer.fit()
+    except SystemExit:  # how Ray Train ends a run after Ctrl-C
+        raise KeyboardInterrupt from None
     except Exception as error:
         mistake = _user_mistake(error)
         if mistake is None:
@@ -83,6 +86,19 @@ def run_on_workers(
         raise mistake from None
     finally:
         queue.shutdown()
+
+
+@contextmanager
+def _interrupt_handler_kept() -> Iterator[None]:
+    """Ray Train takes Ctrl-C over, to abort the run, and never gives it back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _without_retrying_divergence(function: WorkerFunction) -> WorkerFunction:

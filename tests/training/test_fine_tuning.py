@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import psutil
@@ -58,6 +59,7 @@ def unbroken(small_data: Path, tiny_model: Path, tmp_path_factory: pytest.TempPa
 
 def test_a_run_lowers_the_loss_and_leaves_all_its_files(unbroken) -> None:
     output, summary, seen = unbroken
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "Ctrl-C is ours again"
     assert summary["eval_loss_after"] < summary["eval_loss_before"]
     assert list(losses(seen)) == list(range(1, STEPS + 1))
     assert [row["step"] for row in seen if "eval_loss" in row] == [0, 4, 8]
