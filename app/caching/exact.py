@@ -15,8 +15,8 @@ def cache_key(model_hash: str, **fields: Any) -> str:
 
     `model_hash` is the content hash of the weights (base, and delta if there is one), not a name: a retrained model
     answers under new keys. `fields` are JSON values: the prompt as rendered, every sampling parameter, and for an
-    answer that draws on documents the passages themselves. What is left out of the key is shared between
-    requests that differ in it.
+    answer that draws on documents the passages themselves. What is left out of the key is shared between requests
+    that differ in it.
     """
     content = {"format": 1, "model": model_hash, "request": fields}
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
