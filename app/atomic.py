@@ -1,7 +1,9 @@
 """Files and folders that appear as a whole or not at all."""
 
+import glob
 import os
 import shutil
+import socket
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,10 +23,9 @@ def replaced_folder(folder: Path, *, contents: Collection[str]) -> Iterator[Path
     """
     check_replaceable(folder, contents)
     make_folder(folder.parent)
-    staging = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    retired = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    for leftover in (staging, retired):
-        shutil.rmtree(leftover, ignore_errors=True)
+    _clear_leftovers(folder)
+    mine = f".{folder.name}.{socket.gethostname()}-{os.getpid()}"
+    staging, retired = folder.with_name(f"{mine}.tmp"), folder.with_name(f"{mine}.old")
     make_folder(staging)
     try:
         yield staging
@@ -38,6 +39,29 @@ def replaced_folder(folder: Path, *, contents: Collection[str]) -> Iterator[Path
             retired.rename(folder)
         shutil.rmtree(staging, ignore_errors=True)
         shutil.rmtree(retired, ignore_errors=True)
+
+
+def _clear_leftovers(folder: Path) -> None:
+    """Remove what processes of this machine that were killed left beside `folder`; bring back what one had retired."""
+    prefix = f".{folder.name}.{socket.gethostname()}-"
+    for leftover in folder.parent.glob(f"{glob.escape(prefix)}*"):
+        pid = leftover.name.removeprefix(prefix).partition(".")[0]
+        if pid.isdecimal() and int(pid) != os.getpid() and _is_running(int(pid)):
+            continue
+        if leftover.suffix == ".old" and not folder.exists():
+            leftover.rename(folder)
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def check_replaceable(folder: Path, contents: Collection[str]) -> None:

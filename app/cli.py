@@ -36,6 +36,16 @@ def prepare(overrides: Overrides = None, config: ConfigFile = None, address: Add
 
 
 @cli.command()
+def inspect(
+    data: Annotated[str, typer.Argument(metavar="PATH", help="Folder that `pacos prepare` wrote.")],
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+) -> None:
+    """What prepared data looks like: samples, lengths, packing; and a page with plots."""
+    _run("inspect", "InspectConfig", [f"data={data}", *(overrides or ())], config)
+
+
+@cli.command()
 def pretrain(
     overrides: Overrides = None, config: ConfigFile = None, address: Address = None, resume: Resume = False
 ) -> None:

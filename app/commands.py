@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from app.config import (
     AskConfig,
     EvaluateConfig,
     IndexConfig,
+    InspectConfig,
     PrepareConfig,
     PretrainConfig,
     ServeConfig,
@@ -24,11 +25,16 @@ Address = str | None
 
 
 def prepare(config: PrepareConfig, *, address: Address) -> None:
-    from app.data.records import read_rows
+    run_prepare(config, on_ray=lambda: on_ray(address))
 
-    read_rows(config.source)  # a file that cannot be read is told before Ray starts
-    with on_ray(address):
-        run_prepare(config)
+
+def inspect(config: InspectConfig) -> None:
+    from app.data.inspection import inspect as look
+    from app.data.report import write_report
+
+    inspection = look(config)
+    show_inspection(inspection)
+    console.say(f"Report: {write_report(inspection, config)}")
 
 
 def pretrain(config: PretrainConfig, *, address: Address, resume: bool) -> None:
@@ -92,25 +98,48 @@ def ask(config: AskConfig) -> None:
 # --- the parts, which quickstart strings together on one cluster --------------------------------
 
 
-def run_prepare(config: PrepareConfig) -> None:
-    from app.data.shards import prepare as run
+def run_prepare(config: PrepareConfig, *, on_ray: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
+    """Prepare, unless that is done; `on_ray` connects, once what can be checked without Ray is checked."""
+    from app.data.prepare import opened, plan_preparation, run
+    from app.data.shards import read_manifest
 
-    with console.progress("prepare", unit="records") as advance:
-        manifest = run(config, progress=advance)
-    values, splits = manifest.values, manifest.values["splits"]
-    rejected = ", ".join(f"{reason} ({count})" for reason, count in values["rejected"].items())
+    plan = plan_preparation(config)
+    if manifest := plan.finished():
+        console.say(f"{config.output} is up to date: made from the same sources with the same settings")
+    else:
+        with opened(plan) as work, on_ray():
+            run(work, progress=lambda name: console.progress(name, unit="records"))
+        manifest = read_manifest(config.output)
+    show_prepared(config, manifest.values)
+
+
+def show_prepared(config: PrepareConfig, values: dict[str, Any]) -> None:
+    splits, train = values["splits"], values["splits"]["train"]
+    formats = ", ".join(sorted({source["format"] for source in values["sources"]}))
     console.table(
-        f"Prepared {config.source} → {config.output}",
+        f"Prepared {', '.join(config.sources)} → {config.output}",
         {
-            "records read": values["rows"],
-            "kept for training": splits["train"]["records"],
+            "records read": f"{values['rows']:,} ({formats})",
+            "kept for training": train["records"],
             "held out": splits["validation"]["records"],
-            "rejected": f"{sum(values['rejected'].values()):,} {'— ' + rejected if rejected else ''}".strip(),
-            "cut to max_length": sum(split["truncated"] for split in splits.values()),
-            "training tokens": splits["train"]["tokens"],
-            "of them in the loss": splits["train"]["loss_tokens"],
+            "held out for a test": splits["test"]["records"] or None,
+            "dropped": _counts(values["rejected"]),
+            "repaired": _counts(values["repaired"]),
+            "training tokens": train["tokens"],
+            "of them in the loss": train["loss_tokens"],
+            "packed into rows": train["rows"] if train["rows"] != train["records"] else None,
         },
     )
+
+
+def show_inspection(inspection: Any) -> None:
+    """Samples, prompts dimmed; then the lengths and the figures."""
+    for sample in inspection.samples:
+        console.say_parts([(part.text, None if part.in_loss else "dim") for part in sample.parts])
+        note = "" if sample.round_trips else "   DIFFERS after encoding the text again"
+        console.say(f"{sample.num_tokens} tokens, {sample.loss_tokens} in the loss{note}\n", style="cyan")
+    console.bars("tokens a record", inspection.length_bars())
+    console.table("", inspection.figures())
 
 
 def run_train(job: Any, *, resume: bool = False) -> dict[str, Any]:
@@ -233,6 +262,11 @@ def wait_for_interrupt() -> None:
             time.sleep(3600)
     except KeyboardInterrupt:
         console.say("stopping", style="dim")
+
+
+def _counts(reasons: dict[str, int]) -> str:
+    listed = ", ".join(f"{reason} ({count:,})" for reason, count in reasons.items())
+    return f"{sum(reasons.values()):,}" + (f" — {listed}" if listed else "")
 
 
 def _change(before: float | None, after: float | None) -> str | None:

@@ -1,7 +1,7 @@
 """What people see in the terminal: progress with rates and time left, tables, samples. Knows Rich and no job."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -104,6 +104,21 @@ def heading(text: str) -> None:
 def say(text: str, *, style: str | None = None) -> None:
     """Text as it is, without markup: it may come from a model or a document."""
     console.print(Text(text, style=style or ""))
+
+
+def say_parts(parts: Sequence[tuple[str, str | None]]) -> None:
+    """Pieces of text, each in a style of its own."""
+    console.print(Text.assemble(*((text, style or "") for text, style in parts)))
+
+
+def bars(title: str, rows: Sequence[tuple[str, int]]) -> None:
+    """A histogram, a bar a line."""
+    longest = max((count for _, count in rows), default=0)
+    console.print(Text(title, style="italic"))
+    for label, count in rows:
+        length = 40 * count / longest if longest else 0
+        bar = "█" * int(length) + ("▌" if length % 1 >= 0.5 else "")
+        console.print(Text(f"  {label:>11}  {bar} {count:,}"))
 
 
 def _text(value: object) -> str:

@@ -65,7 +65,7 @@ def small_data(
 ) -> Path:
     """`small_source`, prepared for `tiny_model`."""
     from app.config import PrepareConfig
-    from app.data.shards import prepare
+    from app.data.prepare import prepare
 
     output = tmp_path_factory.mktemp("prepared") / "data"
     prepare(

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from app.config import TrainConfig, load_config
-from app.data.prompts import render_prompt
+from app.data.prompts import PacosTemplate
 from app.data.tokenization import load_tokenizer
 from app.methods.delta import merge_delta, read_delta
 from app.models.checkpoints import load_decoder, save_decoder
@@ -148,7 +148,7 @@ def test_serve_deploy_answers_as_transformers_does(
     command_line(cluster, "serve", "deploy", str(tmp_path / "serve.yaml"))
     url = f"http://127.0.0.1:{port}"
     wait_for(lambda: httpx.get(f"{url}/healthz", timeout=5).status_code == 200, what="the endpoint")
-    prompt = render_prompt("Which continent is Chile part of?")
+    prompt = PacosTemplate().prompt("Which continent is Chile part of?")
     body = {"model": "pacos:tuned", "prompt": prompt, "max_tokens": 12, "temperature": 0}
     response = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
     assert response.status_code == 200, response.text

@@ -9,6 +9,7 @@ from app.config.schema import Config
 
 COMMANDS: dict[str, type[Config]] = {
     "pacos prepare": schema.PrepareConfig,
+    "pacos inspect": schema.InspectConfig,
     "pacos pretrain": schema.PretrainConfig,
     "pacos train": schema.TrainConfig,
     "pacos evaluate": schema.EvaluateConfig,

@@ -7,6 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+IGNORED = -100
+"""The label of what is not in the loss, as torch's cross-entropy and `transformers` have it."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -16,21 +19,57 @@ class Batch:
     """bool [batch, time]: whether predicting this token counts; never true on padding."""
     num_tokens: int
     """Tokens that are not padding."""
+    positions: Tensor | None = None
+    """int64 [batch, time]: where in its document a token stands. None where each row is one document."""
+    documents: Tensor | None = None
+    """int64 [batch, time]: which document of its row a token belongs to. None where each row is one document."""
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 [batch, time]: the ids in the loss, -100 elsewhere. Not shifted: position i is the label of i."""
+        return self.input_ids.masked_fill(~self.loss_mask, IGNORED)
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(self.input_ids.to(device), self.loss_mask.to(device), self.num_tokens)
+        return Batch(
+            self.input_ids.to(device),
+            self.loss_mask.to(device),
+            self.num_tokens,
+            None if self.positions is None else self.positions.to(device),
+            None if self.documents is None else self.documents.to(device),
+        )
 
 
-def collate(input_ids: Sequence[np.ndarray], loss_masks: Sequence[np.ndarray]) -> Batch:
-    """Pad records to the longest of them.
+def collate(
+    input_ids: Sequence[np.ndarray],
+    loss_masks: Sequence[np.ndarray],
+    lengths: Sequence[np.ndarray] | None = None,
+    *,
+    pad_to: int | None = None,
+) -> Batch:
+    """Pad rows to the longest of them, or to `pad_to`; `lengths` are those of the documents in each row.
 
     Padding is known by position, never by a pad token's id: GPT-2 has none, and masking by the end-of-text id in
     its place would teach the model never to stop.
     """
-    longest = max(len(ids) for ids in input_ids)
-    ids = np.zeros((len(input_ids), longest), dtype=np.int64)
-    mask = np.zeros((len(input_ids), longest), dtype=bool)
-    for row, (record_ids, record_mask) in enumerate(zip(input_ids, loss_masks, strict=True)):
-        ids[row, : len(record_ids)] = record_ids
-        mask[row, : len(record_mask)] = record_mask
-    return Batch(torch.from_numpy(ids), torch.from_numpy(mask), sum(map(len, input_ids)))
+    shape = (len(input_ids), pad_to or max(len(ids) for ids in input_ids))
+    ids, mask = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=bool)
+    for row, (row_ids, row_mask) in enumerate(zip(input_ids, loss_masks, strict=True)):
+        ids[row, : len(row_ids)] = row_ids
+        mask[row, : len(row_mask)] = row_mask
+    batch = Batch(torch.from_numpy(ids), torch.from_numpy(mask), sum(map(len, input_ids)))
+    if lengths is None or all(len(of_row) == 1 for of_row in lengths):
+        return batch
+    positions, documents = _places(lengths, shape)
+    return Batch(batch.input_ids, batch.loss_mask, batch.num_tokens, positions, documents)
+
+
+def _places(lengths: Sequence[np.ndarray], shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Positions and document numbers of packed rows. Padding is a document of its own, at position 0."""
+    positions = np.zeros(shape, dtype=np.int64)
+    documents = np.full(shape, max(map(len, lengths)), dtype=np.int64)
+    for row, of_row in enumerate(lengths):
+        total = int(np.sum(of_row))
+        starts = np.cumsum(of_row) - of_row
+        positions[row, :total] = np.arange(total) - np.repeat(starts, of_row)
+        documents[row, :total] = np.repeat(np.arange(len(of_row)), of_row)
+    return torch.from_numpy(positions), torch.from_numpy(documents)

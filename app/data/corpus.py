@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from app.data.records import is_held_out_hash, read_rows, validate_row
+from app.data.chunks import read_rows
+from app.data.records import Instruction, Invalid, RowReader, split_of
 from app.data.tokenization import Tokenizer
 from app.errors import UserError
 
 # the fields of the common instruction formats that hold text, in reading order
 _TEXT_FIELDS = ("instruction", "prompt", "context", "input", "output", "response", "completion", "text")
+_ALPACA = RowReader("alpaca")
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ def read_documents(source: str) -> Iterator[Document]:
     model, which fine-tuning then teaches the template.
     """
     if Path(source).suffix in (".json", ".jsonl"):
-        for row in read_rows(source):
+        for row in _rows(source):
             document = _document_of_row(row)
             if document is not None:
                 yield document
@@ -50,8 +52,8 @@ def split_documents(documents: Sequence[Document], *, validation_fraction: float
     train: list[str] = []
     validation: list[str] = []
     for content_hash, text in unique.items():
-        held_out = is_held_out_hash(content_hash, fraction=validation_fraction)
-        (validation if held_out else train).append(text)
+        split = split_of(content_hash, validation_fraction=validation_fraction)
+        (validation if split == "validation" else train).append(text)
     if not train or not validation:
         raise UserError(
             f"{len(unique)} documents are too few to hold out validation_fraction={validation_fraction} of them"
@@ -83,13 +85,27 @@ class TokenStream:
         return tokens[: self.rows_per_epoch * self.row_length].reshape(-1, self.row_length)
 
 
+def _rows(source: str) -> Iterator[Any]:
+    path = Path(source)
+    try:
+        yield from read_rows(path, source=source)
+    except OSError as error:
+        raise UserError(f"source={source!r} cannot be read: {error.strerror}") from None
+
+
 def _document_of_row(row: Any) -> Document | None:
+    try:
+        record, _ = _ALPACA.read(row)
+    except Invalid:
+        return _document_of_fields(row)
+    assert isinstance(record, Instruction)
+    fields = [record.instruction, record.input, record.output]
+    return Document("\n\n".join(field for field in fields if field), record.content_hash())
+
+
+def _document_of_fields(row: Any) -> Document | None:
     if not isinstance(row, dict):
         return None
-    record = validate_row(row)
-    if not isinstance(record, str):
-        fields = [record.instruction, record.input, record.output]
-        return Document("\n\n".join(field for field in fields if field), record.content_hash())
     fields = [row[name].strip() for name in _TEXT_FIELDS if isinstance(row.get(name), str)]
     text = "\n\n".join(field for field in fields if field)
     return _plain_document(text) if text else None

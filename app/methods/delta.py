@@ -83,13 +83,13 @@ def merge_delta(model: nn.Module, delta: Delta) -> None:
     merge_method(model, delta.method)
 
 
-def check_base(delta: Delta, folder: str, *, base_hash: str, tokenizer_hash: str, template: str) -> None:
-    """Refuse a delta that was trained on another base, tokenizer or template than it would be used with.
+def check_base(delta: Delta, folder: str, *, base_hash: str, tokenizer_hash: str) -> None:
+    """Refuse a delta that was trained on another base or tokenizer than it would be used with.
 
     Raises:
         UserError: naming `folder` and what differs.
     """
-    expected = {"base_hash": base_hash, "tokenizer_hash": tokenizer_hash, "template": template}
+    expected = {"base_hash": base_hash, "tokenizer_hash": tokenizer_hash}
     for key, value in expected.items():
         recorded = delta.metadata.get(key, value)
         if recorded != value:

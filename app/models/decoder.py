@@ -49,12 +49,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.out = nn.Linear(config.width, config.width)
 
-    def forward(self, x: Tensor, *, cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         batch, time, width = x.shape
         heads = self.qkv(x).view(batch, time, 3, self.num_heads, width // self.num_heads)
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # each [batch, heads, time, head_width]
         if cache is None:
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         else:
             mixed = cache.attend(self.layer, q, k, v)
         return self.out(mixed.transpose(1, 2).reshape(batch, time, width))
@@ -80,8 +80,8 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(config.width, eps=config.norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, *, cache: Cache | None = None) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), cache=cache)
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), mask=mask, cache=cache)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -94,17 +94,26 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.final_norm = nn.LayerNorm(config.width, eps=config.norm_epsilon)
 
-    def forward(self, ids: Tensor, *, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
         """Hidden states [batch, time, width] of `ids` [batch, time].
 
         `positions` [batch, time] default to 0, 1, 2, …. Without a cache attention is causal over the row, so
-        padding belongs on the right. With one, the cache decides what each token sees.
+        padding belongs on the right; with `documents` [batch, time] it is so within each document of the row, which
+        then sees nothing of its neighbours. With a cache, the cache decides what each token sees.
         """
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)
         x = self.token_embedding(ids) + self.position_embedding(positions)
+        mask = None if documents is None else _isolating_mask(documents)
         for block in self.blocks:
-            x = block(x, cache=cache)
+            x = block(x, mask=mask, cache=cache)
         return self.final_norm(x)
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -123,3 +132,9 @@ class Decoder(nn.Module):
                 into_residual = name.endswith(("attn.out.weight", "mlp.down.weight"))
                 scale = (2 * self.config.num_layers) ** -0.5 if into_residual else 1.0
                 parameter.normal_(0.0, 0.02 * scale, generator=generator)
+
+
+def _isolating_mask(documents: Tensor) -> Tensor:
+    """bool [batch, 1, time, time]: whether a query (third axis) may see a key (fourth): of its document, not later."""
+    same = documents.unsqueeze(2) == documents.unsqueeze(1)
+    return same.tril().unsqueeze(1)

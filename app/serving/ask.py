@@ -5,7 +5,7 @@ from typing import Any
 import httpx
 
 from app.config import AskConfig
-from app.data.prompts import render_prompt
+from app.data.prompts import Template, template_from_json
 from app.errors import UserError
 
 
@@ -17,16 +17,27 @@ def ask(config: AskConfig) -> dict[str, Any]:
     """
     common = {"model": config.model, "max_tokens": config.max_tokens, "temperature": config.temperature}
     if config.rag:
-        answer = _post(config, "/v1/rag", {"question": config.question, **common})
+        answer = _call(config, "/v1/rag", {"question": config.question, **common})
         return {"text": answer["answer"], **{key: answer[key] for key in ("model", "usage", "sources", "timings")}}
-    answer = _post(config, "/v1/completions", {"prompt": render_prompt(config.question), **common})
+    prompt = _template(config).prompt(config.question)
+    answer = _call(config, "/v1/completions", {"prompt": prompt, **common})
     return {"text": answer["choices"][0]["text"].strip(), "model": answer["model"], "usage": answer["usage"]}
 
 
-def _post(config: AskConfig, path: str, body: dict[str, Any]) -> dict[str, Any]:
+def _template(config: AskConfig) -> Template:
+    """That of the model, which the endpoint tells."""
+    models = {model["id"]: model for model in _call(config, "/v1/models")["data"]}
+    if config.model not in models:
+        raise UserError(f"model={config.model!r} does not exist; {config.url} has {', '.join(models)}")
+    return template_from_json(models[config.model]["template"])
+
+
+def _call(config: AskConfig, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """POST where there is a body, else GET."""
     url = config.url.rstrip("/") + path
     try:
-        response = httpx.post(url, json=body, timeout=config.timeout_s, trust_env=False)
+        method = "GET" if body is None else "POST"
+        response = httpx.request(method, url, json=body, timeout=config.timeout_s, trust_env=False)
     except httpx.TimeoutException:
         raise UserError(
             f"{url} did not answer within timeout_s={config.timeout_s:g}; raise it, or ask for less"

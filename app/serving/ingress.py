@@ -89,7 +89,13 @@ def create_api(answering: Answering) -> FastAPI:
         """The base model and its fine-tuned variants."""
         served = await answering.models()
         data = [
-            Model(id=model.name, created=started_at, context_length=model.context_length, hash=model.hash)
+            Model(
+                id=model.name,
+                created=started_at,
+                context_length=model.context_length,
+                hash=model.hash,
+                template=model.template,
+            )
             for model in served
         ]
         return ModelList(data=data)

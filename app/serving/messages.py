@@ -49,6 +49,8 @@ class ModelInfo:
     hash: str
     """Content hash of base, tokenizer, precision and delta: what an answer depends on."""
     context_length: int
+    template: dict[str, Any]
+    """How a question becomes a prompt: what `app.data.prompts.template_from_json` reads."""
 
 
 @dataclass(frozen=True)

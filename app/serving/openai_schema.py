@@ -206,6 +206,8 @@ class Model(Wire):
     context_length: int
     hash: str
     """Changes with every weight: equal hashes answer equally."""
+    template: dict[str, Any]
+    """How a question becomes a prompt for `/v1/completions`; `/v1/rag` does it by itself."""
 
 
 class ModelList(Wire):

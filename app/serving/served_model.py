@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import json
 import math
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -12,14 +13,14 @@ import torch
 
 from app.assets import model_folder
 from app.config import GeneratorConfig
-from app.data.prompts import TEMPLATE_NAME, render_prompt
-from app.data.tokenization import END_OF_TEXT, Tokenizer, load_tokenizer
+from app.data.prompts import PacosTemplate, Template, template_from_json
+from app.data.tokenization import Tokenizer, load_tokenizer
 from app.engine.engine import Engine
 from app.engine.front import EngineFront
 from app.engine.sampling import Sampling
 from app.engine.sequence import ContextLengthExceeded
 from app.errors import UserError
-from app.methods.delta import check_base, merge_delta, read_delta
+from app.methods.delta import Delta, check_base, merge_delta, read_delta
 from app.models.checkpoints import load_decoder, weights_hash
 from app.models.decoder import Decoder
 from app.serving.messages import GenerateRequest, ModelInfo, Piece, Prompt, PromptInfo, RagPrompt
@@ -36,15 +37,18 @@ def load_models(config: GeneratorConfig, *, name: str) -> dict[str, "ServedModel
     folder = model_folder(config.model)
     tokenizer = load_tokenizer(folder)
     base_hash = weights_hash(folder)
-    models = {name: _serve(name, load_decoder(folder), tokenizer, base_hash, config)}
+    models = {name: _serve(name, load_decoder(folder), tokenizer, PacosTemplate(), base_hash, config)}
     for delta_name, delta_folder in config.deltas.items():
-        model, delta_hash = _load_with_delta(folder, Path(delta_folder), base_hash, tokenizer)
+        model, delta = _load_with_delta(folder, Path(delta_folder), base_hash, tokenizer)
+        template = template_from_json(delta.metadata["template"])
         full_name = f"{name}:{delta_name}"
-        models[full_name] = _serve(full_name, model, tokenizer, base_hash + delta_hash, config)
+        models[full_name] = _serve(full_name, model, tokenizer, template, base_hash + delta.hash, config)
     return models
 
 
-def _serve(name: str, model: Decoder, tokenizer: Tokenizer, weights: str, config: GeneratorConfig) -> "ServedModel":
+def _serve(
+    name: str, model: Decoder, tokenizer: Tokenizer, template: Template, weights: str, config: GeneratorConfig
+) -> "ServedModel":
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
             f"model={config.model!r}: the tokenizer has {tokenizer.vocab_size} tokens, the model only "
@@ -52,30 +56,31 @@ def _serve(name: str, model: Decoder, tokenizer: Tokenizer, weights: str, config
         )
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     engine = Engine(model.to(config.device, dtype), max_batch_size=config.max_batch_size, max_queue=config.max_queue)
-    identity = ":".join([weights, tokenizer.fingerprint(), config.precision, TEMPLATE_NAME])
-    info = ModelInfo(name, hashlib.sha256(identity.encode()).hexdigest(), model.config.context_length)
-    return ServedModel(info, EngineFront(engine, name=f"engine {name}"), tokenizer)
+    identity = ":".join([weights, tokenizer.fingerprint(), config.precision, json.dumps(template.to_json())])
+    model_hash = hashlib.sha256(identity.encode()).hexdigest()
+    info = ModelInfo(name, model_hash, model.config.context_length, template.to_json())
+    return ServedModel(info, EngineFront(engine, name=f"engine {name}"), tokenizer, template)
 
 
-def _load_with_delta(folder: Path, delta_folder: Path, base_hash: str, tokenizer: Tokenizer) -> tuple[Decoder, str]:
+def _load_with_delta(folder: Path, delta_folder: Path, base_hash: str, tokenizer: Tokenizer) -> tuple[Decoder, Delta]:
     delta = read_delta(delta_folder)
     check_base(
         delta,
         str(delta_folder),
         base_hash=base_hash,
         tokenizer_hash=tokenizer.fingerprint(),
-        template=TEMPLATE_NAME,
     )
     model = load_decoder(folder)  # in fp32, whatever is served: merging rounds only once
     merge_delta(model, delta)
-    return model.requires_grad_(False).eval(), delta.hash
+    return model.requires_grad_(False).eval(), delta
 
 
 class ServedModel:
-    def __init__(self, info: ModelInfo, front: EngineFront, tokenizer: Tokenizer) -> None:
+    def __init__(self, info: ModelInfo, front: EngineFront, tokenizer: Tokenizer, template: Template) -> None:
         self.info = info
         self.front = front
         self.tokenizer = tokenizer
+        self.template = template
         self._mean_duration_s = 1.0
 
     async def encode(self, request: GenerateRequest) -> list[tuple[list[int], PromptInfo]]:
@@ -156,8 +161,14 @@ class ServedModel:
             ids, num_passages = longer, count
         return ids, PromptInfo(len(ids), num_passages)
 
+    def _without_marks(self, text: str) -> str:
+        """`text` without what the tokenizer takes for its own marks, such as the end of text."""
+        for token in self.tokenizer.special_tokens:
+            text = text.replace(token, " ")
+        return text
+
     def _render(self, question: str, passages: Sequence[str]) -> list[int]:
         # On one line, as in the records that models are tuned on; so no passage can forge a line of the template.
-        lines = (" ".join(text.replace(END_OF_TEXT, " ").split()) for text in passages)
-        question = question.replace(END_OF_TEXT, " ").strip()
-        return self.tokenizer.encode(render_prompt(question, input=" ".join(lines)))
+        lines = (" ".join(self._without_marks(text).split()) for text in passages)
+        question = self._without_marks(question).strip()
+        return self.tokenizer.encode(self.template.prompt(question, " ".join(lines)))

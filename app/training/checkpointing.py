@@ -65,5 +65,11 @@ def latest_step(folder: Path) -> Checkpoint | None:
     return read_checkpoint(complete[-1]) if complete else None
 
 
+def latest_step_number(folder: Path) -> int:
+    """The step of the newest checkpoint in `folder`, 0 where there is none."""
+    complete = _complete(folder)
+    return int(complete[-1].name.removeprefix("step-")) if complete else 0
+
+
 def _complete(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if (path / _STATE).is_file())

@@ -25,9 +25,11 @@ def check_fits(manifest: Manifest, *, data: str, model: str) -> Tokenizer:
             f"model={model!r}: its tokenizer has {tokenizer.vocab_size} entries and its weights {shape.vocab_size}; "
             "their files do not belong together"
         )
-    if prepared["max_length"] > shape.context_length:
-        raise UserError(
-            f"data={data!r} holds records of up to max_length={prepared['max_length']} tokens and model={model!r} "
-            f"reads {shape.context_length}; prepare with max_length={shape.context_length}"
-        )
+    # Of a packed row it is the documents that count: each has positions of its own.
+    for key, longest in (("max_length", manifest.max_length), ("layout.length", manifest.fixed_length or 0)):
+        if longest > shape.context_length:
+            raise UserError(
+                f"data={data!r} was prepared with {key}={longest} tokens and model={model!r} reads "
+                f"{shape.context_length}; prepare with {key}={shape.context_length}"
+            )
     return tokenizer

@@ -16,8 +16,7 @@ from app.assets import model_folder
 from app.atomic import write_text
 from app.config.schema import EvaluateConfig
 from app.data.batches import collate
-from app.data.prompts import TEMPLATE_NAME
-from app.data.shards import Manifest, read_manifest
+from app.data.shards import COLUMNS, Manifest, read_manifest
 from app.data.tokenization import Tokenizer, load_tokenizer
 from app.engine.engine import Engine
 from app.engine.sampling import Sampling
@@ -25,7 +24,7 @@ from app.errors import UserError
 from app.methods.delta import check_base, merge_delta, read_delta
 from app.models.checkpoints import load_decoder, weights_hash
 from app.models.decoder import Decoder
-from app.ray_cluster import thread_environment
+from app.ray_cluster import on_all_cpus, thread_environment
 from app.training.compatibility import check_fits
 from app.training.loss import masked_nll
 from app.training.precision import autocast
@@ -64,11 +63,12 @@ def evaluate(config: EvaluateConfig, *, progress: Callable[[int, int], None] = l
 
     manifest = read_manifest(config.data)
     tokenizer = check_fits(manifest, data=config.data, model=config.model)
-    total = min(manifest.num_records(config.split), config.max_records or 2**62)
+    total = min(manifest.num_rows(config.split), config.max_records or 2**62)
     if not total:
         raise UserError(f"data={config.data!r} has no {config.split} records; prepare it with validation_fraction > 0")
+    _check_template(config, manifest)
     model = load_model(config)  # here first, so that a mistake in model or delta is told before actors start
-    rows = ray.data.read_parquet(manifest.files(config.split))
+    rows = on_all_cpus(ray.data.read_parquet(manifest.files(config.split)))
     rows.context.execution_options.preserve_order = True  # so that max_records means the same ones each time
     if config.max_records:
         rows = rows.limit(config.max_records)
@@ -105,7 +105,7 @@ def evaluate(config: EvaluateConfig, *, progress: Callable[[int, int], None] = l
 def _score(columns: dict[str, np.ndarray], *, config: EvaluateConfig) -> dict[str, list[float]]:
     """A batch of records to sums of -log p, in a Ray Data task. Only sums leave it, never logits."""
     device, model, tokenizer = _model_on_worker(config)
-    batch = collate(list(columns["input_ids"]), list(columns["loss_mask"])).to(device)
+    batch = collate(*(list(columns[name]) for name in COLUMNS)).to(device)
     with autocast(device, config.precision):
         nll, count = masked_nll(model, batch)
     responses = [ids[mask] for ids, mask in zip(columns["input_ids"], columns["loss_mask"], strict=True)]
@@ -121,6 +121,16 @@ def _model_on_worker(config: EvaluateConfig) -> tuple[torch.device, Decoder, Tok
     return device, load_model(config).to(device), load_tokenizer(model_folder(config.model))
 
 
+def _check_template(config: EvaluateConfig, manifest: Manifest) -> None:
+    """A delta's loss on prompts that it was not trained to read says nothing of it."""
+    trained = read_delta(Path(config.delta)).metadata.get("template") if config.delta else None
+    if trained and trained != manifest.values["template"]:
+        raise UserError(
+            f"delta={config.delta!r} was trained with the template {trained['type']!r} and data={config.data!r} is "
+            f"prepared with {manifest.values['template']['type']!r}; prepare it with the delta's"
+        )
+
+
 def load_model(config: EvaluateConfig) -> Decoder:
     folder = model_folder(config.model)
     model = load_decoder(folder)
@@ -131,7 +141,6 @@ def load_model(config: EvaluateConfig) -> Decoder:
             config.delta,
             base_hash=weights_hash(folder),
             tokenizer_hash=load_tokenizer(folder).fingerprint(),
-            template=TEMPLATE_NAME,
         )
         merge_delta(model, delta)
     return model

@@ -7,10 +7,9 @@ OUTPUT/delta/             the result (`model/` after full fine-tuning)
 OUTPUT/loss.png
 """
 
-import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ from app.assets import model_folder
 from app.atomic import replaced_folder, write_text
 from app.config.schema import TrainConfig
 from app.data.batches import Batch, collate
-from app.data.shards import Manifest, read_manifest
+from app.data.feed import Feed
+from app.data.shards import COLUMNS, Manifest, read_manifest
 from app.data.tokenization import TOKENIZER_FILES
 from app.errors import UserError
 from app.methods import apply_method
@@ -37,9 +37,6 @@ from app.training.run_log import RunLog, open_run
 from app.training.trainer import run_on_workers, train_on_worker
 from app.training.workers import rank, world_size
 
-SHUFFLE_ROWS = 10_000
-"""Each worker draws from a buffer of this many records."""
-
 
 @dataclass(frozen=True)
 class Job:
@@ -47,10 +44,13 @@ class Job:
 
     config: TrainConfig
     manifest: Manifest
-    steps_per_epoch: int
-    total_steps: int
+    feed: Feed
     trained_count: int
     total_count: int
+
+    @property
+    def total_steps(self) -> int:
+        return self.feed.total_steps
 
     @property
     def checkpoints(self) -> Path:
@@ -69,11 +69,10 @@ def plan_job(config: TrainConfig) -> Job:
     """
     manifest = read_manifest(config.data)
     check_fits(manifest, data=config.data, model=config.model)
-    steps_per_epoch = manifest.num_records("train") // config.batch_size
+    steps_per_epoch = manifest.num_rows("train") // config.batch_size
     if not steps_per_epoch:
-        raise UserError(
-            f"batch_size={config.batch_size} is more than the {manifest.num_records('train')} training records"
-        )
+        raise UserError(f"batch_size={config.batch_size} is more than the {manifest.num_rows('train')} training rows")
+    total_steps = min(config.epochs * steps_per_epoch, config.max_steps or 2**62)
     with torch.device("meta"):
         model = Decoder(read_config(model_folder(config.model)))
         total_count = sum(parameter.numel() for parameter in model.parameters())
@@ -81,8 +80,7 @@ def plan_job(config: TrainConfig) -> Job:
     return Job(
         config,
         manifest,
-        steps_per_epoch,
-        total_steps=min(config.epochs * steps_per_epoch, config.max_steps or 2**62),
+        Feed.of(manifest, batch_size=config.batch_size, total_steps=total_steps, seed=config.seed),
         trained_count=sum(parameter.numel() for parameter in trained_parameters(model).values()),
         total_count=total_count,
     )
@@ -96,7 +94,7 @@ def fine_tune(
     Raises:
         UserError: the output folder holds a run and `resume` is false, or none that can be resumed.
     """
-    import ray.data
+    from app.training.feeding import FeedConfig
 
     config, output = job.config, Path(job.config.output)
     inputs = f"{job.manifest.content_hash()} {weights_hash(model_folder(config.model))}"
@@ -106,7 +104,6 @@ def fine_tune(
         log.add(metrics)
         on_metrics(metrics)
 
-    files = job.manifest.files("train")
     run_on_workers(
         _worker,
         {"job": job},
@@ -114,8 +111,7 @@ def fine_tune(
         output=output,
         max_failures=config.max_failures,
         on_metrics=record,
-        # A block for each shard, else Ray groups them by the cluster's size, and a resumed run could see other records.
-        datasets={"train": ray.data.read_parquet(files, override_num_blocks=len(files))},
+        feeding=FeedConfig(job.feed, checkpoints=job.checkpoints),
     )
     log.plot(output / "loss.png", title=f"{config.method.type} on {config.model}")
     steps = [row for row in log.rows if "step_s" in row][1:]  # the first step warms caches up
@@ -139,6 +135,8 @@ def fine_tune(
 
 def _worker(payload: dict[str, Any]) -> None:
     """What each Ray Train worker runs."""
+    from app.training.feeding import worker_batches
+
     job: Job = payload["job"]
     config = job.config
     torch.set_num_threads(config.workers.threads)
@@ -160,32 +158,12 @@ def _worker(payload: dict[str, Any]) -> None:
         ),
         checkpoints=job.checkpoints,
         keep_checkpoints=config.keep_checkpoints,
-        batches=lambda start_step: _training_batches(job, start_step=start_step),
+        batches=lambda start_step: worker_batches(job.feed, start_step=start_step),
         validation=lambda: validation,
         send=payload["send"],
     )
     if rank() == 0:
         _write_result(job, model, metrics)
-
-
-def _training_batches(job: Job, *, start_step: int) -> Iterator[Batch]:
-    """This worker's records of every step from `start_step` on, each epoch in an order of its own."""
-    import ray.train
-
-    shard = ray.train.get_dataset_shard("train")
-    first_epoch, skip = divmod(start_step, job.steps_per_epoch)
-    for epoch in itertools.count(first_epoch):
-        batches = shard.iter_batches(
-            batch_size=job.config.batch_size // world_size(),
-            batch_format="numpy",
-            drop_last=True,
-            prefetch_batches=2,
-            local_shuffle_buffer_size=SHUFFLE_ROWS,
-            local_shuffle_seed=job.config.seed + epoch,
-        )
-        for columns in itertools.islice(batches, skip, job.steps_per_epoch):
-            yield collate(columns["input_ids"], columns["loss_mask"])
-        skip = 0
 
 
 def _validation_batches(job: Job) -> list[Batch]:
@@ -194,11 +172,11 @@ def _validation_batches(job: Job) -> list[Batch]:
     Kept in memory, as ids: reading them anew for every evaluation costs more.
     """
     table = job.manifest.read("validation")
-    columns = (table[name].to_numpy()[rank() :: world_size()] for name in ("input_ids", "loss_mask"))
+    columns = (table[name].to_numpy()[rank() :: world_size()] for name in COLUMNS)
     mine = sorted(zip(*columns, strict=True), key=lambda row: len(row[0]))
     size = max(1, job.config.batch_size // world_size())
     chunks = (mine[first : first + size] for first in range(0, len(mine), size))
-    return [collate([ids for ids, _ in chunk], [mask for _, mask in chunk]) for chunk in chunks]
+    return [collate(*zip(*chunk, strict=True)) for chunk in chunks]
 
 
 def _write_result(job: Job, model: Decoder, metrics: Metrics) -> None:

@@ -13,7 +13,8 @@ def masked_nll(model: Decoder, batch: Batch) -> tuple[Tensor, Tensor]:
     A sum and a count instead of a mean: only they add up right over workers and batches of uneven length. The head
     runs on the rows that count alone; the others' logits are never made.
     """
-    hidden = model(batch.input_ids)[:, :-1]  # [batch, time - 1, width]; position i predicts token i + 1
+    hidden = model(batch.input_ids, positions=batch.positions, documents=batch.documents)
+    hidden = hidden[:, :-1]  # [batch, time - 1, width]; position i predicts token i + 1
     keep = batch.loss_mask[:, 1:]
     nll = rows_nll(model, hidden[keep], batch.input_ids[:, 1:][keep])
     return nll, keep.sum()

@@ -39,12 +39,12 @@ def run_on_workers(
     output: Path,
     max_failures: int,
     on_metrics: Callable[[Metrics], None],
-    datasets: dict[str, Any] | None = None,
+    feeding: Any = None,
 ) -> None:
     """Run `function({**payload, "send": …})` on every worker until all return.
 
-    The function sends metrics with `payload["send"](metrics)`; `on_metrics` gets them here, in order. `datasets` are
-    dealt out in equal parts.
+    The function sends metrics with `payload["send"](metrics)`; `on_metrics` gets them here, in order. `feeding` is a
+    `FeedConfig`, for workers that read `worker_batches`.
 
     Raises:
         UserError: a worker failed for a reason that the user can mend.
@@ -71,8 +71,8 @@ def run_on_workers(
             failure_config=FailureConfig(max_failures=max_failures),
             worker_runtime_env={"env_vars": _worker_environment(workers)},
         ),
-        datasets=datasets,
-        dataset_config=data_config(),
+        datasets={feeding.name: feeding.feed} if feeding else None,
+        dataset_config=feeding,
     )
     try:
         with _draining(queue, on_metrics), _interrupt_handler_kept():
@@ -112,17 +112,6 @@ def _without_retrying_divergence(function: WorkerFunction) -> WorkerFunction:
                 payload["send"](error)
 
     return run
-
-
-def data_config() -> Any:
-    """How Ray Train hands out datasets: in an order that does not depend on which task ends first.
-
-    Else a resumed run would see other records.
-    """
-    from ray.data import ExecutionOptions
-    from ray.train import DataConfig
-
-    return DataConfig(execution_options=ExecutionOptions(preserve_order=True))
 
 
 def train_on_worker(

@@ -1,69 +1,15 @@
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
 from app.atomic import replaced_folder
-from app.config import PrepareConfig
-from app.data.records import is_held_out_hash, read_rows, validate_row
-from app.data.shards import prepare, read_manifest, tokenize_record
-from app.data.tokenization import load_tokenizer
+from app.data.shards import FORMAT, read_manifest
 from app.errors import UserError
-
-pytestmark = pytest.mark.ray
-
-
-def test_shards_hold_exactly_the_tokenized_records_in_order(
-    small_data: Path, small_source: Path, tiny_model: Path
-) -> None:
-    tokenizer = load_tokenizer(tiny_model)
-    expected: dict[str, list] = {"train": [], "validation": []}
-    for row in read_rows(str(small_source)):
-        record = validate_row(row)
-        tokens = tokenize_record(record, tokenizer, max_length=96)
-        if tokens is not None:
-            held_out = is_held_out_hash(record.content_hash(), fraction=0.1)
-            expected["validation" if held_out else "train"].append((tokens.input_ids, tokens.loss_mask))
-    manifest = read_manifest(str(small_data))
-    for split, records in expected.items():
-        rows = [row for file in manifest.files(split) for row in pq.read_table(file).to_pylist()]
-        assert [(row["input_ids"], row["loss_mask"]) for row in rows] == records
-        assert manifest.num_records(split) == len(records) > 0
-
-
-def test_rejected_records_are_kept_with_row_and_reason(ray_cluster: None, tiny_model: Path, tmp_path: Path) -> None:
-    source = tmp_path / "mixed.jsonl"
-    rows = [{"instruction": "a", "output": "b"}, {"output": "x"}, {"instruction": "c", "output": ""}]
-    source.write_text("\n".join(map(json.dumps, rows)))
-    manifest = prepare(PrepareConfig(source=str(source), output=str(tmp_path / "o"), model=str(tiny_model)))
-    rejected = [json.loads(line) for line in (tmp_path / "o/rejected.jsonl").read_text().splitlines()]
-    assert rejected == [{"row": 1, "reason": "instruction: missing"}, {"row": 2, "reason": "output: empty"}]
-    assert manifest.values["rejected"] == {"instruction: missing": 1, "output: empty": 1}
-
-
-def test_preparing_anew_replaces_the_old_and_a_failure_keeps_it(
-    ray_cluster: None, tiny_model: Path, tmp_path: Path
-) -> None:
-    good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
-    good.write_text('{"instruction": "a", "output": "b"}')
-    bad.write_text('{"text": "no instruction"}')
-    output = tmp_path / "data"
-    config = PrepareConfig(source=str(good), output=str(output), model=str(tiny_model), validation_fraction=0)
-    first = prepare(config).values
-    with pytest.raises(UserError, match="no valid record among 1; reasons: instruction: missing"):
-        prepare(config.model_copy(update={"source": str(bad)}))
-    assert read_manifest(str(output)).values == first == prepare(config).values
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "data", "good.jsonl"]
-
-
-def test_a_folder_of_something_else_is_not_replaced(
-    ray_cluster: None, tiny_model: Path, small_source: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "thesis.txt").write_text("precious")
-    with pytest.raises(UserError, match="name another folder"):
-        prepare(PrepareConfig(source=str(small_source), output=str(tmp_path), model=str(tiny_model)))
-    assert (tmp_path / "thesis.txt").read_text() == "precious"
 
 
 def test_a_folder_that_holds_more_than_prepared_data_is_not_replaced(tmp_path: Path) -> None:
@@ -106,7 +52,23 @@ def test_an_exception_between_the_two_renames_keeps_what_was_there(tmp_path: Pat
 def test_a_missing_shard_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no manifest.json"):
         read_manifest(str(tmp_path))
-    shard = {"split": "train", "file": "train/00000.parquet"}
-    (tmp_path / "manifest.json").write_text(json.dumps({"shards": [shard], "splits": {}, "config": {}}))
+    shard = {"split": "train", "file": "train/00000.parquet", "rows": 1}
+    values = {"format": FORMAT, "shards": [shard], "splits": {}, "config": {}}
+    (tmp_path / "manifest.json").write_text(json.dumps({**values, "format": 1}))
+    with pytest.raises(UserError, match="by another version of pacos"):
+        read_manifest(str(tmp_path))
+    (tmp_path / "manifest.json").write_text(json.dumps(values))
     with pytest.raises(UserError, match="lacks .*00000.parquet"):
         read_manifest(str(tmp_path))
+
+
+def test_what_killed_processes_left_is_cleared_and_what_they_retired_comes_back(tmp_path: Path) -> None:
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    mine = f".data.{socket.gethostname()}-"
+    for name in (f"{mine}{dead.stdout.strip()}.tmp", f"{mine}{dead.stdout.strip()}.old", f"{mine}{os.getppid()}.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(name)
+    with pytest.raises(KeyboardInterrupt), replaced_folder(tmp_path / "data", contents=["manifest.json"]):
+        raise KeyboardInterrupt
+    assert (tmp_path / "data/manifest.json").read_text().endswith(".old")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{mine}{os.getppid()}.tmp", "data"]

@@ -132,10 +132,10 @@ def test_a_rank_beyond_the_width_is_told(tiny_model: Path) -> None:
 
 
 def test_a_delta_of_another_base_is_told() -> None:
-    delta = Delta(CONFIG, {}, {"base": "a", "base_hash": "1", "tokenizer_hash": "2", "template": "pacos"})
-    check_base(delta, "d", base_hash="1", tokenizer_hash="2", template="pacos")
+    delta = Delta(CONFIG, {}, {"base": "a", "base_hash": "1", "tokenizer_hash": "2"})
+    check_base(delta, "d", base_hash="1", tokenizer_hash="2")
     with pytest.raises(UserError, match="base_hash='1' and not '9', on the base 'a'"):
-        check_base(delta, "d", base_hash="9", tokenizer_hash="2", template="pacos")
+        check_base(delta, "d", base_hash="9", tokenizer_hash="2")
 
 
 def test_a_delta_of_another_shape_and_a_damaged_folder_are_told(

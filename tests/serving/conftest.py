@@ -80,7 +80,7 @@ def delta_dir(model_dir: Path, tokenizer: Tokenizer, tmp_path_factory: pytest.Te
     folder: Path = tmp_path_factory.mktemp("delta")
     metadata = {
         "base": str(model_dir), "base_hash": weights_hash(model_dir), "tokenizer_hash": tokenizer.fingerprint(),
-        "template": "pacos",
+        "template": {"type": "pacos"},
     }  # fmt: skip
     write_delta(folder, Delta(method, weights, metadata))
     return folder

@@ -7,18 +7,23 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from app.config import AskConfig
-from app.data.prompts import render_prompt
+from app.data.prompts import AlpacaTemplate
 from app.errors import UserError
 from app.serving.ask import ask
+
+MODELS = json.dumps({"data": [{"id": "pacos", "template": {"type": "alpaca"}}]})
 
 
 @pytest.fixture
 def endpoint():
-    """A server that answers each POST with the (status, text) in `replies`, and keeps what it was sent."""
+    """A server that answers each request with the (status, text) in `replies`, and keeps what it was sent."""
 
     class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.do_POST()
+
         def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            body = json.loads(self.rfile.read(int(self.headers.get("content-length", 0))) or "null")
             server.received.append((self.path, body))
             status, text = server.replies.pop(0)
             self.send_response(status)
@@ -38,17 +43,25 @@ def endpoint():
 
 def test_a_question_goes_out_in_the_template_and_the_answer_comes_back(endpoint):
     reply = {"choices": [{"text": " Once a year."}], "model": "pacos", "usage": {"total_tokens": 9}}
-    endpoint.replies.append((200, json.dumps(reply)))
+    endpoint.replies += [(200, MODELS), (200, json.dumps(reply))]
     answer = ask(AskConfig(question="How often?", url=endpoint.url, max_tokens=7))
     assert answer == {"text": "Once a year.", "model": "pacos", "usage": {"total_tokens": 9}}
-    path, body = endpoint.received[0]
+    assert endpoint.received[0] == ("/v1/models", None)
+    path, body = endpoint.received[1]
     assert path == "/v1/completions"
-    assert body == {"model": "pacos", "prompt": render_prompt("How often?"), "max_tokens": 7, "temperature": 0.0}
+    prompt = AlpacaTemplate().prompt("How often?")
+    assert body == {"model": "pacos", "prompt": prompt, "max_tokens": 7, "temperature": 0.0}
 
 
 def test_an_error_answer_is_told_in_its_own_words(endpoint):
-    endpoint.replies.append((404, json.dumps({"error": {"message": "model 'x' does not exist"}})))
-    with pytest.raises(UserError, match="404: model 'x' does not exist"):
+    endpoint.replies += [(200, MODELS), (429, json.dumps({"error": {"message": "the queue is full"}}))]
+    with pytest.raises(UserError, match="429: the queue is full"):
+        ask(AskConfig(question="?", url=endpoint.url))
+
+
+def test_a_model_that_is_not_there_is_told_with_those_that_are(endpoint):
+    endpoint.replies.append((200, MODELS))
+    with pytest.raises(UserError, match="model='x' does not exist; .* has pacos"):
         ask(AskConfig(question="?", url=endpoint.url, model="x"))
 
 

@@ -147,9 +147,10 @@ def test_an_answer_from_documents_names_its_sources(client):
 
 
 def test_ask_gets_the_answers(client, url, greedy):
-    from app.data.prompts import render_prompt
+    from app.data.prompts import PacosTemplate
 
-    assert ask(AskConfig(question="Why?", url=url, max_tokens=9))["text"] == greedy(render_prompt("Why?"), 9).strip()
+    prompt = PacosTemplate().prompt("Why?")
+    assert ask(AskConfig(question="Why?", url=url, max_tokens=9))["text"] == greedy(prompt, 9).strip()
     answer = ask(AskConfig(question="Who will guard the herd?", url=url, max_tokens=9, rag=True))
     assert answer["sources"][0]["document"] == "guards.md"
     with pytest.raises(UserError, match="model 'other' does not exist"):

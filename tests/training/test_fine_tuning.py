@@ -9,13 +9,13 @@ import psutil
 import pytest
 import torch
 
-from app.config import TrainConfig, load_config
+from app.config import PrepareConfig, TrainConfig, load_config
+from app.data.prepare import prepare
 from app.errors import UserError
 from app.methods.delta import apply_delta, read_delta
 from app.models.checkpoints import load_decoder
 from app.training.fine_tuning import fine_tune, plan_job
 from app.training.loop import Metrics
-from app.training.trainer import data_config
 
 pytestmark = pytest.mark.ray
 
@@ -77,7 +77,7 @@ def test_the_delta_reproduces_the_held_out_loss(unbroken, small_data: Path, tiny
 
     output, summary, _ = unbroken
     delta = read_delta(output / "delta")
-    assert delta.metadata["template"] == "pacos"
+    assert delta.metadata["template"] == {"type": "pacos"}
     apply_delta(load_decoder(tiny_model), delta)
     result = evaluate(
         EvaluateConfig(
@@ -137,14 +137,27 @@ def test_a_stopped_run_resumes_with_another_number_of_workers_and_zero_stage(
     changes = ["workers.count=1", "deepspeed.zero_stage=0"]
     summary, seen = train(config(small_data, tiny_model, output, *changes), resume=True)
     assert list(losses(seen)) == [7, 8]
-    # one worker sees the records in another order than two: near, not equal (test_deepspeed.py has equal ones)
-    assert losses(seen)[8] == pytest.approx(losses(unbroken[2])[8], abs=0.5)
+    # the same records, but dropout falls otherwise on one worker than on two
+    assert losses(seen)[8] == pytest.approx(losses(unbroken[2])[8], abs=0.1)
     assert summary["eval_loss_after"] == pytest.approx(unbroken[1]["eval_loss_after"], abs=0.1)
     assert (output / "delta/delta.json").exists()
 
 
-def test_records_come_in_an_order_that_does_not_depend_on_the_tasks() -> None:
-    assert data_config()._resolve_execution_options("train").preserve_order
+def test_packed_rows_train_and_another_number_of_workers_sees_the_same_rows(
+    small_source: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    data, output = tmp_path / "data", tmp_path / "run"
+    made = {"source": str(small_source), "output": str(data), "model": str(tiny_model), "max_length": 96}
+    prepare(PrepareConfig.model_validate({**made, "layout": {"type": "packed", "length": 384}}))
+    no_dropout = ["method.dropout=0", "epochs=4", "max_steps=6"]
+    unbroken, seen = train(config(data, tiny_model, output, *no_dropout))
+    assert plan_job(config(data, tiny_model, output)).feed.steps_per_epoch < 6, "it goes through an epoch's end"
+    assert unbroken["eval_loss_after"] < unbroken["eval_loss_before"]
+    shutil.rmtree(output / "checkpoints/step-00000006")
+    resumed, again = train(config(data, tiny_model, output, *no_dropout, "workers.count=1"), resume=True)
+    for step in (4, 5, 6):
+        assert losses(again)[step] == pytest.approx(losses(seen)[step], abs=1e-4)
+    assert resumed["eval_loss_after"] == pytest.approx(unbroken["eval_loss_after"], abs=1e-4)
 
 
 def test_full_fine_tuning_leaves_a_whole_model(small_data: Path, tiny_model: Path, tmp_path: Path) -> None:
