@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Literal
 
 from app.data.prompts import Template
@@ -73,13 +72,12 @@ def encode_records(
 
 
 def _fit(parts: list[_Part], max_length: int, truncation: Truncation) -> Tokens | TooLong:
-    length = sum(len(ids) for ids, _ in parts)
-    if length <= max_length:
+    if _length(parts) <= max_length:
         return _join(parts)
     if truncation == "drop":
         return TooLong(f"longer than max_length={max_length}")
     kept = _first_exchanges(parts, max_length)
-    if sum(len(ids) for ids, _ in kept) <= max_length:
+    if _length(kept) <= max_length:
         return _join(kept, is_cut=True)
     (prompt, _), (response, _) = kept[:2]
     if truncation == "prompt":
@@ -116,8 +114,14 @@ def _windows(ids: list[int], max_length: int) -> list[Tokens]:
     return [_join([(piece, True)]) for piece in pieces]
 
 
+def _length(parts: Sequence[_Part]) -> int:
+    return sum([len(ids) for ids, _ in parts])
+
+
 def _join(parts: Sequence[_Part], *, is_cut: bool = False) -> Tokens:
-    ids = list(chain.from_iterable([part for part, _ in parts]))
+    ids: list[int] = []
+    for part, _ in parts:
+        ids += part
     runs = [(len(part), in_loss) for part, in_loss in parts]
     length, in_loss = runs[0]
     if in_loss:  # nothing comes before the first token

@@ -216,7 +216,10 @@ def run(work: Work, *, progress: Progress = lambda name: nullcontext(_no_advance
         checks = _map(items, _check_chunk, settings, total=work.num_rows, advance=advance)
     _refuse_too_many(work, [check["dropped"] for check in checks])
     skipped = _duplicates(checks) if work.plan.config.duplicates == "drop" else {}
-    items = [{**item, "duplicates": skipped.get(item["index"], [])} for item in items]
+    items = [
+        {**item, "duplicates": skipped.get(item["index"], []), "hashes": check["hashes"]}
+        for item, check in zip(items, checks, strict=True)
+    ]
     with progress("tokenize") as advance:
         reports = _map(items, _write_chunk, settings, total=work.num_rows, advance=advance)
     dropped = [{r: n for r, n in report["dropped"].items() if r != DUPLICATE} for report in reports]
@@ -281,7 +284,9 @@ def _write_chunk(item: dict[str, Any], *, settings: Settings) -> dict[str, Any]:
     config, index = settings.config, int(item["index"])
     outcomes = _read(item, settings)
     copies = set(item["duplicates"])
-    kept = [outcome for place, outcome in enumerate(outcomes) if outcome.record and place not in copies]
+    hashes = [item["hashes"][start : start + _HASH_BYTES].hex() for start in range(0, len(item["hashes"]), _HASH_BYTES)]
+    places = [place for place, outcome in enumerate(outcomes) if outcome.record and place not in copies]
+    kept = [outcomes[place] for place in places]
     encoded = encode_records(
         [outcome.record for outcome in kept if outcome.record],
         template=template_from_json(settings.template),
@@ -293,16 +298,15 @@ def _write_chunk(item: dict[str, Any], *, settings: Settings) -> dict[str, Any]:
     documents: dict[str, list[Tokens]] = {split: [] for split in SPLITS}
     rejects = [(o, "dropped", reason) for o in outcomes if o.record is None for reason in o.reasons[:1]]
     rejects += [(outcomes[place], "dropped", DUPLICATE) for place in copies]
-    for outcome, of_record in zip(kept, encoded, strict=True):
-        assert outcome.record is not None
+    for place, outcome, of_record in zip(places, kept, encoded, strict=True):
         rejects += [(outcome, "repaired", reason) for reason in outcome.reasons]
         if isinstance(of_record, TooLong):
             rejects.append((outcome, "dropped", of_record.reason))
             continue
-        if any(document.is_cut for document in of_record):
+        if of_record[0].is_cut:
             rejects.append((outcome, "repaired", f"longer than max_length={config.max_length}, cut"))
         split = split_of(
-            outcome.record.content_hash(),
+            hashes[place],
             validation_fraction=config.validation_fraction,
             test_fraction=config.test_fraction,
         )

@@ -64,13 +64,17 @@ class Tokenizer:
         """`encode` of each text; by tiktoken, several times faster, for a tokenizer that is known to be canonical."""
         if not is_canonical:
             return self._encode_batch(texts)
-        fast, special = self._tiktoken.encode_ordinary, self.special_tokens
+        fast = self._tiktoken.encode_ordinary
         return [
-            self.encode(text)
-            if len(text) > _LONGEST_FAST_TEXT or any(token in text for token in special)
-            else fast(text)
+            self.encode(text) if len(text) > _LONGEST_FAST_TEXT or self._holds_special(text) else fast(text)
             for text in texts
         ]
+
+    def _holds_special(self, text: str) -> bool:
+        for token in self.special_tokens:  # noqa: SIM110  any() takes three times as long
+            if token in text:
+                return True
+        return False
 
     def is_canonical(self) -> bool:
         """Whether tiktoken gives the same ids: the words are GPT-2's, and BPE makes of each entry's text that entry.
@@ -112,13 +116,11 @@ class Tokenizer:
 
     @cached_property
     def _tiktoken(self) -> Any:
-        as_bytes = {character: byte for byte, character in enumerate(_byte_characters())}
-        special = set(self.special_tokens)
-        ranks = {
-            bytes([as_bytes[character] for character in text]): entry
-            for text, entry in self.backend.get_vocab(with_added_tokens=False).items()
-            if text not in special
-        }
+        as_bytes = {ord(character): byte for byte, character in enumerate(_byte_characters())}
+        vocabulary = self.backend.get_vocab(with_added_tokens=False)
+        for token in self.special_tokens:
+            vocabulary.pop(token, None)
+        ranks = {text.translate(as_bytes).encode("latin-1"): entry for text, entry in vocabulary.items()}
         return tiktoken.Encoding("", pat_str=_GPT2_WORDS, mergeable_ranks=ranks, special_tokens={})
 
     def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
