@@ -21,7 +21,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto
 h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem }
 table { border-collapse: collapse } td { padding: .2rem 1.2rem .2rem 0; vertical-align: top }
 td:first-child { color: var(--dim) }
-figure { display: inline-block; margin: 0 .8rem .8rem 0 }
+figure { display: inline-block; width: 31%; min-width: 18rem; margin: .8rem 1% 0 0 }
 img { max-width: 100%; background: #fff; border: 1px solid var(--line); border-radius: 6px }
 pre { white-space: pre-wrap; border: 1px solid var(--line); border-radius: 6px; padding: .8rem; margin: .4rem 0 }
 .dim { color: var(--dim) } .loss { background: var(--loss) } .note { color: var(--dim); font-size: .85rem }
@@ -114,11 +114,13 @@ def _figure(plot: Callable[[Any, Inspection], None], inspection: Inspection) -> 
 
     figure, axes = pyplot.subplots(figsize=(4.6, 3), layout="constrained")
     plot(axes, inspection)
+    title = html.escape(axes.get_title(), quote=True)
     axes.grid(axis="y", alpha=0.3)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=130)
     pyplot.close(figure)
-    return f"<figure><img src='data:image/png;base64,{base64.b64encode(image.getvalue()).decode()}' alt=''></figure>"
+    encoded = base64.b64encode(image.getvalue()).decode()
+    return f"<figure><img src='data:image/png;base64,{encoded}' alt='{title}'></figure>"
 
 
 def _lengths_plot(axes: Any, inspection: Inspection) -> None:
