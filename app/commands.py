@@ -117,7 +117,7 @@ def show_prepared(config: PrepareConfig, values: dict[str, Any]) -> None:
     splits, train = values["splits"], values["splits"]["train"]
     formats = ", ".join(sorted({source["format"] for source in values["sources"]}))
     console.table(
-        f"Prepared {', '.join(config.sources)} → {config.output}",
+        f"Prepared {', '.join(config.source)} → {config.output}",
         {
             "records read": f"{values['rows']:,} ({formats})",
             "kept for training": train["records"],

@@ -38,7 +38,7 @@ def quickstart(config: QuickstartConfig, *, address: str | None) -> None:
     durations: dict[str, str] = {}
     with commands.on_ray(address, workers=training.workers) as is_own:
         with _stage("Prepare: records to token shards", durations):
-            commands.run_prepare(PrepareConfig(source=config.instructions, output=str(data), model=training.model))
+            commands.run_prepare(PrepareConfig(source=(config.instructions,), output=str(data), model=training.model))
         with _stage("Evaluate the base model", durations):
             before = EvaluateConfig(data=str(data), model=training.model, samples=1, workers=training.workers)
             commands.run_evaluate(before)

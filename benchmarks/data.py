@@ -265,9 +265,9 @@ def _prepare(
 
 
 def _load(row: dict[str, Any], *, model: str) -> dict[str, Any]:
-    import app.data.prepare
+    import app.data.passes
 
-    app.data.prepare._tokenizer(model).encode_batch(["hello"], is_canonical=True)
+    app.data.passes._tokenizer(model).encode_batch(["hello"], is_canonical=True)
     time.sleep(1)  # long enough that each goes to a process of its own
     return row
 

@@ -25,7 +25,7 @@ def run(*args: str, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess:
 def test_help_names_every_command_and_imports_nothing_heavy() -> None:
     result = run(sys.executable, "-X", "importtime", "-m", "app.cli", "--help")
     assert result.returncode == 0
-    for command in ("prepare", "pretrain", "train", "evaluate", "index", "serve", "ask", "quickstart"):
+    for command in ("prepare", "inspect", "pretrain", "train", "evaluate", "index", "serve", "ask", "quickstart"):
         assert command in result.stdout
     imported = {line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines()}
     assert not imported & {"torch", "ray", "numpy", "transformers", "pydantic", "omegaconf", "fastapi"}
@@ -44,6 +44,12 @@ def test_every_job_script_answers_help(script: str) -> None:
         (["train", "metod.rank=3"], ["metod", "did you mean 'method'?"]),
         (["train", "--config", "absent.yaml"], ["absent.yaml does not exist"]),
         (["prepare", "source=absent.json", "output=/tmp/never"], ["absent.json", "no such file"]),
+        (["prepare", "source=.", "output=/tmp/never"], ["is a folder; name the files in it"]),
+        (["prepare", "source=5", "output=/tmp/never"], ["/5'", "no such file"]),
+        (["prepare", "source=[]", "output=/tmp/never"], ["source=[]", "at least 1"]),
+        (["prepare", "source=a", "output=o", "layout.type=packed", "layout.length=64"], ["layout.length=64", "512"]),
+        (["prepare", "source=a", "output=o", "layout.typ=packed"], ["layout.typ", "did you mean 'type'?"]),
+        (["inspect", "absent"], ["absent", "pacos prepare"]),
         (["train", "data=absent", "output=/tmp/never"], ["absent", "pacos prepare"]),
         (["ask", "question=Hi", "url=http://127.0.0.1:9"], ["127.0.0.1:9", "pacos serve"]),
         (["evaluate", "data=absent"], ["absent", "pacos prepare"]),
@@ -97,3 +103,11 @@ def test_prepare_on_a_cluster_of_its_own_and_what_it_prints(
     assert "records read" in result.stdout
     assert "200" in result.stdout
     assert json.loads((tmp_path / "data/manifest.json").read_text())["rows"] == 200
+
+    again = run(PACOS, "prepare", f"source={small_source}", "output=data", f"model={tiny_model}", cwd=tmp_path)
+    assert again.returncode == 0 and "is up to date" in again.stdout and "dashboard" not in again.stdout
+
+    shown = run(PACOS, "inspect", "data", "samples=1", "split=validation", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert "Instruction:" in shown.stdout and "in the loss" in shown.stdout
+    assert (tmp_path / "data/report.html").exists()

@@ -6,9 +6,9 @@ torch or Ray. A field's docstring is its documentation.
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
@@ -35,6 +35,11 @@ def _source(name: str) -> str:
         return name
     is_hub_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) and not _is_data_file(name)
     return name if is_hub_name and not Path(name).exists() else _absolute(name)
+
+
+def _as_tuple(value: Any) -> Any:
+    """One stands for a list of one."""
+    return value if isinstance(value, list | tuple) else (str(value),)
 
 
 def _is_data_file(name: str) -> bool:
@@ -168,7 +173,7 @@ RecordFormat = Literal["alpaca", "dolly", "prompt_completion", "chat", "text"]
 class PrepareConfig(Config):
     """`pacos prepare`: instruction records to tokenized Parquet shards."""
 
-    source: SourceName | Annotated[tuple[SourceName, ...], Field(min_length=1)]
+    source: Annotated[tuple[SourceName, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
     """Files, globs, `s3://` or `gs://` URIs, or names of Hugging Face datasets; one or a list. JSON, JSONL, Parquet or
     CSV, gzipped or not."""
     output: LocalPath
@@ -213,10 +218,6 @@ class PrepareConfig(Config):
         if length < self.max_length:
             raise ValueError(f"layout.length={length} must be at least max_length={self.max_length}")
         return self
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        return (self.source,) if isinstance(self.source, str) else self.source
 
 
 class InspectConfig(Config):

@@ -6,54 +6,36 @@ tokenizes, packs and writes. What a chunk becomes depends on the chunk and the c
 workers there are or which is first; and memory holds a few chunks, however long the source is.
 """
 
-import gc
 import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from app import __version__
 from app.assets import model_folder
 from app.atomic import check_replaceable, replaced_folder
-from app.config.schema import PackedLayout, PrepareConfig, RecordFormat
-from app.data.chunks import Chunk, Unreadable, cut, read_chunk
-from app.data.encoding import Tokens, TooLong, encode_records
-from app.data.packing import pack
-from app.data.prompts import resolve_template, template_from_json
-from app.data.records import FIELDS, Invalid, Record, RowReader, detect_format, split_of
-from app.data.shards import CONTENTS, FORMAT, MANIFEST, REJECTED, SPLITS, Manifest, read_manifest, write_shard
+from app.config.schema import PrepareConfig, RecordFormat
+from app.data.chunks import Chunk, cut, read_chunk
+from app.data.passes import DUPLICATE, HASH_BYTES, Advance, Settings, check_chunk, run_pass, write_chunk
+from app.data.prompts import resolve_template
+from app.data.records import FIELDS, detect_format
+from app.data.rejects import PARTS, Counts, merge_parts
+from app.data.shards import CONTENTS, FORMAT, MANIFEST, SPLITS, Manifest, read_manifest
 from app.data.sources import SourceFile, as_json, fetch, file_hash, find_files, identity
 from app.data.tokenization import Tokenizer, load_tokenizer
 from app.errors import UserError
-from app.ray_cluster import on_all_cpus
 
-Advance = Callable[[int, int], None]
-"""Called with (rows done, rows in all)."""
 Progress = Callable[[str], AbstractContextManager[Advance]]
 """Called with the name of a pass; what it returns is entered for the pass."""
 
-DUPLICATE = "duplicate"
-_SPOOL, _REJECTS = "spool", "rejects"
-_HASH_BYTES = 16
-_REJECT_SCHEMA = pa.schema(
-    [
-        ("source", pa.string()),
-        ("row", pa.int64()),
-        ("action", pa.string()),
-        ("reason", pa.string()),
-        ("record", pa.string()),
-    ]
-)
+_SPOOL = "spool"
 
 
 @dataclass(frozen=True)
@@ -114,29 +96,6 @@ class Work:
         ]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a task needs to know beside its chunk."""
-
-    config: PrepareConfig
-    template: dict[str, Any]
-    special_tokens: tuple[str, ...]
-    is_canonical: bool
-    """Of the tokenizer: found out once, for all tasks."""
-    staging: Path
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a row before it was tokenized."""
-
-    row: int
-    raw: Any
-    record: Record | None
-    reasons: Sequence[str]
-    """Why it was dropped; or, where there is a record, what was repaired."""
-
-
 def prepare(config: PrepareConfig, *, progress: Progress = lambda name: nullcontext(_no_advance)) -> Manifest:
     """Prepare `config.source`, unless that is done already; Ray is initialised.
 
@@ -161,7 +120,7 @@ def plan_preparation(config: PrepareConfig) -> Plan:
     folder = model_folder(config.model)
     tokenizer = load_tokenizer(folder)
     template = resolve_template(config.template, tokenizer_folder=folder).to_json()
-    files = find_files(config.sources)
+    files = find_files(config.source)
     identities = [identity(file) for file in files]
     decisive = {
         "format": FORMAT,
@@ -192,7 +151,7 @@ def opened(plan: Plan) -> Iterator[Work]:
             chunks = cut(path, source=file.name, rows_per_chunk=config.records_per_shard)
             sha256 = file_hash(local) if file.remote else known
             sources.append(Source(file.name, sha256, _format(config, chunks[0]), chunks))
-        for folder in (*SPLITS, _REJECTS):
+        for folder in (*SPLITS, PARTS):
             (staging / folder).mkdir()
         yield Work(plan, sources, staging)
         shutil.rmtree(spool, ignore_errors=True)
@@ -213,7 +172,7 @@ def run(work: Work, *, progress: Progress = lambda name: nullcontext(_no_advance
         staging=work.staging,
     )
     with progress("validate") as advance:
-        checks = _map(items, _check_chunk, settings, total=work.num_rows, advance=advance)
+        checks = run_pass(items, check_chunk, settings, total=work.num_rows, advance=advance)
     _refuse_too_many(work, [check["dropped"] for check in checks])
     skipped = _duplicates(checks) if work.plan.config.duplicates == "drop" else {}
     items = [
@@ -221,175 +180,19 @@ def run(work: Work, *, progress: Progress = lambda name: nullcontext(_no_advance
         for item, check in zip(items, checks, strict=True)
     ]
     with progress("tokenize") as advance:
-        reports = _map(items, _write_chunk, settings, total=work.num_rows, advance=advance)
+        reports = run_pass(items, write_chunk, settings, total=work.num_rows, advance=advance)
     dropped = [{r: n for r, n in report["dropped"].items() if r != DUPLICATE} for report in reports]
     _refuse_too_many(work, dropped)
-    _merge_rejects(work.staging)
+    merge_parts(work.staging)
     manifest = _manifest(work, reports)
     if not sum(split["records"] for split in manifest["splits"].values()):
         raise UserError(_table(f"{_names(work)}: no record among {work.num_rows:,} is valid", dropped, work))
     (work.staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
-# --- the two passes ---
-
-
-def _map(
-    items: list[dict[str, Any]],
-    task: Callable[..., dict[str, Any]],
-    settings: Settings,
-    *,
-    total: int,
-    advance: Advance,
-) -> list[dict[str, Any]]:
-    """`task` on every item, a Ray task each; the results in the items' order.
-
-    Raises:
-        UserError: as a task raised it.
-    """
-    import ray.data
-
-    chunks = on_all_cpus(ray.data.from_items(items, override_num_blocks=len(items)))
-    results: list[dict[str, Any]] = []
-    done = 0
-    for row in chunks.map(_run, fn_kwargs={"task": task, "settings": settings}).iter_rows():
-        if row.get("mistake"):
-            raise UserError(row["mistake"])
-        results.append(json.loads(row["report"]) | {"hashes": row.get("hashes")})
-        done += results[-1]["rows"]
-        advance(done, total)
-    return sorted(results, key=lambda result: result["index"])
-
-
-def _run(item: dict[str, Any], *, task: Callable[..., dict[str, Any]], settings: Settings) -> dict[str, Any]:
-    """`task`, whose mistakes come back as results: Ray wraps what is raised, and prints it with its stack."""
-    try:
-        with _uncollected():
-            return task(item, settings=settings)
-    except UserError as mistake:
-        return {"mistake": str(mistake)}
-
-
-def _check_chunk(item: dict[str, Any], *, settings: Settings) -> dict[str, Any]:
-    """Validate a chunk; its records' hashes, zeros where there is none."""
-    outcomes = _read(item, settings)
-    hashes = (o.record.content_hash()[: 2 * _HASH_BYTES] if o.record else "0" * 2 * _HASH_BYTES for o in outcomes)
-    dropped = _counted(outcome for outcome in outcomes if outcome.record is None)
-    report = {"index": item["index"], "rows": len(outcomes), "dropped": dropped}
-    return {"report": json.dumps(report), "hashes": bytes.fromhex("".join(hashes))}
-
-
-def _write_chunk(item: dict[str, Any], *, settings: Settings) -> dict[str, Any]:
-    """Validate, tokenize and pack a chunk, and write its shards and its rejects."""
-    config, index = settings.config, int(item["index"])
-    outcomes = _read(item, settings)
-    copies = set(item["duplicates"])
-    hashes = [item["hashes"][start : start + _HASH_BYTES].hex() for start in range(0, len(item["hashes"]), _HASH_BYTES)]
-    places = [place for place, outcome in enumerate(outcomes) if outcome.record and place not in copies]
-    kept = [outcomes[place] for place in places]
-    encoded = encode_records(
-        [outcome.record for outcome in kept if outcome.record],
-        template=template_from_json(settings.template),
-        tokenizer=_tokenizer(config.model),
-        max_length=config.max_length,
-        truncation=config.truncation,
-        is_canonical=settings.is_canonical,
-    )
-    documents: dict[str, list[Tokens]] = {split: [] for split in SPLITS}
-    rejects = [(o, "dropped", reason) for o in outcomes if o.record is None for reason in o.reasons[:1]]
-    rejects += [(outcomes[place], "dropped", DUPLICATE) for place in copies]
-    for place, outcome, of_record in zip(places, kept, encoded, strict=True):
-        rejects += [(outcome, "repaired", reason) for reason in outcome.reasons]
-        if isinstance(of_record, TooLong):
-            rejects.append((outcome, "dropped", of_record.reason))
-            continue
-        if of_record[0].is_cut:
-            rejects.append((outcome, "repaired", f"longer than max_length={config.max_length}, cut"))
-        split = split_of(
-            hashes[place],
-            validation_fraction=config.validation_fraction,
-            test_fraction=config.test_fraction,
-        )
-        documents[split] += of_record
-    try:
-        shards = [
-            write_shard(settings.staging, split, index=index, rows=_rows(documents[split], split, index, config))
-            for split in SPLITS
-            if documents[split]
-        ]
-        _write_rejects(settings.staging, index, json.loads(item["chunk"])["source"], rejects)
-    except OSError as error:
-        raise UserError(f"output={config.output!r} cannot be written: {error}") from None
-    report = {
-        "index": index,
-        "rows": len(outcomes),
-        "shards": shards,
-        "dropped": _count_reasons(rejects, "dropped"),
-        "repaired": _count_reasons(rejects, "repaired"),
-    }
-    return {"report": json.dumps(report)}
-
-
-def _rows(documents: list[Tokens], split: str, index: int, config: PrepareConfig) -> list[list[Tokens]]:
-    """Documents in the rows that they are stored in: of the training split packed if so set, and in a random order."""
-    if split != "train":
-        return [[document] for document in documents]
-    rows = [[document] for document in documents]
-    if isinstance(config.layout, PackedLayout):
-        lengths = [len(document.input_ids) for document in documents]
-        rows = [[documents[place] for place in row] for row in pack(lengths, capacity=config.layout.length)]
-    order = np.random.default_rng((config.seed, index)).permutation(len(rows))
-    return [rows[place] for place in order]
-
-
-def _read(item: dict[str, Any], settings: Settings) -> list[Outcome]:
-    """The chunk's rows, validated.
-
-    Raises:
-        UserError: with on_invalid='fail', at the first that is not valid as it stands.
-    """
-    config, chunk = settings.config, Chunk(**json.loads(item["chunk"]))
-    reader = RowReader(item["format"], config.fields, settings.special_tokens)
-    outcomes = []
-    for row, raw in enumerate(read_chunk(chunk), start=chunk.first_row):
-        record: Record | None
-        reasons: Sequence[str]
-        try:
-            record, reasons = reader.read(raw)
-        except Invalid as problem:
-            record, reasons = None, [str(problem)]
-        if reasons and config.on_invalid == "fail":
-            raise UserError(f"source={chunk.source!r}: row {row}: {reasons[0]}; on_invalid='fail' stops here")
-        if reasons and config.on_invalid == "drop":
-            record = None
-        outcomes.append(Outcome(row, raw, record, reasons))
-    return outcomes
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """No garbage collection in the block: it makes lists by the thousand, which hold nothing that could be a cycle."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-@lru_cache(maxsize=1)
-def _tokenizer(model: str) -> Tokenizer:
-    """Loaded once per worker process, which works on many chunks and remembers their words."""
-    return load_tokenizer(model_folder(model))
-
-
-# --- between and after them ---
-
-
 def _duplicates(checks: list[dict[str, Any]]) -> dict[int, list[int]]:
     """By chunk, the places of records that an earlier row holds already."""
-    hashes = np.frombuffer(b"".join(check["hashes"] for check in checks), dtype=f"S{_HASH_BYTES}")
+    hashes = np.frombuffer(b"".join(check["hashes"] for check in checks), dtype=f"S{HASH_BYTES}")
     valid = np.flatnonzero(hashes != b"")
     _, first = np.unique(hashes[valid], return_index=True)  # of equals, the first
     copies = np.delete(valid, first)
@@ -417,7 +220,7 @@ def _format(config: PrepareConfig, first: Chunk) -> RecordFormat:
     )
 
 
-def _refuse_too_many(work: Work, dropped: list[dict[str, Any]]) -> None:
+def _refuse_too_many(work: Work, dropped: list[Counts]) -> None:
     limit = work.plan.config.max_rejected
     count = sum(number for reasons in dropped for number, _ in reasons.values())
     if count > limit * work.num_rows:
@@ -426,7 +229,7 @@ def _refuse_too_many(work: Work, dropped: list[dict[str, Any]]) -> None:
         raise UserError(_table(title, dropped, work) + "\nmend them, or raise max_rejected")
 
 
-def _table(title: str, dropped: list[dict[str, Any]], work: Work) -> str:
+def _table(title: str, dropped: list[Counts], work: Work) -> str:
     totals: dict[str, list[Any]] = {}
     sources = [source.name for source in work.sources for _ in source.chunks]
     for source, reasons in zip(sources, dropped, strict=True):
@@ -439,42 +242,6 @@ def _table(title: str, dropped: list[dict[str, Any]], work: Work) -> str:
 
 def _names(work: Work) -> str:
     return ", ".join(source.name for source in work.sources[:3]) + (" and others" if len(work.sources) > 3 else "")
-
-
-def _counted(outcomes: Iterator[Outcome]) -> dict[str, list[int]]:
-    """By reason, how many rows and the first of them."""
-    return _count_reasons([(outcome, "dropped", outcome.reasons[0]) for outcome in outcomes], "dropped")
-
-
-def _count_reasons(rejects: list[tuple[Outcome, str, str]], action: str) -> dict[str, list[int]]:
-    counts: dict[str, list[int]] = {}
-    for outcome, of_action, reason in rejects:
-        if of_action == action:
-            counts.setdefault(reason, [0, outcome.row])[0] += 1
-    return counts
-
-
-def _write_rejects(staging: Path, index: int, source: str, rejects: list[tuple[Outcome, str, str]]) -> None:
-    if not rejects:
-        return
-    rows = [
-        {"source": source, "row": outcome.row, "action": action, "reason": reason, "record": _as_text(outcome.raw)}
-        for outcome, action, reason in sorted(rejects, key=lambda item: item[0].row)
-    ]
-    pq.write_table(pa.Table.from_pylist(rows, schema=_REJECT_SCHEMA), staging / _REJECTS / f"{index:05d}.parquet")
-
-
-def _as_text(raw: Any) -> str:
-    text = raw.text if isinstance(raw, Unreadable) else json.dumps(raw, ensure_ascii=False)
-    return text.encode(errors="replace").decode()
-
-
-def _merge_rejects(staging: Path) -> None:
-    """One file of all, a chunk at a time."""
-    with pq.ParquetWriter(staging / REJECTED, _REJECT_SCHEMA, compression="zstd") as writer:
-        for part in sorted((staging / _REJECTS).iterdir()):
-            writer.write_table(pq.read_table(part))
-    shutil.rmtree(staging / _REJECTS)
 
 
 def _manifest(work: Work, reports: list[dict[str, Any]]) -> dict[str, Any]:

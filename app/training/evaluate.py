@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -82,11 +81,12 @@ def evaluate(config: EvaluateConfig, *, progress: Callable[[int, int], None] = l
         num_gpus=config.workers.gpus,
         runtime_env={"env_vars": thread_environment(config.workers)},
     )
-    nll, tokens, num_bytes, records = 0.0, 0, 0, 0
+    nll, tokens, num_bytes, records, done = 0.0, 0, 0, 0, 0
     for row in scored.iter_rows():
         nll, tokens = nll + row["nll"], tokens + int(row["tokens"])
         num_bytes, records = num_bytes + int(row["bytes"]), records + int(row["records"])
-        progress(records, total)
+        done += int(row["rows"])
+        progress(done, total)
     loss = nll / tokens
     result = Evaluation(
         records=records,
@@ -110,7 +110,14 @@ def _score(columns: dict[str, np.ndarray], *, config: EvaluateConfig) -> dict[st
         nll, count = masked_nll(model, batch)
     responses = [ids[mask] for ids, mask in zip(columns["input_ids"], columns["loss_mask"], strict=True)]
     num_bytes = sum(len(tokenizer.decode(ids.tolist()).encode()) for ids in responses)
-    return {"nll": [nll.item()], "tokens": [count.item()], "bytes": [num_bytes], "records": [len(responses)]}
+    records = sum(map(len, columns["lengths"]))
+    return {
+        "nll": [nll.item()],
+        "tokens": [count.item()],
+        "bytes": [num_bytes],
+        "records": [records],
+        "rows": [len(responses)],
+    }
 
 
 @functools.lru_cache(maxsize=1)
@@ -148,15 +155,13 @@ def load_model(config: EvaluateConfig) -> Decoder:
 
 def answer_samples(model: Decoder, config: EvaluateConfig, manifest: Manifest, tokenizer: Tokenizer) -> list[Sample]:
     """Greedy answers to the first prompts of the split, all in one batch, here in the driver."""
-    columns = _first_rows(manifest.files(config.split), config.samples)
-    if not columns:
+    exchanges = _first_exchanges(manifest.files(config.split), config.samples)
+    if not exchanges:
         return []
-    engine = Engine(model, max_batch_size=len(columns), max_queue=len(columns))
+    engine = Engine(model, max_batch_size=len(exchanges), max_queue=len(exchanges))
     answers: dict[int, list[int]] = {}
     rows = []
-    for row in columns:
-        ids, mask = np.asarray(row["input_ids"]), np.asarray(row["loss_mask"])
-        prompt, reference = ids[~mask].tolist(), ids[mask].tolist()
+    for prompt, reference in exchanges:
         if len(prompt) < model.config.context_length:
             sampling = Sampling(max_tokens=SAMPLE_TOKENS, stop_ids=frozenset([tokenizer.end_id]))
             request_id = engine.add_request(prompt, sampling)
@@ -176,10 +181,16 @@ def answer_samples(model: Decoder, config: EvaluateConfig, manifest: Manifest, t
     ]
 
 
-def _first_rows(files: list[str], count: int) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+def _first_exchanges(files: list[str], count: int) -> list[tuple[list[int], list[int]]]:
+    """The first prompt and response of each of the first documents."""
+    found: list[tuple[list[int], list[int]]] = []
     for file in files:
-        if len(rows) >= count:
-            break
-        rows += pq.read_table(file).to_pylist()
-    return rows[:count]
+        for row in pq.read_table(file).to_pylist() if len(found) < count else ():
+            ids, mask, start = np.asarray(row["input_ids"]), np.asarray(row["loss_mask"]), 0
+            for length in row["lengths"]:
+                document, in_loss = ids[start : start + length], mask[start : start + length]
+                first = int(in_loss.argmax())
+                last = first + int(np.append(~in_loss[first:], True).argmax())
+                found.append((document[:first].tolist(), document[first:last].tolist()))
+                start += length
+    return found[:count]

@@ -9,11 +9,13 @@ import psutil
 import pytest
 import torch
 
-from app.config import PrepareConfig, TrainConfig, load_config
+from app.config import EvaluateConfig, PrepareConfig, TrainConfig, load_config
 from app.data.prepare import prepare
+from app.data.shards import read_manifest
 from app.errors import UserError
 from app.methods.delta import apply_delta, read_delta
 from app.models.checkpoints import load_decoder
+from app.training.evaluate import evaluate
 from app.training.fine_tuning import fine_tune, plan_job
 from app.training.loop import Metrics
 
@@ -72,9 +74,6 @@ def test_a_run_lowers_the_loss_and_leaves_all_its_files(unbroken) -> None:
 
 @torch.no_grad()
 def test_the_delta_reproduces_the_held_out_loss(unbroken, small_data: Path, tiny_model: Path) -> None:
-    from app.config import EvaluateConfig
-    from app.training.evaluate import evaluate
-
     output, summary, _ = unbroken
     delta = read_delta(output / "delta")
     assert delta.metadata["template"] == {"type": "pacos"}
@@ -155,6 +154,13 @@ def test_packed_rows_train_and_another_number_of_workers_sees_the_same_rows(
     assert unbroken["eval_loss_after"] < unbroken["eval_loss_before"]
     shutil.rmtree(output / "checkpoints/step-00000006")
     resumed, again = train(config(data, tiny_model, output, *no_dropout, "workers.count=1"), resume=True)
+    seen_by_evaluate = evaluate(
+        EvaluateConfig(data=str(data), model=str(tiny_model), split="train", samples=3, workers={"cpus": 0.5})
+    )
+    assert seen_by_evaluate.records == read_manifest(str(data)).num_records("train")
+    for sample in seen_by_evaluate.samples:  # of packed rows, one record each
+        assert sample.prompt.count("Instruction:") == 1 and sample.prompt.endswith("Response:")
+        assert "Instruction:" not in sample.reference
     for step in (4, 5, 6):
         assert losses(again)[step] == pytest.approx(losses(seen)[step], abs=1e-4)
     assert resumed["eval_loss_after"] == pytest.approx(unbroken["eval_loss_after"], abs=1e-4)
