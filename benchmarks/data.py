@@ -265,9 +265,12 @@ def _prepare(
 
 
 def _load(row: dict[str, Any], *, model: str) -> dict[str, Any]:
-    import app.data.passes
+    from app.assets import model_folder
+    from app.data.passes import load_expected
+    from app.data.tokenization import load_tokenizer
 
-    app.data.passes._tokenizer(model).encode_batch(["hello"], is_canonical=True)
+    fingerprint = load_tokenizer(model_folder(model)).fingerprint()
+    load_expected(model, fingerprint).encode_batch(["hello"], is_canonical=True)
     time.sleep(1)  # long enough that each goes to a process of its own
     return row
 

@@ -42,6 +42,7 @@ class Settings:
     config: PrepareConfig
     template: dict[str, Any]
     special_tokens: tuple[str, ...]
+    tokenizer_hash: str
     is_canonical: bool
     """Of the tokenizer: found out once, for all tasks."""
     staging: Path
@@ -118,7 +119,7 @@ def write_chunk(item: dict[str, Any], *, settings: Settings) -> dict[str, Any]:
     encoded = encode_records(
         [record for place in places if (record := outcomes[place].record)],
         template=template_from_json(settings.template),
-        tokenizer=_tokenizer(config.model),
+        tokenizer=load_expected(config.model, settings.tokenizer_hash),
         max_length=config.max_length,
         truncation=config.truncation,
         is_canonical=settings.is_canonical,
@@ -207,6 +208,13 @@ def _uncollected() -> Iterator[None]:
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(model: str) -> Tokenizer:
-    """Loaded once per worker process, which works on many chunks."""
-    return load_tokenizer(model_folder(model))
+def load_expected(model: str, tokenizer_hash: str) -> Tokenizer:
+    """The tokenizer of `model`, loaded once per worker process, which works on many chunks.
+
+    Raises:
+        UserError: it is not the one that the driver has.
+    """
+    tokenizer = load_tokenizer(model_folder(model))
+    if tokenizer.fingerprint() != tokenizer_hash:
+        raise UserError(f"model={model!r}: its tokenizer is another one on a worker's node than where the job started")
+    return tokenizer

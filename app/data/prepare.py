@@ -168,6 +168,7 @@ def run(work: Work, *, progress: Progress = lambda name: nullcontext(_no_advance
         config=work.plan.config,
         template=work.plan.template,
         special_tokens=work.plan.tokenizer.special_tokens,
+        tokenizer_hash=work.plan.tokenizer.fingerprint(),
         is_canonical=work.plan.tokenizer.is_canonical(),
         staging=work.staging,
     )

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from app.config import ApplicationConfig
-from app.data.prompts import PacosTemplate
+from app.data.prompts import AlpacaTemplate, PacosTemplate
 from app.errors import UserError
 from app.serving.generator import GeneratorDeployment
 from app.serving.messages import Completion, GenerateRequest, Piece, RagPrompt, Refusal, Started
@@ -152,6 +152,22 @@ def test_a_dead_engine_fails_the_health_check(model_dir):
     generator._models["pacos"].front.shutdown()
     with pytest.raises(RuntimeError, match="engine of pacos"):
         generator.check_health()
+
+
+def test_each_model_answers_in_the_template_that_it_was_trained_with(model_dir, delta_dir, tokenizer, tmp_path):
+    copy = shutil.copytree(delta_dir, tmp_path / "delta")
+    metadata = json.loads((copy / "delta.json").read_text())
+    (copy / "delta.json").write_text(json.dumps(metadata | {"template": {"type": "alpaca"}}))
+    generator = GeneratorDeployment(config(model_dir, deltas={"own": str(delta_dir), "alpaca": str(copy)}))
+    prompts = {
+        name: tokenizer.decode(model._encode(RagPrompt("Why?", ("hay",)), 16)[0])
+        for name, model in generator._models.items()
+    }
+    assert prompts["pacos"] == prompts["pacos:own"] == PacosTemplate().prompt("Why?", "hay")
+    assert prompts["pacos:alpaca"] == AlpacaTemplate().prompt("Why?", "hay")
+    infos = {info.name: info for info in asyncio.run(generator.models())}
+    assert infos["pacos:alpaca"].template == {"type": "alpaca"}
+    assert infos["pacos:alpaca"].hash != infos["pacos:own"].hash, "another prompt, another answer: cached apart"
 
 
 def test_passages_stand_in_the_template_on_one_line_as_many_as_fit(generator, tokenizer):
