@@ -149,7 +149,7 @@ def run_train(job: Any, *, resume: bool = False) -> dict[str, Any]:
     config: TrainConfig = job.config
     console.say(
         f"{config.method.type} trains {job.trained_count:,} weights beside {job.total_count:,}; "
-        f"{job.total_steps:,} steps of {config.batch_size} records on {config.workers.count} workers, "
+        f"{job.total_steps:,} steps of {config.batch_size} rows on {config.workers.count} workers, "
         f"ZeRO-{config.deepspeed.zero_stage}"
     )
     with training_progress("train", job.total_steps) as show:
