@@ -1,5 +1,6 @@
 """Files and folders that appear as a whole or not at all."""
 
+import errno
 import glob
 import os
 import shutil
@@ -31,14 +32,29 @@ def replaced_folder(folder: Path, *, contents: Collection[str]) -> Iterator[Path
         yield staging
         for file in staging.rglob("*"):  # safetensors makes files that only their owner can read
             file.chmod(file.stat().st_mode | (staging.stat().st_mode & 0o666))
-        if folder.exists():
-            folder.rename(retired)
-        staging.rename(folder)
+        _swap(staging, folder, retired)
     finally:
         if retired.exists() and not folder.exists():
             retired.rename(folder)
         shutil.rmtree(staging, ignore_errors=True)
         shutil.rmtree(retired, ignore_errors=True)
+
+
+def _swap(staging: Path, folder: Path, retired: Path) -> None:
+    """Put `staging` in `folder`'s place. Another process may be doing the same: the last one stays."""
+    for _ in range(100):
+        try:
+            if folder.exists():
+                folder.rename(retired)
+            staging.rename(folder)
+            return
+        except FileNotFoundError:  # the other has just retired the folder
+            continue
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            shutil.rmtree(retired, ignore_errors=True)  # the other's folder came between; retire that one too
+    raise UserError(f"output={str(folder)!r} is being replaced by other processes again and again; stop them")
 
 
 def _clear_leftovers(folder: Path) -> None:
@@ -72,7 +88,10 @@ def check_replaceable(folder: Path, contents: Collection[str]) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output={str(folder)!r} is a file; name a folder")
-    foreign = {entry.name for entry in folder.iterdir()} - set(contents) if folder.is_dir() else set()
+    try:
+        foreign = {entry.name for entry in folder.iterdir()} - set(contents) if folder.is_dir() else set()
+    except FileNotFoundError:  # another process is replacing it this very moment
+        foreign = set()
     if foreign:
         raise UserError(f"output={str(folder)!r} holds {min(foreign)!r}, which is not ours; name another folder")
 

@@ -1,22 +1,21 @@
 """Configuration: `schema` says what may be set, `load` turns YAML and overrides into it."""
 
+from app.config.base import Config
+from app.config.data import InspectConfig, PrepareConfig
 from app.config.load import load_config, validate
 from app.config.schema import (
     ApplicationConfig,
     AskConfig,
     CacheConfig,
-    Config,
     DeepSpeedConfig,
     EvaluateConfig,
     FullConfig,
     GeneratorConfig,
     IndexConfig,
-    InspectConfig,
     LoraConfig,
     MemoryCacheConfig,
     MethodConfig,
     OptimizerConfig,
-    PrepareConfig,
     PretrainConfig,
     QuickstartConfig,
     RedisCacheConfig,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from app.config.schema import Config
+from app.config.base import Config
 from app.errors import UserError
 
 ConfigT = TypeVar("ConfigT", bound=Config)

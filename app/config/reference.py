@@ -4,12 +4,12 @@ import typing
 
 from pydantic.fields import FieldInfo
 
-from app.config import schema
-from app.config.schema import Config
+from app.config import data, schema
+from app.config.base import Config
 
 COMMANDS: dict[str, type[Config]] = {
-    "pacos prepare": schema.PrepareConfig,
-    "pacos inspect": schema.InspectConfig,
+    "pacos prepare": data.PrepareConfig,
+    "pacos inspect": data.InspectConfig,
     "pacos pretrain": schema.PretrainConfig,
     "pacos train": schema.TrainConfig,
     "pacos evaluate": schema.EvaluateConfig,
@@ -21,7 +21,7 @@ COMMANDS: dict[str, type[Config]] = {
 
 HEAD = """# Configuration
 
-Made from `app/config/schema.py` by `python -m app.config.reference`.
+Made from `app/config/` by `python -m app.config.reference`.
 
 Each command takes a YAML file (`--config FILE`) and, above it, `key=value` overrides with dots into sections:
 `pacos train --config configs/alpaca-lora.yaml method.rank=16 optimizer.learning_rate=1e-3`. Values are read as YAML:

@@ -1,64 +1,14 @@
-"""Every setting of every job: frozen, typed, unknown keys refused.
+"""Every setting of every job but those on data: frozen, typed, unknown keys refused.
 
 Owns names, types, defaults and the combinations that cannot work. Does not know YAML, the command line,
 torch or Ray. A field's docstring is its documentation.
 """
 
-import re
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[int, Field(gt=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Precision = Literal["auto", "fp32", "bf16"]
-
-
-def _absolute(path: str) -> str:
-    # Ray's workers run in directories of their own, where a relative path would mean another file.
-    if "://" in path:
-        raise ValueError("object stores are not supported yet; name a path, on a disk that all nodes share")
-    if not path:
-        raise ValueError("names no path")
-    return str(Path(path).expanduser().absolute())
-
-
-def _absolute_folder(name: str) -> str:
-    is_folder = name.startswith((".", "~")) or (name != "embedded" and Path(name).is_dir())
-    return _absolute(name) if is_folder else name
-
-
-def _source(name: str) -> str:
-    if "://" in name:
-        return name
-    is_hub_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) and not _is_data_file(name)
-    return name if is_hub_name and not Path(name).exists() else _absolute(name)
-
-
-def _as_tuple(value: Any) -> Any:
-    """One stands for a list of one."""
-    return value if isinstance(value, list | tuple) else (str(value),)
-
-
-def _is_data_file(name: str) -> bool:
-    return name.removesuffix(".gz").endswith((".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv", ".txt", ".md"))
-
-
-LocalPath = Annotated[str, AfterValidator(_absolute)]
-"""A file or folder; a relative one is taken from the directory that the configuration is read in."""
-ModelName = Annotated[str, AfterValidator(_absolute_folder)]
-"""`embedded`, a folder, or a Hugging Face name."""
-SourceName = Annotated[str, AfterValidator(_source)]
-"""A file, a glob, an object store's URI, or the name of a dataset on the Hugging Face hub."""
-
-
-class Config(BaseModel):
-    """Base of all settings."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
+from app.config.base import Config, Fraction, LocalPath, ModelName, Positive, Precision, Seed
 
 # --- parts shared by several jobs ---------------------------------------------------------------
 
@@ -112,125 +62,6 @@ MethodConfig = Annotated[LoraConfig | FullConfig, Field(discriminator="type")]
 
 
 # --- one class per job --------------------------------------------------------------------------
-
-
-class PacosTemplateConfig(Config):
-    """`Instruction: …`, `Input: …`, `Response: …`, a line each."""
-
-    type: Literal["pacos"] = "pacos"
-
-
-class AlpacaTemplateConfig(Config):
-    """Stanford Alpaca's two prompts, with and without an input."""
-
-    type: Literal["alpaca"] = "alpaca"
-
-
-class ChatTemplateConfig(Config):
-    """A Jinja chat template, as `transformers` understands it."""
-
-    type: Literal["chat"] = "chat"
-    file: LocalPath | None = None
-    """File with the template; none takes the `chat_template` of the model's tokenizer."""
-
-
-class RawTemplateConfig(Config):
-    """Prompts and responses as they are written in the records."""
-
-    type: Literal["raw"] = "raw"
-
-
-TemplateConfig = Annotated[
-    PacosTemplateConfig | AlpacaTemplateConfig | ChatTemplateConfig | RawTemplateConfig, Field(discriminator="type")
-]
-
-
-class PaddedLayout(Config):
-    """One record a row; a batch is padded to its longest row."""
-
-    type: Literal["padded"] = "padded"
-
-
-class FixedLayout(Config):
-    """One record a row; every row is padded to `length`: one shape for compilers and static graphs."""
-
-    type: Literal["fixed"] = "fixed"
-    length: Annotated[int, Field(ge=8)] = 512
-
-
-class PackedLayout(Config):
-    """Several records a row, with positions and attention of their own: hardly any padding."""
-
-    type: Literal["packed"] = "packed"
-    length: Annotated[int, Field(ge=8)] = 1024
-    """Tokens a row."""
-
-
-Layout = Annotated[PaddedLayout | FixedLayout | PackedLayout, Field(discriminator="type")]
-RecordFormat = Literal["alpaca", "dolly", "prompt_completion", "chat", "text"]
-
-
-class PrepareConfig(Config):
-    """`pacos prepare`: instruction records to tokenized Parquet shards."""
-
-    source: Annotated[tuple[SourceName, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
-    """Files, globs, `s3://` or `gs://` URIs, or names of Hugging Face datasets; one or a list. JSON, JSONL, Parquet or
-    CSV, gzipped or not."""
-    output: LocalPath
-    """Folder to write; replaced as a whole once the new shards are complete."""
-    model: ModelName = "embedded"
-    """Model whose tokenizer is used: `embedded`, a folder, or a Hugging Face name."""
-    format: Literal["auto", "alpaca", "dolly", "prompt_completion", "chat", "text"] = "auto"
-    """How records name their parts; `auto` tells by the fields of each file's first records."""
-    fields: dict[str, str] = {}
-    """Other names of a format's fields, as in `fields={instruction: question, output: answer}`."""
-    template: TemplateConfig = PacosTemplateConfig()
-    """How a record becomes text. It travels with the shards and with every delta that is trained on them."""
-    on_invalid: Literal["repair", "drop", "fail"] = "repair"
-    """`repair` mends what has one obvious remedy and drops the rest, `drop` drops both, `fail` stops at the first."""
-    max_rejected: Annotated[float, Field(ge=0, le=1)] = 0.05
-    """Share of records that may be dropped, duplicates aside, before the job stops."""
-    duplicates: Literal["drop", "keep"] = "drop"
-    """What becomes of a record that says the same as an earlier one."""
-    layout: Layout = PaddedLayout()
-    """How training records lie in rows. Held-out records are one a row in any layout."""
-    max_length: Annotated[int, Field(ge=8)] = 512
-    """Longest record in tokens."""
-    truncation: Literal["prompt", "response", "drop"] = "prompt"
-    """What a longer record loses: the middle of its prompt, the tail of its response, or its place."""
-    validation_fraction: Fraction = 0.05
-    """Share of records held out, chosen by a hash of each record's content."""
-    test_fraction: Fraction = 0.0
-    """Share held out besides, for a last look; a record's place does not depend on `validation_fraction`."""
-    records_per_shard: Positive = 4000
-    """Source records that one task reads, and one shard comes from."""
-    seed: Seed = 0
-    """Of the order of training rows within a shard."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "PrepareConfig":
-        if self.validation_fraction + self.test_fraction >= 1:
-            raise ValueError(
-                f"validation_fraction={self.validation_fraction} and test_fraction={self.test_fraction} leave nothing "
-                "to train on; they must add up to less than 1"
-            )
-        length = getattr(self.layout, "length", self.max_length)
-        if length < self.max_length:
-            raise ValueError(f"layout.length={length} must be at least max_length={self.max_length}")
-        return self
-
-
-class InspectConfig(Config):
-    """`pacos inspect`: what prepared data looks like, in the terminal and as a page."""
-
-    data: LocalPath
-    """Folder that `pacos prepare` wrote."""
-    split: Literal["train", "validation", "test"] = "train"
-    samples: Annotated[int, Field(ge=0)] = 3
-    """Records to show, drawn by `seed`."""
-    seed: Seed = 0
-    report: LocalPath | None = None
-    """HTML file to write; none writes `report.html` into the folder."""
 
 
 class PretrainConfig(Config):

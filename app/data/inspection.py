@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from app.assets import model_folder
-from app.config.schema import InspectConfig
+from app.config.data import InspectConfig
 from app.data.shards import ROW_SCHEMA, Manifest, read_manifest
 from app.data.tokenization import Tokenizer, load_tokenizer
 from app.errors import UserError

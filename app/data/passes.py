@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from app.assets import model_folder
-from app.config.schema import PackedLayout, PrepareConfig
+from app.config.data import PackedLayout, PrepareConfig
 from app.data.chunks import Chunk, read_chunk
 from app.data.encoding import Tokens, TooLong, encode_records
 from app.data.packing import pack

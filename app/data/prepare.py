@@ -21,7 +21,7 @@ import numpy as np
 from app import __version__
 from app.assets import model_folder
 from app.atomic import check_replaceable, replaced_folder
-from app.config.schema import PrepareConfig, RecordFormat
+from app.config.data import PrepareConfig, RecordFormat
 from app.data.chunks import Chunk, cut, read_chunk
 from app.data.passes import DUPLICATE, HASH_BYTES, Advance, Settings, check_chunk, run_pass, write_chunk
 from app.data.prompts import resolve_template

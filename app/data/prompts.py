@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from app.config.schema import ChatTemplateConfig, TemplateConfig
+from app.config.data import ChatTemplateConfig, TemplateConfig
 from app.data.records import Conversation, Instruction, Message, Record, Text
 from app.errors import UserError
 

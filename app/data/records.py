@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from app.config.schema import RecordFormat
+from app.config.data import RecordFormat
 from app.data.chunks import Unreadable
 
 # Alpaca writes "there is no input" in a dozen ways: <noinput>, No input., noinput, No input required.

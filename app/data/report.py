@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from app.atomic import write_text
-from app.config.schema import InspectConfig
+from app.config.data import InspectConfig
 from app.data.inspection import Inspection, Sample
 from app.data.shards import REPORT
 

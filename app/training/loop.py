@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from app.config.schema import OptimizerConfig, Precision
+from app.config.base import Precision
+from app.config.schema import OptimizerConfig
 from app.data.batches import Batch
 from app.models.decoder import Decoder
 from app.training.loss import masked_nll

@@ -4,7 +4,7 @@ from typing import Literal
 
 import torch
 
-from app.config.schema import Precision
+from app.config.base import Precision
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> Literal["fp32", "bf16"]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from app.atomic import write_text
-from app.config.schema import Config
+from app.config.base import Config
 from app.errors import UserError
 from app.training.checkpointing import latest_step
 from app.training.loop import Metrics

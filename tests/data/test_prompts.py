@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from app.config.schema import ChatTemplateConfig, PacosTemplateConfig
+from app.config.data import ChatTemplateConfig, PacosTemplateConfig
 from app.data.prompts import (
     AlpacaTemplate,
     ChatTemplate,

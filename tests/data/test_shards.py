@@ -72,3 +72,19 @@ def test_what_killed_processes_left_is_cleared_and_what_they_retired_comes_back(
         raise KeyboardInterrupt
     assert (tmp_path / "data/manifest.json").read_text().endswith(".old")
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{mine}{os.getppid()}.tmp", "data"]
+
+
+def test_several_at_once_each_leave_a_whole_folder(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from app.atomic import replaced_folder\n"
+        "for number in range(150):\n"
+        "    with replaced_folder(Path(sys.argv[1]), contents=['a', 'b']) as staging:\n"
+        "        for name in 'ab': (staging / name).write_text(f'{sys.argv[2]} {number}')\n"
+    )
+    folder = tmp_path / "data"
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(folder), str(n)]) for n in range(3)]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    assert (folder / "a").read_text() == (folder / "b").read_text()
+    assert list(tmp_path.iterdir()) == [folder]
