@@ -33,9 +33,11 @@ def replaced_folder(folder: Path, *, contents: Collection[str]) -> Iterator[Path
         for file in staging.rglob("*"):  # safetensors makes files that only their owner can read
             file.chmod(file.stat().st_mode | (staging.stat().st_mode & 0o666))
         _swap(staging, folder, retired)
-    finally:
+    except BaseException:
         if retired.exists() and not folder.exists():
             retired.rename(folder)
+        raise
+    finally:
         shutil.rmtree(staging, ignore_errors=True)
         shutil.rmtree(retired, ignore_errors=True)
 
@@ -86,7 +88,7 @@ def check_replaceable(folder: Path, contents: Collection[str]) -> None:
     Raises:
         UserError: `folder` is a file, or holds anything that `contents` does not name.
     """
-    if folder.exists() and not folder.is_dir():
+    if folder.is_file():
         raise UserError(f"output={str(folder)!r} is a file; name a folder")
     try:
         foreign = {entry.name for entry in folder.iterdir()} - set(contents) if folder.is_dir() else set()
