@@ -89,6 +89,8 @@ def _rows(source: str) -> Iterator[Any]:
     path = Path(source)
     try:
         yield from read_rows(path, source=source)
+    except FileNotFoundError:
+        raise UserError(f"source={source!r}: no such file") from None
     except OSError as error:
         raise UserError(f"source={source!r} cannot be read: {error.strerror}") from None
 

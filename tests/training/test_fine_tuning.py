@@ -22,6 +22,7 @@ from app.training.loop import Metrics
 pytestmark = pytest.mark.ray
 
 STEPS = 8
+INTERRUPT_HANDLER = signal.getsignal(signal.SIGINT)
 
 
 def config(data: Path, model: Path, output: Path, *overrides: str) -> TrainConfig:
@@ -61,7 +62,7 @@ def unbroken(small_data: Path, tiny_model: Path, tmp_path_factory: pytest.TempPa
 
 def test_a_run_lowers_the_loss_and_leaves_all_its_files(unbroken) -> None:
     output, summary, seen = unbroken
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "Ctrl-C is ours again"
+    assert signal.getsignal(signal.SIGINT) is INTERRUPT_HANDLER, "Ctrl-C is ours again"
     assert summary["eval_loss_after"] < summary["eval_loss_before"]
     assert list(losses(seen)) == list(range(1, STEPS + 1))
     assert [row["step"] for row in seen if "eval_loss" in row] == [0, 4, 8]
