@@ -27,8 +27,8 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True)
-class TooLong:
-    """A record that `max_length` has no place for."""
+class Unusable:
+    """A record that gives nothing to train on: `max_length` has no place for it, or all of it is out of the loss."""
 
     reason: str
 
@@ -45,7 +45,7 @@ def encode_records(
     max_length: int,
     truncation: Truncation,
     is_canonical: bool = False,
-) -> list[list[Tokens] | TooLong]:
+) -> list[list[Tokens] | Unusable]:
     """The documents of each record: one, or several for a plain text that is longer than `max_length`.
 
     Segments are encoded apart and their ids joined: encoding the joined text would let BPE merge across a seam, and
@@ -55,7 +55,7 @@ def encode_records(
     segments = [template.segments(record) for record in records]
     texts = [segment.text for of_record in segments for segment in of_record]
     encoded = iter(tokenizer.encode_batch(texts, is_canonical=is_canonical))
-    documents: list[list[Tokens] | TooLong] = []
+    documents: list[list[Tokens] | Unusable] = []
     for record, of_record in zip(records, segments, strict=True):
         parts = []
         for segment in of_record:
@@ -67,15 +67,17 @@ def encode_records(
             documents.append(_windows(parts[0][0], max_length))
         else:
             document = _fit(parts, max_length, truncation)
-            documents.append(document if isinstance(document, TooLong) else [document])
+            documents.append(document if isinstance(document, Unusable) else [document])
     return documents
 
 
-def _fit(parts: list[_Part], max_length: int, truncation: Truncation) -> Tokens | TooLong:
+def _fit(parts: list[_Part], max_length: int, truncation: Truncation) -> Tokens | Unusable:
+    if not any([ids and in_loss for ids, in_loss in parts]):
+        return Unusable("all masked: nothing of it is in the loss")
     if _length(parts) <= max_length:
         return _join(parts)
     if truncation == "drop":
-        return TooLong(f"longer than max_length={max_length}")
+        return Unusable(f"longer than max_length={max_length}")
     kept = _first_exchanges(parts, max_length)
     if _length(kept) <= max_length:
         return _join(kept, is_cut=True)
@@ -83,7 +85,7 @@ def _fit(parts: list[_Part], max_length: int, truncation: Truncation) -> Tokens 
     if truncation == "prompt":
         prompt = _cut_middle(prompt, max(max_length - len(response), max_length // 4))
     if len(prompt) >= max_length:
-        return TooLong(f"the prompt alone fills max_length={max_length}")
+        return Unusable(f"the prompt alone fills max_length={max_length}")
     # A response that loses its tail loses its end of text with it: no false ending is learned.
     return _join([(prompt, False), (response[: max_length - len(prompt)], True)], is_cut=True)
 

@@ -18,7 +18,7 @@ import numpy as np
 from app.assets import model_folder
 from app.config.data import PackedLayout, PrepareConfig
 from app.data.chunks import Chunk, read_chunk
-from app.data.encoding import Tokens, TooLong, encode_records
+from app.data.encoding import Tokens, Unusable, encode_records
 from app.data.packing import pack
 from app.data.prompts import template_from_json
 from app.data.records import Invalid, Record, RowReader, split_of
@@ -129,7 +129,7 @@ def write_chunk(item: dict[str, Any], *, settings: Settings) -> dict[str, Any]:
     rejects += [reject for place, outcome in enumerate(outcomes) if place not in copies for reject in outcome.rejects()]
     for place, of_record in zip(places, encoded, strict=True):
         row, raw = outcomes[place].row, outcomes[place].raw
-        if isinstance(of_record, TooLong):
+        if isinstance(of_record, Unusable):
             rejects.append(Reject(row, raw, "dropped", of_record.reason))
             continue
         if of_record[0].is_cut:

@@ -143,6 +143,8 @@ class ChatTemplate:
                     "template.type='chat': the template writes a conversation's beginning differently once it goes on, "
                     "so no one can tell which part is the answer; give another with template.file"
                 )
+            if not after[len(before) :].strip():
+                raise UserError("template.type='chat': the template leaves the answer out; give another")
             segments += [Segment(before[len(done) :], in_loss=False), *self._response(after[len(before) :])]
             done = after
         return segments

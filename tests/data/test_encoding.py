@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.data.encoding import Tokens, TooLong, encode_records
+from app.data.encoding import Tokens, Unusable, encode_records
 from app.data.prompts import ChatTemplate, PacosTemplate
 from app.data.records import Conversation, Instruction, Invalid, Message, RowReader, Text
 from app.data.tokenization import Tokenizer, load_tokenizer
@@ -124,7 +124,7 @@ def test_what_is_too_long_is_cut_as_the_policy_says(tokenizer, instruction, outp
         assert documents == [whole]
         return
     if truncation == "drop" or (truncation == "response" and prompt >= max_length):
-        assert isinstance(documents, TooLong) and f"max_length={max_length}" in documents.reason
+        assert isinstance(documents, Unusable) and f"max_length={max_length}" in documents.reason
         return
     (cut,) = documents
     assert cut.is_cut and len(cut.input_ids) == max_length and sum(cut.loss_mask) > 0
@@ -177,3 +177,13 @@ def test_a_long_text_becomes_several_documents_and_no_first_token_is_in_the_loss
     ]
     assert all(not document.loss_mask[0] and all(document.loss_mask[1:]) for document in documents)
     assert all(len(document.input_ids) <= 100 and sum(document.loss_mask) for document in documents)
+
+
+def test_a_record_without_anything_in_the_loss_is_told_and_never_trained_on(tokenizer) -> None:
+    class Mute(PacosTemplate):
+        def segments(self, record):
+            return [segment._replace(in_loss=False) for segment in super().segments(record)]
+
+    assert encode(Instruction("a", "", "b"), tokenizer, template=Mute()) == Unusable(
+        "all masked: nothing of it is in the loss"
+    )

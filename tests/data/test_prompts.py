@@ -120,6 +120,11 @@ def test_a_template_that_rewrites_the_past_is_refused() -> None:
         ChatTemplate("{{ messages | length }}: {{ messages[-1].content }}").segments(TALK)
 
 
+def test_a_template_that_leaves_the_answer_out_is_refused() -> None:
+    with pytest.raises(UserError, match="leaves the answer out"):
+        ChatTemplate("{{ messages[0].content }}").segments(Instruction("a", "", "b"))
+
+
 def test_a_template_from_elsewhere_runs_in_a_sandbox() -> None:
     with pytest.raises(UserError, match="refuses this conversation.*unsafe"):
         ChatTemplate("{{ messages.__class__.__mro__ }}").prompt("?")
