@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from app.data.prompts import Template
+from app.data.prompts import Segment, Template
 from app.data.records import Record, Text
 from app.data.tokenization import Tokenizer
+from app.errors import UserError
 
 Truncation = Literal["prompt", "response", "drop"]
 
@@ -28,7 +29,7 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Unusable:
-    """A record that gives nothing to train on: `max_length` has no place for it, or all of it is out of the loss."""
+    """A record that gives nothing to train on: too long, all out of the loss, or refused by the template."""
 
     reason: str
 
@@ -52,11 +53,14 @@ def encode_records(
     searching for the response's start in the ids is then wrong. An end of text follows each response and is in the
     loss, so that the model learns to stop. `is_canonical` is what the tokenizer says of itself; it is faster then.
     """
-    segments = [template.segments(record) for record in records]
-    texts = [segment.text for of_record in segments for segment in of_record]
+    segments = [_segments(template, record) for record in records]
+    texts = [segment.text for of_record in segments if isinstance(of_record, list) for segment in of_record]
     encoded = iter(tokenizer.encode_batch(texts, is_canonical=is_canonical))
     documents: list[list[Tokens] | Unusable] = []
     for record, of_record in zip(records, segments, strict=True):
+        if isinstance(of_record, Unusable):
+            documents.append(of_record)
+            continue
         parts = []
         for segment in of_record:
             ids = next(encoded)
@@ -69,6 +73,13 @@ def encode_records(
             document = _fit(parts, max_length, truncation)
             documents.append(document if isinstance(document, Unusable) else [document])
     return documents
+
+
+def _segments(template: Template, record: Record) -> list[Segment] | Unusable:
+    try:
+        return template.segments(record)
+    except UserError as refusal:  # a chat template may not know some roles, or their order
+        return Unusable(str(refusal))
 
 
 def _fit(parts: list[_Part], max_length: int, truncation: Truncation) -> Tokens | Unusable:

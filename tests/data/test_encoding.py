@@ -187,3 +187,17 @@ def test_a_record_without_anything_in_the_loss_is_told_and_never_trained_on(toke
     assert encode(Instruction("a", "", "b"), tokenizer, template=Mute()) == Unusable(
         "all masked: nothing of it is in the loss"
     )
+
+
+def test_a_record_that_the_template_refuses_costs_that_record_alone(tokenizer) -> None:
+    jinja = (
+        "{% for m in messages %}{% if m.content == 'bad' %}{{ raise_exception('not that') }}{% endif %}"
+        "{{ m.content }} {% endfor %}"
+    )
+    records = [Instruction("a", "", "b"), Instruction("bad", "", "b"), Instruction("c", "", "d")]
+    good, bad, other = encode_records(
+        records, template=ChatTemplate(jinja), tokenizer=tokenizer, max_length=99, truncation="prompt"
+    )
+    assert isinstance(bad, Unusable) and "refuses this conversation: not that" in bad.reason
+    assert isinstance(good, list) and isinstance(other, list)
+    assert tokenizer.decode(other[0].input_ids) == "c d"
