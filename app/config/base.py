@@ -6,6 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv")
+"""Of files of records; `.gz` may stand behind."""
+
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -34,7 +37,7 @@ def _source(name: str) -> str:
 
 
 def _is_data_file(name: str) -> bool:
-    return name.removesuffix(".gz").endswith((".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv", ".txt", ".md"))
+    return name.removesuffix(".gz").endswith((*DATA_SUFFIXES, ".txt", ".md"))
 
 
 LocalPath = Annotated[str, AfterValidator(_absolute)]

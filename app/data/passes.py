@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from app.assets import model_folder
-from app.config.data import PackedLayout, PrepareConfig
+from app.config.data import PackedLayout, PrepareConfig, RecordFormat
 from app.data.chunks import Chunk, read_chunk
 from app.data.encoding import Tokens, Unusable, encode_records
 from app.data.packing import pack
@@ -102,7 +102,7 @@ def _run(item: dict[str, Any], *, task: Callable[..., dict[str, Any]], settings:
 
 def check_chunk(item: dict[str, Any], *, settings: Settings) -> dict[str, Any]:
     """Validate a chunk; its records' hashes, zeros where there is none."""
-    outcomes = _read(item, settings)
+    outcomes = _read(_chunk(item), item["format"], settings)
     hashes = (o.record.content_hash()[: 2 * HASH_BYTES] if o.record else "00" * HASH_BYTES for o in outcomes)
     rejects = [reject for outcome in outcomes for reject in outcome.rejects()]
     report = {"index": item["index"], "rows": len(outcomes), "dropped": count(rejects, "dropped")}
@@ -111,8 +111,8 @@ def check_chunk(item: dict[str, Any], *, settings: Settings) -> dict[str, Any]:
 
 def write_chunk(item: dict[str, Any], *, settings: Settings) -> dict[str, Any]:
     """Validate, tokenize and pack a chunk, and write its shards and its rejects."""
-    config, index = settings.config, int(item["index"])
-    outcomes = _read(item, settings)
+    config, index, chunk = settings.config, int(item["index"]), _chunk(item)
+    outcomes = _read(chunk, item["format"], settings)
     copies = set(item["duplicates"])
     hashes = [item["hashes"][start : start + HASH_BYTES].hex() for start in range(0, len(item["hashes"]), HASH_BYTES)]
     places = [place for place, outcome in enumerate(outcomes) if outcome.record and place not in copies]
@@ -146,7 +146,7 @@ def write_chunk(item: dict[str, Any], *, settings: Settings) -> dict[str, Any]:
             for split in SPLITS
             if documents[split]
         ]
-        write_part(settings.staging, index=index, source=json.loads(item["chunk"])["source"], rejects=rejects)
+        write_part(settings.staging, index=index, source=chunk.source, rejects=rejects)
     except OSError as error:
         raise UserError(f"output={config.output!r} cannot be written: {error}") from None
     report = {
@@ -171,14 +171,18 @@ def _rows(documents: list[Tokens], split: str, index: int, config: PrepareConfig
     return [rows[place] for place in order]
 
 
-def _read(item: dict[str, Any], settings: Settings) -> list[Outcome]:
+def _chunk(item: dict[str, Any]) -> Chunk:
+    return Chunk(**json.loads(item["chunk"]))
+
+
+def _read(chunk: Chunk, format: RecordFormat, settings: Settings) -> list[Outcome]:
     """The chunk's rows, validated.
 
     Raises:
         UserError: with on_invalid='fail', at the first that is not valid as it stands.
     """
-    config, chunk = settings.config, Chunk(**json.loads(item["chunk"]))
-    reader = RowReader(item["format"], config.fields, settings.special_tokens)
+    config = settings.config
+    reader = RowReader(format, config.fields, settings.special_tokens)
     outcomes = []
     for row, raw in enumerate(read_chunk(chunk), start=chunk.first_row):
         record: Record | None

@@ -22,7 +22,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from app.data.encoding import Tokens
-from app.data.prompts import Template, template_from_json
 from app.errors import UserError
 
 SPLITS = ("train", "validation", "test")
@@ -48,10 +47,6 @@ class Manifest:
     def content_hash(self) -> str:
         """Of all shards: equal for equal records in equal order."""
         return hashlib.sha256("".join(shard["sha256"] for shard in self.values["shards"]).encode()).hexdigest()
-
-    @property
-    def template(self) -> Template:
-        return template_from_json(self.values["template"])
 
     @property
     def max_length(self) -> int:

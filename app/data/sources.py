@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -21,10 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from app.config.base import DATA_SUFFIXES
 from app.errors import UserError
 
 _GLOB = "*?["
-_DATA = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv")
 _BUFFER_BYTES = 1 << 20
 
 
@@ -45,10 +46,9 @@ def find_files(sources: tuple[str, ...]) -> list[SourceFile]:
         UserError: a source names nothing.
     """
     found = [file for source in sources for file in _find(source)]
-    names = [file.name for file in found]
-    twice = next((name for index, name in enumerate(names) if name in names[:index]), None)
-    if twice:
-        raise UserError(f"source={list(sources)!r} names {twice!r} twice")
+    name, times = Counter(file.name for file in found).most_common(1)[0]
+    if times > 1:
+        raise UserError(f"source={list(sources)!r} names {name!r} twice")
     return found
 
 
@@ -66,12 +66,12 @@ def identity(file: SourceFile) -> str:
 
 
 def fetch(file: SourceFile, spool: Path) -> SourceFile:
-    """`file` on a disk: itself, or what is remote copied into `spool`."""
+    """`file` on a disk: itself, or what is remote copied into `spool`, a folder for this file alone."""
     if file.remote is None:
         return file
     filesystem, path = _filesystem(file.remote)
     spool.mkdir(parents=True, exist_ok=True)
-    copy = spool / f"{hashlib.sha256(file.name.encode()).hexdigest()[:16]}-{Path(path).name}"
+    copy = spool / "fetched"
     try:
         with filesystem.open_input_stream(path, compression=None) as source, copy.open("wb") as target:
             shutil.copyfileobj(source, target, _BUFFER_BYTES)
@@ -96,20 +96,20 @@ def file_hash(file: SourceFile) -> str:
 
 
 def as_json(file: SourceFile, spool: Path) -> Path:
-    """A JSON file with the records of `file`: its own, or one made in `spool`.
+    """A JSON file with the records of `file`: its own, or one made in `spool`, a folder for this file alone.
 
     Raises:
         UserError: the file is damaged, or of a kind that is not read.
     """
     path, kind = file.path, _kind(file)
-    spooled = spool / f"{hashlib.sha256(file.name.encode()).hexdigest()[:16]}.json"
+    spooled = spool / "records.json"
     try:
         if kind.endswith(".gz"):
             spool.mkdir(parents=True, exist_ok=True)
-            inner = spooled.with_suffix(Path(kind).stem or ".json")
+            inner = spool / "unpacked"
             with gzip.open(path) as source, inner.open("wb") as target:
                 shutil.copyfileobj(source, target, _BUFFER_BYTES)
-            return as_json(replace(file, path=inner, name=file.name.removesuffix(".gz")), spool / "unpacked")
+            return as_json(replace(file, path=inner, name=file.name.removesuffix(".gz")), spool / "inner")
         if kind == ".parquet":
             return _write_lines(_parquet_rows(path), spooled)
         if kind in (".csv", ".tsv"):
@@ -191,7 +191,7 @@ def _find_on_hub(name: str) -> list[SourceFile]:
 
 
 def _training_files(files: list[str]) -> list[str]:
-    data = sorted(file for file in files if file.removesuffix(".gz").endswith(_DATA))
+    data = sorted(file for file in files if file.removesuffix(".gz").endswith(DATA_SUFFIXES))
     return [file for file in data if "train" in file.lower()] or data
 
 
@@ -203,7 +203,7 @@ def _kind(file: SourceFile) -> str:
     name = file.name.lower()
     with file.path.open("rb") as stream:
         head = stream.read(4096)
-    suffixes = [suffix for suffix in Path(name).suffixes if suffix in (*_DATA, ".gz")]
+    suffixes = [suffix for suffix in Path(name).suffixes if suffix in (*DATA_SUFFIXES, ".gz")]
     suffix = next((suffix for suffix in reversed(suffixes) if suffix != ".gz"), "")
     if head[:2] == b"\x1f\x8b":
         return suffix + ".gz"

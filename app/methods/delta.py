@@ -64,6 +64,8 @@ def read_delta(folder: Path) -> Delta:
         weights = load_file(folder / _WEIGHTS)
     except (ValueError, KeyError, AttributeError, ValidationError, SafetensorError) as error:
         raise UserError(f"delta={str(folder)!r} is damaged ({error}); copy it again") from None
+    if not isinstance(metadata.get("template", {}), dict):
+        raise UserError(f"delta={str(folder)!r} was made by another version of pacos; train it again")
     return Delta(method, weights, metadata)
 
 

@@ -40,7 +40,7 @@ def load_models(config: GeneratorConfig, *, name: str) -> dict[str, "ServedModel
     models = {name: _serve(name, load_decoder(folder), tokenizer, PacosTemplate(), base_hash, config)}
     for delta_name, delta_folder in config.deltas.items():
         model, delta = _load_with_delta(folder, Path(delta_folder), base_hash, tokenizer)
-        template = template_from_json(delta.metadata["template"])
+        template = template_from_json(delta.metadata.get("template", PacosTemplate().to_json()))
         full_name = f"{name}:{delta_name}"
         models[full_name] = _serve(full_name, model, tokenizer, template, base_hash + delta.hash, config)
     return models

@@ -15,7 +15,7 @@ from app.config import PrepareConfig
 from app.data.chunks import read_rows
 from app.data.encoding import encode_records
 from app.data.prepare import plan_preparation, prepare
-from app.data.prompts import PacosTemplate
+from app.data.prompts import PacosTemplate, template_from_json
 from app.data.records import RowReader, split_of
 from app.data.shards import Manifest, read_manifest
 from app.data.tokenization import load_tokenizer
@@ -241,7 +241,8 @@ def test_the_template_travels_in_the_manifest(ray_cluster: None, tiny_model: Pat
     template = {"type": "chat", "file": str(tmp_path / "chat.jinja")}
     manifest = prepare(config(tiny_model, source, tmp_path / "o", template=template, validation_fraction=0))
     (tmp_path / "chat.jinja").unlink()
-    assert read_manifest(str(tmp_path / "o")).template.prompt("a") == "user: a\nassistant: "
+    stored = template_from_json(read_manifest(str(tmp_path / "o")).values["template"])
+    assert stored.prompt("a") == "user: a\nassistant: "
     ((ids, mask),) = documents(manifest, "train")
     tokenizer = load_tokenizer(tiny_model)
     assert tokenizer.decode(ids[: mask.count(False)]) == "user: a\nassistant: "

@@ -150,3 +150,10 @@ def test_a_delta_of_another_shape_and_a_damaged_folder_are_told(
     (tmp_path / "delta.safetensors").write_bytes(b"rubbish")
     with pytest.raises(UserError, match="damaged"):
         read_delta(tmp_path)
+
+
+def test_a_delta_of_another_version_is_told(trained: Decoder, tmp_path: Path) -> None:
+    weights = {name: parameter.detach() for name, parameter in trained_parameters(trained).items()}
+    write_delta(tmp_path, Delta(CONFIG, weights, {"template": "pacos"}))
+    with pytest.raises(UserError, match="made by another version of pacos; train it again"):
+        read_delta(tmp_path)
