@@ -13,6 +13,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Precision = Literal["auto", "fp32", "bf16"]
+AttentionBackend = Literal["auto", "flash", "memory_efficient", "math", "flex"]
 
 
 def _absolute(path: str) -> str:

@@ -1,22 +1,29 @@
-"""Hugging Face GPT-2 folders <-> `Decoder`.
+"""Model folders <-> `Decoder`: config.json and safetensors, one file or sharded.
 
-Reads config.json and safetensors (one file or sharded), writes folders that `transformers` opens. GPT-2 stores its
-projections as Conv1D, [in, out]; they become nn.Linear, [out, in], here and nowhere else. Pickled weights
-(pytorch_model.bin) are refused: loading one can run code.
+A decoder of GPT-2's architecture is a Hugging Face GPT-2 folder, which `transformers` opens. GPT-2 stores its
+projections as Conv1D, [in, out]; they become nn.Linear, [out, in], here and nowhere else. Any other architecture is a
+folder of our own, `model_type: pacos`, with the decoder's settings and names. Pickled weights (pytorch_model.bin) are
+refused: loading one can run code.
 """
 
 import hashlib
 import json
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from app.errors import UserError
 from app.models.decoder import Decoder, DecoderConfig
+
+OWN_TYPE = "pacos"
+"""`model_type` of folders that hold another architecture than GPT-2's."""
 
 MODEL_FILES = ("config.json", "model.safetensors")
 """What `save_decoder` writes."""
@@ -45,19 +52,21 @@ _OUTER_NAMES = {
 
 
 def load_decoder(folder: Path, *, dtype: torch.dtype = torch.float32) -> Decoder:
-    """The model in a Hugging Face GPT-2 `folder`, in evaluation mode.
+    """The model in `folder`, in evaluation mode.
 
     Raises:
         UserError: a file is missing or damaged, a tensor is missing or has the wrong shape, or the architecture
             is not one that the decoder computes.
     """
-    config = read_config(folder)
+    values = _read_json(folder / "config.json")
+    config = _config_of(folder, values)
     stored = _read_tensors(folder)
+    is_ours = values["model_type"] == OWN_TYPE
     with torch.device("meta"):
         model = Decoder(config)
     weights: dict[str, Tensor] = {}
     for name, expected in model.state_dict().items():
-        source, transposed = _stored_name(name)
+        source, transposed = (name, False) if is_ours else _gpt2_name(name)
         tensor = stored.get(source, stored.get(f"transformer.{source}"))
         if tensor is None:
             raise UserError(f"{folder}: the weights lack {source!r}; copy the checkpoint again")
@@ -76,31 +85,74 @@ def load_decoder(folder: Path, *, dtype: torch.dtype = torch.float32) -> Decoder
 
 
 def save_decoder(folder: Path, model: Decoder, *, dtype: torch.dtype = torch.float32) -> None:
-    """Write `model` as a GPT-2 folder (config.json, model.safetensors) that `transformers` opens; `folder` exists."""
+    """Write config.json and model.safetensors into `folder`, which exists; `transformers` opens it if it is GPT-2's
+    architecture."""
+    is_gpt2 = is_gpt2_architecture(model.config)
     stored = {}
     for name, tensor in model.state_dict().items():
-        target, transposed = _stored_name(name)
-        stored[f"transformer.{target}"] = (tensor.t() if transposed else tensor).to("cpu", dtype).contiguous()
+        target, transposed = _gpt2_name(name) if is_gpt2 else (name, False)
+        tensor = (tensor.t() if transposed else tensor).to("cpu", dtype).contiguous()
+        stored[f"transformer.{target}" if is_gpt2 else target] = tensor
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(_to_gpt2_config(model.config, dtype), indent=2) + "\n")
+    values = _to_gpt2_config(model.config, dtype) if is_gpt2 else _to_own_config(model.config, dtype)
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+
+
+def is_gpt2_architecture(config: DecoderConfig) -> bool:
+    """Whether `transformers`' GPT-2 computes the same."""
+    gpt2 = DecoderConfig(
+        vocab_size=config.vocab_size,
+        context_length=config.context_length,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        width=config.width,
+        mlp_width=config.mlp_width,
+        norm_epsilon=config.norm_epsilon,
+    )
+    return config == gpt2
 
 
 def read_config(folder: Path) -> DecoderConfig:
     """Architecture of the model in `folder`."""
-    values = _read_json(folder / "config.json")
+    return _config_of(folder, _read_json(folder / "config.json"))
+
+
+def _config_of(folder: Path, values: dict[str, Any]) -> DecoderConfig:
+    readers: dict[Any, Callable[[Path, dict[str, Any]], DecoderConfig]] = {
+        "gpt2": _from_gpt2_config,
+        OWN_TYPE: _from_own_config,
+    }
+    kind = values.get("model_type")
+    if kind not in readers:
+        raise UserError(f"{folder}/config.json: model_type={kind!r}; only 'gpt2' and {OWN_TYPE!r} can be loaded")
+    config = readers[kind](folder, values)
+    if config.width % config.num_heads:
+        raise UserError(f"{folder}/config.json: a width of {config.width} is no multiple of {config.num_heads} heads")
+    if config.num_heads % config.kv_heads:
+        raise UserError(f"{folder}/config.json: {config.num_heads} heads are no multiple of {config.kv_heads} KV heads")
+    return config
+
+
+def _from_gpt2_config(folder: Path, values: dict[str, Any]) -> DecoderConfig:
     _refuse_unsupported(folder, values)
-    width = values["n_embd"]
-    if width % values["n_head"]:
-        raise UserError(f"{folder}/config.json: n_embd={width} is not a multiple of n_head={values['n_head']}")
     return DecoderConfig(
         vocab_size=values["vocab_size"],
         context_length=values["n_positions"],
         num_layers=values["n_layer"],
         num_heads=values["n_head"],
-        width=width,
-        mlp_width=values.get("n_inner") or 4 * width,
+        width=values["n_embd"],
+        mlp_width=values.get("n_inner") or 4 * values["n_embd"],
         norm_epsilon=values.get("layer_norm_epsilon", 1e-5),
     )
+
+
+def _from_own_config(folder: Path, values: dict[str, Any]) -> DecoderConfig:
+    try:
+        return TypeAdapter(DecoderConfig).validate_python(values.get("architecture"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, ("architecture", *first["loc"])))
+        raise UserError(f"{folder}/config.json: {where}: {first['msg']}; copy the model again") from None
 
 
 def weights_hash(folder: Path) -> str:
@@ -113,7 +165,7 @@ def weights_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _stored_name(name: str) -> tuple[str, bool]:
+def _gpt2_name(name: str) -> tuple[str, bool]:
     if name in _OUTER_NAMES:
         return _OUTER_NAMES[name], False
     _, layer, inner = name.split(".", 2)
@@ -141,10 +193,17 @@ def _to_gpt2_config(config: DecoderConfig, dtype: torch.dtype) -> dict[str, Any]
     }
 
 
+def _to_own_config(config: DecoderConfig, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "model_type": OWN_TYPE,
+        "architecture": asdict(config),
+        "dtype": str(dtype).removeprefix("torch."),
+        "eos_token_id": config.vocab_size - 1,
+    }
+
+
 def _refuse_unsupported(folder: Path, values: dict[str, Any]) -> None:
     needed = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head"]
-    if values.get("model_type") != "gpt2":
-        raise UserError(f"{folder}/config.json: model_type={values.get('model_type')!r}; only 'gpt2' can be loaded")
     missing = [key for key in needed if not isinstance(values.get(key), int)]
     if missing:
         raise UserError(f"{folder}/config.json lacks {', '.join(missing)}")

@@ -1,19 +1,30 @@
-"""The decoder: GPT-2 (Radford et al. 2019), written to be read.
+"""The decoder: GPT-2 (Radford et al. 2019) and its descendants by configuration, written to be read.
 
 It trains and it serves. It knows tensors only: no text, no files, no techniques. `forward` returns hidden states;
 `head` turns the rows that are needed into logits, because most rows of a training batch or a prompt need none.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from app.config.base import AttentionBackend
+from app.models.attention import KeysValues, RowAttention
+from app.models.kernels.clamped_relu import clamped_relu
+
+Rotation = tuple[Tensor, Tensor]
+"""Cosines and sines [..., 1, time, head_width / 2] of the angles by which queries and keys are turned."""
+
 
 @dataclass(frozen=True)
 class DecoderConfig:
+    """Shapes and kinds; the defaults are GPT-2's."""
+
     vocab_size: int
     context_length: int
     num_layers: int
@@ -21,22 +32,57 @@ class DecoderConfig:
     width: int
     mlp_width: int
     norm_epsilon: float = 1e-5
+    norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
+    positions: Literal["learned", "rotary"] = "learned"
+    activation: Literal["gelu", "swiglu", "clamped_relu"] = "gelu"
+    num_kv_heads: int | None = None
+    """Heads of keys and values, each shared by a group of query heads (Ainslie et al. 2023); None: one for each."""
+    bias: bool = True
+    """Whether the linear layers have biases."""
+    rotary_base: float = 10_000.0
 
     @property
     def head_width(self) -> int:
         return self.width // self.num_heads
 
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
 
-class Cache(Protocol):
-    """Where attention keeps the keys and values of earlier tokens while generating."""
+
+GPT2_SIZES = {
+    name: DecoderConfig(50257, 1024, num_layers=layers, num_heads=heads, width=width, mlp_width=4 * width)
+    for name, layers, heads, width in (
+        ("distilgpt2", 6, 12, 768),
+        ("gpt2", 12, 12, 768),
+        ("gpt2-medium", 24, 16, 1024),
+        ("gpt2-large", 36, 20, 1280),
+        ("gpt2-xl", 48, 25, 1600),
+    )
+}
+"""Shapes of the published models, by their names on the Hugging Face hub."""
+
+
+class Context(Protocol):
+    """What the tokens of a forward pass may look at: each other (`RowAttention`), or an engine's KV cache."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store the new keys and values, and mix for each query the values that it may see, old and new.
+        """For each query [batch, heads, time, head_width] the mix of the values that it may see, of the same shape.
 
-        All are [batch, heads, time, head_width]. How rows belong to sequences is the cache's own affair: an engine
-        lays the tokens of many sequences end to end in one row.
+        `k` and `v` [batch, kv_heads, time, head_width] are those of the same tokens. A cache stores them, and knows
+        by itself how rows belong to sequences: an engine lays the tokens of many sequences end to end in one row.
         """
         ...
+
+
+class Prefix(nn.Module):
+    """Keys and values that every sequence sees before its own. Prefix and prompt tuning learn them."""
+
+    length: int
+
+    def forward(self, decoder: "Decoder") -> list[KeysValues]:
+        """Of each layer; keys and values are [kv_heads, length, head_width]."""
+        raise NotImplementedError
 
 
 class Attention(nn.Module):
@@ -45,54 +91,70 @@ class Attention(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.num_heads = config.num_heads
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.out = nn.Linear(config.width, config.width)
+        self.heads = (config.num_heads, config.kv_heads, config.kv_heads)  # of queries, keys, values
+        self.head_width = config.head_width
+        self.qkv = nn.Linear(config.width, sum(self.heads) * config.head_width, bias=config.bias)
+        self.out = nn.Linear(config.width, config.width, bias=config.bias)
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context, rotation: Rotation | None) -> Tensor:
         batch, time, width = x.shape
-        heads = self.qkv(x).view(batch, time, 3, self.num_heads, width // self.num_heads)
-        q, k, v = heads.permute(2, 0, 3, 1, 4)  # each [batch, heads, time, head_width]
-        if cache is None:
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        else:
-            mixed = cache.attend(self.layer, q, k, v)
+        heads = self.qkv(x).view(batch, time, -1, self.head_width).transpose(1, 2)
+        q, k, v = heads.split(self.heads, dim=1)  # each [batch, heads, time, head_width]
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        mixed = context.attend(self.layer, q, k, v)
         return self.out(mixed.transpose(1, 2).reshape(batch, time, width))
 
 
 class MLP(nn.Module):
-    """GPT-2's feed-forward layer, with the tanh approximation of GELU."""
+    """The feed-forward layer. SwiGLU's gate and value (Shazeer 2020, arXiv:2002.05202) come from one matrix, `up`."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.up = nn.Linear(config.width, config.mlp_width)
-        self.down = nn.Linear(config.mlp_width, config.width)
+        num_inputs = 2 if config.activation == "swiglu" else 1
+        self.up = nn.Linear(config.width, num_inputs * config.mlp_width, bias=config.bias)
+        self.down = nn.Linear(config.mlp_width, config.width, bias=config.bias)
+        self.activation = _ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        return self.down(self.activation(self.up(x)))
 
 
 class Block(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
-        self.attn_norm = nn.LayerNorm(config.width, eps=config.norm_epsilon)
+        self.attn_norm = new_norm(config)
         self.attn = Attention(config, layer)
-        self.mlp_norm = nn.LayerNorm(config.width, eps=config.norm_epsilon)
+        self.mlp_norm = new_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), mask=mask, cache=cache)
+    def forward(self, x: Tensor, context: Context, rotation: Rotation | None) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), context, rotation)
         return x + self.mlp(self.mlp_norm(x))
 
 
 class Decoder(nn.Module):
+    """`attention` names the kernel of attention without a cache; `prefix`, if set, precedes every sequence."""
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
+        self.attention: AttentionBackend = "auto"
+        self.prefix: Prefix | None = None
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
-        self.position_embedding = nn.Embedding(config.context_length, config.width)
+        if config.positions == "learned":
+            self.position_embedding = nn.Embedding(config.context_length, config.width)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.final_norm = nn.LayerNorm(config.width, eps=config.norm_epsilon)
+        self.final_norm = new_norm(config)
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence: what the context holds beside the prefix."""
+        return self.config.context_length - self.prefix_length
+
+    @property
+    def prefix_length(self) -> int:
+        return self.prefix.length if self.prefix is not None else 0
 
     def forward(
         self,
@@ -100,21 +162,32 @@ class Decoder(nn.Module):
         *,
         positions: Tensor | None = None,
         documents: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: Context | None = None,
     ) -> Tensor:
         """Hidden states [batch, time, width] of `ids` [batch, time].
 
-        `positions` [batch, time] default to 0, 1, 2, …. Without a cache attention is causal over the row, so
-        padding belongs on the right; with `documents` [batch, time] it is so within each document of the row, which
-        then sees nothing of its neighbours. With a cache, the cache decides what each token sees.
+        `positions` [batch, time] default to 0, 1, 2, …; a prefix shifts them. Without a cache attention is causal
+        over the row, so padding belongs on the right; with `documents` [batch, time] it is so within each document
+        of the row, which then sees nothing of its neighbours. With a cache, the cache decides what each token sees,
+        and holds the prefix already.
         """
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)
-        x = self.token_embedding(ids) + self.position_embedding(positions)
-        mask = None if documents is None else _isolating_mask(documents)
+        if cache is None:
+            prefix = None if self.prefix is None else self.prefix(self)
+            cache = RowAttention(documents, prefix=prefix, backend=self.attention)
+        return self.final_norm(self.run_blocks(self.token_embedding(ids), positions + self.prefix_length, cache))
+
+    def run_blocks(self, x: Tensor, positions: Tensor, context: Context) -> Tensor:
+        """`x` [batch, time, width], token embeddings, through all blocks."""
+        rotation = None
+        if self.config.positions == "learned":
+            x = x + self.position_embedding(positions)
+        else:
+            rotation = rotation_of(positions, self.config)
         for block in self.blocks:
-            x = block(x, mask=mask, cache=cache)
-        return self.final_norm(x)
+            x = block(x, context, rotation)
+        return x
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocab_size] of `hidden` [..., width]; the weights are the token embedding's (tied)."""
@@ -134,7 +207,33 @@ class Decoder(nn.Module):
                 parameter.normal_(0.0, 0.02 * scale, generator=generator)
 
 
-def _isolating_mask(documents: Tensor) -> Tensor:
-    """bool [batch, 1, time, time]: whether a query (third axis) may see a key (fourth): of its document, not later."""
-    same = documents.unsqueeze(2) == documents.unsqueeze(1)
-    return same.tril().unsqueeze(1)
+def new_norm(config: DecoderConfig) -> nn.Module:
+    kind = nn.RMSNorm if config.norm == "rms_norm" else nn.LayerNorm
+    return kind(config.width, eps=config.norm_epsilon)
+
+
+def rotation_of(positions: Tensor, config: DecoderConfig) -> Rotation:
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864): pair i turns by position · base^(-2i / width)."""
+    pairs = torch.arange(0, config.head_width, 2, device=positions.device, dtype=torch.float32)
+    angles = positions.float().unsqueeze(-1) * config.rotary_base ** (-pairs / config.head_width)
+    angles = angles.unsqueeze(-3)  # [..., 1, time, head_width / 2]: the same for all heads
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """`x` [batch, heads, time, head_width], its pairs turned. As in Llama, a pair is i and i + head_width / 2."""
+    cos, sin = (part.to(x.dtype) for part in rotation)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def _swiglu(x: Tensor) -> Tensor:
+    gate, value = x.chunk(2, dim=-1)
+    return F.silu(gate) * value
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": partial(F.gelu, approximate="tanh"),  # GPT-2's is the approximation
+    "swiglu": _swiglu,
+    "clamped_relu": clamped_relu,
+}

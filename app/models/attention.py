@@ -1,0 +1,164 @@
+"""Attention without a KV cache: what each token of a row may see, and which kernel computes it."""
+
+import functools
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from app.config.base import AttentionBackend
+from app.errors import UserError
+
+KeysValues = tuple[Tensor, Tensor]
+"""One layer's keys and values, each [kv_heads, time, head_width]."""
+
+_KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "memory_efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+class RowAttention:
+    """The decoder's `Context` in training: each row is a sequence, or, with `documents`, several end to end.
+
+    A token sees those of its own document that are not later, and all of `prefix`, which stands before every document.
+    Made anew for each forward pass; all layers share its mask.
+    """
+
+    def __init__(
+        self,
+        documents: Tensor | None = None,
+        *,
+        prefix: Sequence[KeysValues] | None = None,
+        backend: AttentionBackend = "auto",
+    ) -> None:
+        self.documents = documents
+        self.prefix = prefix
+        self.backend = backend
+        self._mask: Any = None
+        self._is_plain = documents is None and prefix is None
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """All [batch, heads, time, head_width]; keys and values may have fewer heads than queries."""
+        if self.prefix is not None:
+            k, v = (_prepend(before, after) for before, after in zip(self.prefix[layer], (k, v), strict=True))
+        is_grouped = q.shape[1] != k.shape[1]
+        if self.backend == "flex":
+            if self._mask is None:
+                self._mask = _block_mask(self.documents, q, k)
+            return _flex_attention()(q, k, v, block_mask=self._mask, enable_gqa=is_grouped)
+        if self._mask is None and not self._is_plain:
+            self._mask = _mask(self.documents, q, k)
+        with _kernel(self.backend):
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=self._mask, is_causal=self._is_plain, enable_gqa=is_grouped
+            )
+
+
+class Recorder:
+    """A `Context` that keeps each layer's keys and values, of rows that are sequences of their own."""
+
+    def __init__(self) -> None:
+        self.layers: list[KeysValues] = []
+        self._rows = RowAttention()
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.layers.append((k[0], v[0]))
+        return self._rows.attend(layer, q, k, v)
+
+
+def choose_backend(
+    backend: AttentionBackend,
+    *,
+    heads: tuple[int, int],
+    head_width: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    packed: bool,
+) -> str:
+    """The kernel that will compute attention: `backend` itself, or for `auto` what torch picks here.
+
+    `heads` are those of queries and of keys; `packed` says whether rows hold several documents, which needs a mask.
+
+    Raises:
+        UserError: `backend` cannot train here; naming those that can.
+    """
+    reason = _why_not(backend, heads=heads, head_width=head_width, device=device, dtype=dtype, packed=packed)
+    if reason is not None:
+        shape = {"heads": heads, "head_width": head_width, "device": device, "dtype": dtype, "packed": packed}
+        others = [name for name in (*_KERNELS, "flex") if name != backend and not _why_not(name, **shape)]
+        where = f"{device.type} in {str(dtype).removeprefix('torch.')}" + (" over packed rows" if packed else "")
+        raise UserError(
+            f"attention={backend!r} cannot train on {where} ({reason}); here can: auto, {', '.join(others)}"
+        )
+    if backend != "auto":
+        return backend
+    q, k, v = _probe(heads, head_width, device, dtype)
+    mask = _mask(torch.zeros(1, q.shape[2], dtype=torch.long, device=device), q, k) if packed else None
+    choice = SDPBackend(torch._fused_sdp_choice(q, k, v, mask, 0.0, not packed, enable_gqa=heads[0] != heads[1]))
+    return {kernel: name for name, kernel in _KERNELS.items()}.get(choice, choice.name.lower())
+
+
+def _why_not(
+    backend: str, *, heads: tuple[int, int], head_width: int, device: torch.device, dtype: torch.dtype, packed: bool
+) -> str | None:
+    """Why `backend` cannot compute attention and its gradient here, None where it can: by trying."""
+    q, k, v = _probe(heads, head_width, device, dtype)
+    documents = torch.zeros(1, q.shape[2], dtype=torch.long, device=device) if packed else None
+    try:
+        RowAttention(documents, backend=backend).attend(0, q, k, v).sum().backward()  # type: ignore[arg-type]
+    except (RuntimeError, NotImplementedError) as error:
+        return str(error).splitlines()[0].rstrip(".")
+    return None
+
+
+def _probe(heads: tuple[int, int], head_width: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    shapes = [(1, count, 128, head_width) for count in (heads[0], heads[1], heads[1])]
+    return [torch.zeros(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+def _prepend(before: Tensor, after: Tensor) -> Tensor:
+    """`before` [heads, prefix, head_width] in front of each row of `after` [batch, heads, time, head_width]."""
+    return torch.cat([before.to(after.dtype).expand(after.shape[0], -1, -1, -1), after], dim=2)
+
+
+def _mask(documents: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
+    """bool [batch or 1, 1, time, prefix + time]: whether a query (third axis) may see a key (fourth)."""
+    time, length = q.shape[2], k.shape[2] - q.shape[2]
+    seen = torch.ones(1, time, time, dtype=torch.bool, device=q.device).tril()
+    if documents is not None:
+        seen = seen & (documents.unsqueeze(2) == documents.unsqueeze(1))
+    return F.pad(seen, (length, 0), value=True).unsqueeze(1)
+
+
+def _block_mask(documents: Tensor | None, q: Tensor, k: Tensor) -> Any:
+    """The same for flex attention, which skips blocks of the score matrix where nothing is seen."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    batch, _, time, _ = q.shape
+    length = k.shape[2] - time
+    if documents is None:
+        documents = torch.zeros(batch, time, dtype=torch.long, device=q.device)
+
+    def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        own = (key - length).clamp(min=0)
+        return (key < length) | ((own <= query) & (documents[b, query] == documents[b, own]))
+
+    return create_block_mask(sees, batch, None, time, time + length, device=q.device)
+
+
+@functools.cache
+def _flex_attention() -> Any:
+    """Compiled, because flex attention holds the whole score matrix otherwise."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+def _kernel(backend: AttentionBackend) -> AbstractContextManager[Any]:
+    return nullcontext() if backend == "auto" else sdpa_kernel(_KERNELS[backend])
