@@ -19,6 +19,7 @@ from app.config import (
     TrainConfig,
     WorkersConfig,
 )
+from app.config.methods import name_of
 from app.ray_cluster import connected, dashboard_url
 
 Address = str | None
@@ -59,10 +60,9 @@ def train(config: TrainConfig, *, address: Address, resume: bool) -> None:
 
 
 def evaluate(config: EvaluateConfig, *, address: Address) -> None:
-    from app.data.shards import read_manifest
-    from app.training.compatibility import check_fits
+    from app.training.evaluate import check_inputs
 
-    check_fits(read_manifest(config.data), data=config.data, model=config.model)  # mistakes are told before Ray starts
+    check_inputs(config)  # mistakes are told before Ray starts
     with on_ray(address, workers=config.workers):
         run_evaluate(config)
 
@@ -148,7 +148,7 @@ def run_train(job: Any, *, resume: bool = False) -> dict[str, Any]:
 
     config: TrainConfig = job.config
     console.say(
-        f"{config.method.type} trains {job.trained_count:,} weights beside {job.total_count:,}; "
+        f"{name_of(config.method)} trains {job.trained_count:,} weights beside {job.total_count:,}; "
         f"{job.total_steps:,} steps of {config.batch_size} rows on {config.workers.count} workers, "
         f"ZeRO-{config.deepspeed.zero_stage}"
     )
@@ -234,6 +234,8 @@ def training_progress(title: str, total: int) -> Iterator[Callable[[dict[str, An
 
         def show(metrics: dict[str, Any]) -> None:
             note = f"loss {metrics['loss']:.3f}" if "loss" in metrics else ""
+            if "attention" in metrics:
+                console.say(f"computing in {metrics['precision']}, with {metrics['attention']} attention", style="dim")
             if "eval_loss" in metrics:
                 console.say(
                     f"step {metrics['step']:>6,}  {note:12}  held-out loss {metrics['eval_loss']:.3f}  "

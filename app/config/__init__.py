@@ -3,18 +3,29 @@
 from app.config.base import Config
 from app.config.data import InspectConfig, PrepareConfig
 from app.config.load import load_config, validate
+from app.config.methods import (
+    AdapterConfig,
+    BitFitConfig,
+    ComposedConfig,
+    ExtraBlockConfig,
+    FreezeConfig,
+    FullConfig,
+    LoraConfig,
+    MethodConfig,
+    PrefixConfig,
+    PromptConfig,
+    SingleMethod,
+    parts_of,
+)
 from app.config.schema import (
     ApplicationConfig,
     AskConfig,
     CacheConfig,
     DeepSpeedConfig,
     EvaluateConfig,
-    FullConfig,
     GeneratorConfig,
     IndexConfig,
-    LoraConfig,
     MemoryCacheConfig,
-    MethodConfig,
     OptimizerConfig,
     PretrainConfig,
     QuickstartConfig,
@@ -26,6 +37,15 @@ from app.config.schema import (
 )
 
 __all__ = [
+    "AdapterConfig",
+    "BitFitConfig",
+    "ComposedConfig",
+    "ExtraBlockConfig",
+    "FreezeConfig",
+    "PrefixConfig",
+    "PromptConfig",
+    "SingleMethod",
+    "parts_of",
     "ApplicationConfig",
     "AskConfig",
     "CacheConfig",

@@ -145,6 +145,8 @@ def _known_keys(schema: type[Config], path: list[str]) -> list[str]:
     """The fields of the model that `path` leads to, through nested models and the tags of unions."""
     models = [schema]
     for part in path:
+        if part.isdigit():  # a place in a list
+            continue
         tagged = [model for model in models if _variant(model) == part]
         models = tagged or [inner for model in models for inner in _nested(model, part)]
     return sorted({name for model in models for name in model.model_fields})
@@ -166,9 +168,11 @@ def _variant(model: type[Config]) -> str | None:
 
 
 def _nested(model: type[Config], field: str) -> list[type[Config]]:
-    """The configs that a field may hold: one, several in a union, or none."""
-    if field not in model.model_fields:
-        return []
-    annotation = model.model_fields[field].annotation
-    kinds = (annotation, *typing.get_args(annotation))
-    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Config)]
+    """The configs that a field may hold: one, several in a union or a list, or none."""
+    return _configs_in(model.model_fields[field].annotation) if field in model.model_fields else []
+
+
+def _configs_in(annotation: Any) -> list[type[Config]]:
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return [annotation]
+    return [config for inner in typing.get_args(annotation) for config in _configs_in(inner)]

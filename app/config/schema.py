@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from app.config.base import Config, Fraction, LocalPath, ModelName, Positive, Precision, Seed
+from app.config.base import AttentionBackend, Config, Fraction, LocalPath, ModelName, Positive, Precision, Seed
+from app.config.methods import LoraConfig, MethodConfig
 
 # --- parts shared by several jobs ---------------------------------------------------------------
 
@@ -40,27 +41,6 @@ class DeepSpeedConfig(Config):
     """ZeRO stage: 0 replicates the optimizer state on every worker, 1 partitions it."""
 
 
-class LoraConfig(Config):
-    """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685)."""
-
-    type: Literal["lora"] = "lora"
-    rank: Positive = 8
-    alpha: Annotated[float, Field(gt=0)] = 16
-    """The update is scaled by alpha / rank."""
-    dropout: Fraction = 0.0
-    targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("attn.qkv", "attn.out", "mlp.up", "mlp.down")
-    """Linear layers of each block that get an update, by the end of their name."""
-
-
-class FullConfig(Config):
-    """Every weight trains."""
-
-    type: Literal["full"] = "full"
-
-
-MethodConfig = Annotated[LoraConfig | FullConfig, Field(discriminator="type")]
-
-
 # --- one class per job --------------------------------------------------------------------------
 
 
@@ -75,6 +55,16 @@ class PretrainConfig(Config):
     num_layers: Positive = 6
     num_heads: Positive = 5
     width: Positive = 320
+    mlp_width: Positive | None = None
+    """Of the feed-forward layers; none means four times the width, for swiglu with its third matrix 8/3 times."""
+    norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
+    positions: Literal["learned", "rotary"] = "learned"
+    activation: Literal["gelu", "swiglu", "clamped_relu"] = "gelu"
+    """With the defaults of these the result is a GPT-2, which `transformers` opens too."""
+    num_kv_heads: Positive | None = None
+    """Heads of keys and values, each shared by several of queries; none gives each its own."""
+    attention: AttentionBackend = "auto"
+    """As in training."""
     batch_size: Positive = 16
     """Sequences of `context_length` tokens per optimizer step, over all workers."""
     steps: Positive = 2000
@@ -90,6 +80,10 @@ class PretrainConfig(Config):
     def _check(self) -> "PretrainConfig":
         if self.width % self.num_heads:
             raise ValueError(f"width={self.width} must be a multiple of num_heads={self.num_heads}")
+        if self.num_heads % (self.num_kv_heads or 1):
+            raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
+        if self.positions == "rotary" and self.width // self.num_heads % 2:
+            raise ValueError(f"rotary positions need heads of an even width, not {self.width}/{self.num_heads}")
         _check_batch(self.batch_size, self.workers)
         return self
 
@@ -111,6 +105,8 @@ class TrainConfig(Config):
     optimizer: OptimizerConfig = OptimizerConfig()
     precision: Precision = "auto"
     """bf16 computes under autocast, auto does so where the hardware has it; trained weights stay fp32 in any."""
+    attention: AttentionBackend = "auto"
+    """Kernel that computes attention; auto takes what torch finds fastest, and the run says which that is."""
     eval_every: Positive = 100
     """Steps between evaluations on held-out records."""
     save_every: Positive = 100

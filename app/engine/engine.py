@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from app.engine.kv_cache import KVCache
@@ -11,6 +12,7 @@ from app.engine.runner import Runner
 from app.engine.sampling import Sampling, sample
 from app.engine.scheduler import Scheduler
 from app.engine.sequence import Event, Sequence, new_sequence
+from app.models.attention import KeysValues
 from app.models.decoder import Decoder
 
 
@@ -32,8 +34,14 @@ class Engine:
 
     def __init__(self, model: Decoder, *, max_batch_size: int, max_queue: int) -> None:
         weight = model.token_embedding.weight
-        self.config = model.config
-        cache = KVCache(model.config, num_slots=max_batch_size, dtype=weight.dtype, device=weight.device)
+        self.max_length, self.vocab_size = model.max_length, model.config.vocab_size
+        cache = KVCache(
+            model.config,
+            num_slots=max_batch_size,
+            dtype=weight.dtype,
+            device=weight.device,
+            prefix=_prefix_of(model),
+        )
         self._scheduler = Scheduler(cache, max_queue=max_queue)
         self._runner = Runner(model.eval(), cache)
         self._ids = itertools.count()
@@ -50,8 +58,8 @@ class Engine:
             next(self._ids),
             ids,
             sampling,
-            context_length=self.config.context_length,
-            vocab_size=self.config.vocab_size,
+            context_length=self.max_length,
+            vocab_size=self.vocab_size,
         )
         self._scheduler.add(sequence)
         return sequence.request_id
@@ -99,3 +107,9 @@ class Engine:
             if event.finish_reason:
                 self._scheduler.remove(event.request_id)
         return events
+
+
+@torch.inference_mode()
+def _prefix_of(model: Decoder) -> SequenceOf[KeysValues]:
+    """What the model puts before every sequence, computed once."""
+    return () if model.prefix is None else model.prefix(model)

@@ -1,6 +1,6 @@
 """Keys and values of all running sequences: one slot per sequence, each reserved for a whole context.
 
-Implements the decoder's `Cache` for rows that are the new tokens of many sequences laid end to end, without padding:
+Implements the decoder's `Context` for rows that are the new tokens of many sequences laid end to end, without padding:
 matrix products run over all rows at once, and only attention looks at each sequence by itself. Knows no requests.
 """
 
@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from app.models.attention import KeysValues, RowAttention
 from app.models.decoder import DecoderConfig
 
 
 @dataclass(frozen=True)
 class Span:
-    """One sequence's share of a step: `length` new tokens after `start` cached ones."""
+    """One sequence's share of a step: `length` new tokens after `start` cached ones, the prefix not counted."""
 
     slot: int
     start: int
@@ -25,10 +26,25 @@ class Span:
 
 
 class KVCache:
-    def __init__(self, config: DecoderConfig, *, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (config.num_layers, num_slots, config.num_heads, config.context_length, config.head_width)
+    """`prefix`, a layer's keys and values each, stands at the start of every slot."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        num_slots: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        prefix: Sequence[KeysValues] = (),
+    ) -> None:
+        shape = (config.num_layers, num_slots, config.kv_heads, config.context_length, config.head_width)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.prefix = prefix
+        self.prefix_length = prefix[0][0].shape[1] if prefix else 0
+        for layer, (keys, values) in enumerate(prefix):
+            self.keys[layer, :, :, : self.prefix_length] = keys
+            self.values[layer, :, :, : self.prefix_length] = values
         # The lowest slot goes first: attention runs over all slots up to the highest that is in use.
         self._free = list(range(num_slots))
 
@@ -63,7 +79,8 @@ class StepCache:
         self.last_rows = torch.tensor([end - 1 for end in ends], device=device)  # [spans]
         prompts = [(end - s.length, end) for s, end in zip(spans, ends, strict=True) if s.length > 1]
         assert all(s.start == 0 for s in spans if s.length > 1), "a prompt is computed in one step"
-        self._prompts = prompts
+        self._prompts = [(slice(start, end), RowAttention(prefix=cache.prefix or None)) for start, end in prompts]
+        self._places = self.positions + cache.prefix_length  # in a slot
         self._singles = torch.tensor([end - 1 for s, end in zip(spans, ends, strict=True) if s.length == 1])
         if len(self._singles):
             self._singles = self._singles.to(device)
@@ -73,22 +90,19 @@ class StepCache:
     def _mask_singles(self) -> Tensor:
         """Which cached positions the new token of each slot may see: bool [slots in use, 1, 1, longest]."""
         last = self.positions.new_zeros(int(self._single_slots.max()) + 1)
-        last[self._single_slots] = self.positions[self._singles]
+        last[self._single_slots] = self._places[self._singles]
         seen = torch.arange(int(last.max()) + 1, device=last.device) <= last.unsqueeze(1)
         return seen[:, None, None, :]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """All [1, heads, rows, head_width]."""
+        """All [1, heads, rows, head_width]; keys and values may have fewer heads."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]  # [slots, heads, context, head_width]
-        keys[self._slots, :, self.positions] = k[0].transpose(0, 1)
-        values[self._slots, :, self.positions] = v[0].transpose(0, 1)
+        keys[self._slots, :, self._places] = k[0].transpose(0, 1)
+        values[self._slots, :, self._places] = v[0].transpose(0, 1)
 
         mixed = torch.empty_like(q)
-        for start, end in self._prompts:
-            rows = slice(start, end)
-            mixed[:, :, rows] = F.scaled_dot_product_attention(
-                q[:, :, rows], k[:, :, rows], v[:, :, rows], is_causal=True
-            )
+        for rows, attention in self._prompts:
+            mixed[:, :, rows] = attention.attend(layer, q[:, :, rows], k[:, :, rows], v[:, :, rows])
         if len(self._singles):
             mixed[0, :, self._singles] = self._attend_singles(q[0, :, self._singles], keys, values)
         return mixed
@@ -103,6 +117,10 @@ class StepCache:
         spread = q.new_zeros(num_slots, q.shape[0], 1, q.shape[2])
         spread[self._single_slots, :, 0] = q.transpose(0, 1)
         mixed = F.scaled_dot_product_attention(
-            spread, keys[:num_slots, :, :longest], values[:num_slots, :, :longest], attn_mask=self._single_mask
+            spread,
+            keys[:num_slots, :, :longest],
+            values[:num_slots, :, :longest],
+            attn_mask=self._single_mask,
+            enable_gqa=q.shape[0] != keys.shape[1],
         )
         return mixed[self._single_slots, :, 0].transpose(0, 1)

@@ -1,24 +1,75 @@
 """Fine-tuning techniques, one file each. A technique is a config, `apply(model)`, and the weights that it trains.
 
-Each module has `apply(model, config)`, which freezes what the technique does not train, and `merge(model)`, which
-folds the technique into plain weights. `delta.py` saves and loads what was trained.
+Each module has `apply(model, config)`, which adds what the technique trains to a model whose weights are frozen. Where
+plain weights can have the same effect it has `merge(model)`, which folds the technique into them; where they cannot,
+`NO_MERGE` says why. `delta.py` saves and loads what was trained, `peft_format.py` exchanges it with the `peft` library.
 """
 
 from typing import Any
 
-from torch import nn
+from app.config.methods import MethodConfig, PrefixConfig, SingleMethod, parts_of
+from app.errors import UserError
+from app.methods import adapter, bitfit, extra_block, freeze, full, lora, prefix, prompt
+from app.models.decoder import Decoder
 
-from app.config.schema import MethodConfig
-from app.methods import full, lora
+# In the order in which they are applied: those that choose among the model's weights first, then those that add to
+# it, so that LoRA finds the extra block, and leaves alone what trains anyway; an adapter stands around a LoRA.
+_MODULES: dict[str, Any] = {
+    "full": full,
+    "freeze": freeze,
+    "bitfit": bitfit,
+    "extra_block": extra_block,
+    "lora": lora,
+    "adapter": adapter,
+    "prefix": prefix,
+    "prompt": prompt,
+}
 
-_MODULES: dict[str, Any] = {"lora": lora, "full": full}
+
+def apply_method(model: Decoder, method: MethodConfig) -> None:
+    """Make `model` trainable by `method`, in place.
+
+    Raises:
+        UserError: the technique does not fit the model.
+    """
+    model.requires_grad_(False)
+    for part in _ordered(method):
+        _MODULES[part.type].apply(model, part)
 
 
-def apply_method(model: nn.Module, method: MethodConfig) -> None:
-    """Make `model` trainable by `method`, in place."""
-    _MODULES[method.type].apply(model, method)
+def merge_method(model: Decoder, method: MethodConfig) -> None:
+    """Undo `apply_method`'s wrapping, keeping its effect, in place: a plain model is left.
+
+    Raises:
+        UserError: no plain model has that effect.
+    """
+    check_mergeable(method)
+    fold_method(model, method)
 
 
-def merge_method(model: nn.Module, method: MethodConfig) -> None:
-    """Undo `apply_method`'s wrapping, keeping its effect, in place."""
-    _MODULES[method.type].merge(model)
+def fold_method(model: Decoder, method: MethodConfig) -> None:
+    """`merge_method` for those parts of `method` that can be merged; the others stay as they are."""
+    for part in reversed(_ordered(method)):
+        if hasattr(_MODULES[part.type], "merge"):
+            _MODULES[part.type].merge(model)
+
+
+def check_mergeable(method: MethodConfig) -> None:
+    """
+    Raises:
+        UserError: a part of `method` has no equal in plain weights; says why.
+    """
+    for part in parts_of(method):
+        if not hasattr(_MODULES[part.type], "merge"):
+            raise UserError(f"method.type={part.type!r} cannot be merged: {_MODULES[part.type].NO_MERGE}")
+
+
+def without_training_parts(model: Decoder, method: MethodConfig) -> MethodConfig:
+    """Drop from `model`, in place, what only training needs; returns the method that is left."""
+    parts = [prefix.without_mlp(model, part) if isinstance(part, PrefixConfig) else part for part in parts_of(method)]
+    return method.model_copy(update={"parts": tuple(parts)}) if method.type == "composed" else parts[0]
+
+
+def _ordered(method: MethodConfig) -> list[SingleMethod]:
+    order = list(_MODULES)
+    return sorted(parts_of(method), key=lambda part: order.index(part.type))

@@ -15,11 +15,12 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from app.config.schema import MethodConfig
+from app.config.methods import MethodConfig
 from app.errors import UserError
-from app.methods import apply_method, merge_method
+from app.methods import apply_method, check_mergeable, fold_method, merge_method
+from app.models.decoder import Decoder
 
 _WEIGHTS, _METADATA = DELTA_FILES = ("delta.safetensors", "delta.json")
 
@@ -69,7 +70,7 @@ def read_delta(folder: Path) -> Delta:
     return Delta(method, weights, metadata)
 
 
-def apply_delta(model: nn.Module, delta: Delta) -> None:
+def apply_delta(model: Decoder, delta: Delta) -> None:
     """Put the technique and its trained weights into `model`, in place.
 
     Raises:
@@ -79,8 +80,19 @@ def apply_delta(model: nn.Module, delta: Delta) -> None:
     load_trained(model, delta.weights)
 
 
-def merge_delta(model: nn.Module, delta: Delta) -> None:
-    """`apply_delta`, then fold the technique into plain weights, in place."""
+def fold_delta(model: Decoder, delta: Delta) -> None:
+    """`apply_delta`, then fold into plain weights what can be: what computes the delta's answers in the least time."""
+    apply_delta(model, delta)
+    fold_method(model, delta.method)
+
+
+def merge_delta(model: Decoder, delta: Delta) -> None:
+    """`apply_delta`, then fold the technique into plain weights, in place.
+
+    Raises:
+        UserError: as `apply_delta`, or no plain weights compute the same.
+    """
+    check_mergeable(delta.method)
     apply_delta(model, delta)
     merge_method(model, delta.method)
 
@@ -102,7 +114,7 @@ def check_base(delta: Delta, folder: str, *, base_hash: str, tokenizer_hash: str
 
 
 @torch.no_grad()
-def load_trained(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def load_trained(model: Decoder, weights: Mapping[str, Tensor]) -> None:
     """Copy `weights` into the trainable parameters of the same names; the two must match exactly."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     wrong = sorted(trained.keys() ^ weights.keys())

@@ -1,13 +1,13 @@
 """Full fine-tuning: every weight trains. The yardstick that the other techniques are measured by."""
 
-from torch import nn
+from app.config.methods import FullConfig
+from app.models.decoder import Decoder
 
-from app.config.schema import FullConfig
 
-
-def apply(model: nn.Module, config: FullConfig) -> None:
+def apply(model: Decoder, config: FullConfig) -> None:
+    """Unfreeze everything, in place."""
     model.requires_grad_(True)
 
 
-def merge(model: nn.Module) -> None:
+def merge(model: Decoder) -> None:
     """Nothing to fold: the trained weights are the model's own."""

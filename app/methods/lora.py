@@ -1,14 +1,19 @@
 """LoRA: Low-Rank Adaptation of Large Language Models (Hu et al. 2021, arXiv:2106.09685).
 
-A frozen linear layer W gets a trained update of rank r beside it: y = W x + (alpha / r) · B A x.
+A frozen linear layer W gets a trained update of rank r beside it: y = W x + s · B A x, with s = alpha / r, or
+alpha / √r where it is rank-stabilized (Kalajdzievski 2023, arXiv:2312.03732).
+
+DoRA (Liu et al. 2024, arXiv:2402.09353) trains the length m of each row of the weight as well, and the update turns
+only its direction: W' = m · (W + s B A) / ‖W + s B A‖, the norm taken over each row and treated as a constant.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from app.config.schema import LoraConfig
+from app.config.methods import LoraConfig
 from app.errors import UserError
+from app.models.decoder import Decoder
 
 
 class LoraLinear(nn.Module):
@@ -17,7 +22,7 @@ class LoraLinear(nn.Module):
     def __init__(self, base: nn.Linear, config: LoraConfig) -> None:
         super().__init__()
         self.base = base
-        self.scale = config.alpha / config.rank
+        self.scale = config.alpha / (config.rank**0.5 if config.rank_stabilized else config.rank)
         self.dropout = nn.Dropout(config.dropout)
         device = base.weight.device
         # fp32 whatever the base is stored in: small updates would drown in bf16's rounding
@@ -32,35 +37,68 @@ class LoraLinear(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """The base layer with the update added to its weight, in fp32."""
-        update = self.scale * (self.lora_b @ self.lora_a)
-        self.base.weight.copy_(self.base.weight.float() + update)
+        """The base layer with the update in its weight, in fp32."""
+        self.base.weight.copy_(self._updated_weight())
         return self.base
 
+    def _updated_weight(self) -> Tensor:
+        """W + s · B A [out, in], in fp32."""
+        return self.base.weight.float() + self.scale * (self.lora_b @ self.lora_a)
 
-def apply(model: nn.Module, config: LoraConfig) -> None:
-    """Freeze `model` and wrap the linear layers whose names end in one of `config.targets`, in place.
+
+class DoraLinear(LoraLinear):
+    """The update turns the rows of `base`, and `magnitude` [out] is their length."""
+
+    def __init__(self, base: nn.Linear, config: LoraConfig) -> None:
+        super().__init__(base, config)
+        self.magnitude = nn.Parameter(torch.linalg.vector_norm(base.weight.detach().float(), dim=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.base.bias
+        turned = super().forward(x) if bias is None else super().forward(x) - bias
+        scaled = turned * self._stretch().to(turned.dtype)
+        return scaled if bias is None else scaled + bias
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        self.base.weight.copy_(self._stretch().unsqueeze(1) * self._updated_weight())
+        return self.base
+
+    def _stretch(self) -> Tensor:
+        """[out]: what brings each updated row to its length."""
+        with torch.no_grad():
+            norm = torch.linalg.vector_norm(self._updated_weight(), dim=1)
+        return self.magnitude / norm
+
+
+def apply(model: Decoder, config: LoraConfig) -> None:
+    """Wrap the frozen linear layers whose names end in one of `config.targets`, in place.
 
     Raises:
-        UserError: a target matches no layer, or the rank is as large as a layer it would update.
+        UserError: a target matches no layer, all that match train anyway, or the rank is as large as a layer that it
+            would update.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for target in config.targets:
         if not any(name.endswith(f".{target}") for name in linears):
             known = sorted({name.split(".", 2)[-1] for name in linears})
             raise UserError(f"method.targets={target!r} matches no layer; the model has: {', '.join(known)}")
-    model.requires_grad_(False)
-    for name, linear in linears.items():
-        if not name.endswith(tuple(f".{target}" for target in config.targets)):
-            continue
+    endings = tuple(f".{target}" for target in config.targets)
+    chosen = {
+        name: linear for name, linear in linears.items() if name.endswith(endings) and not linear.weight.requires_grad
+    }
+    if not chosen:
+        raise UserError("method.type='lora' finds nothing to update: all of its targets train already")
+    for name, linear in chosen.items():
         smallest = min(linear.in_features, linear.out_features)
         if config.rank >= smallest:
             raise UserError(f"method.rank={config.rank} must be below {smallest}, the smaller side of {name}")
         parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, LoraLinear(linear, config))
+        wrapper = DoraLinear if config.dora else LoraLinear
+        setattr(model.get_submodule(parent), attribute, wrapper(linear, config))
 
 
-def merge(model: nn.Module) -> None:
+def merge(model: Decoder) -> None:
     """Fold every update into its layer and take the wrappers away, in place."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLinear):

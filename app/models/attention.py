@@ -1,9 +1,11 @@
 """Attention without a KV cache: what each token of a row may see, and which kernel computes it."""
 
 import functools
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -72,54 +74,60 @@ class Recorder:
         return self._rows.attend(layer, q, k, v)
 
 
-def choose_backend(
-    backend: AttentionBackend,
-    *,
-    heads: tuple[int, int],
-    head_width: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    packed: bool,
-) -> str:
-    """The kernel that will compute attention: `backend` itself, or for `auto` what torch picks here.
+@dataclass(frozen=True)
+class Rows:
+    """What attention is to be computed on; `is_masked`: rows hold several documents, or begin with a prefix."""
 
-    `heads` are those of queries and of keys; `packed` says whether rows hold several documents, which needs a mask.
+    num_heads: int
+    kv_heads: int
+    head_width: int
+    device: torch.device
+    dtype: torch.dtype
+    is_masked: bool
+
+    def __str__(self) -> str:
+        masked = " with a mask" if self.is_masked else ""
+        return f"{self.device.type} in {str(self.dtype).removeprefix('torch.')}{masked}"
+
+
+def choose_backend(backend: AttentionBackend, rows: Rows) -> str:
+    """The kernel that will compute attention: `backend` itself, or for `auto` what torch picks for such rows.
 
     Raises:
-        UserError: `backend` cannot train here; naming those that can.
+        UserError: `backend` cannot train on them; naming those that can.
     """
-    reason = _why_not(backend, heads=heads, head_width=head_width, device=device, dtype=dtype, packed=packed)
-    if reason is not None:
-        shape = {"heads": heads, "head_width": head_width, "device": device, "dtype": dtype, "packed": packed}
-        others = [name for name in (*_KERNELS, "flex") if name != backend and not _why_not(name, **shape)]
-        where = f"{device.type} in {str(dtype).removeprefix('torch.')}" + (" over packed rows" if packed else "")
-        raise UserError(
-            f"attention={backend!r} cannot train on {where} ({reason}); here can: auto, {', '.join(others)}"
-        )
+    if reason := _why_not(backend, rows):
+        others = [name for name in (*_KERNELS, "flex") if name != backend and not _why_not(name, rows)]
+        raise UserError(f"attention={backend!r} cannot train on {rows} ({reason}); use one of: {', '.join(others)}")
     if backend != "auto":
         return backend
-    q, k, v = _probe(heads, head_width, device, dtype)
-    mask = _mask(torch.zeros(1, q.shape[2], dtype=torch.long, device=device), q, k) if packed else None
-    choice = SDPBackend(torch._fused_sdp_choice(q, k, v, mask, 0.0, not packed, enable_gqa=heads[0] != heads[1]))
+    q, k, v = _probe(rows)
+    mask = _mask(_one_document(q), q, k) if rows.is_masked else None
+    is_grouped = rows.num_heads != rows.kv_heads
+    choice = SDPBackend(torch._fused_sdp_choice(q, k, v, mask, 0.0, mask is None, enable_gqa=is_grouped))
     return {kernel: name for name, kernel in _KERNELS.items()}.get(choice, choice.name.lower())
 
 
-def _why_not(
-    backend: str, *, heads: tuple[int, int], head_width: int, device: torch.device, dtype: torch.dtype, packed: bool
-) -> str | None:
+def _why_not(backend: str, rows: Rows) -> str | None:
     """Why `backend` cannot compute attention and its gradient here, None where it can: by trying."""
-    q, k, v = _probe(heads, head_width, device, dtype)
-    documents = torch.zeros(1, q.shape[2], dtype=torch.long, device=device) if packed else None
+    q, k, v = _probe(rows)
+    attention = RowAttention(_one_document(q) if rows.is_masked else None, backend=cast(AttentionBackend, backend))
     try:
-        RowAttention(documents, backend=backend).attend(0, q, k, v).sum().backward()  # type: ignore[arg-type]
+        with warnings.catch_warnings():  # torch explains there why each kernel will not do
+            warnings.simplefilter("ignore")
+            attention.attend(0, q, k, v).sum().backward()
     except (RuntimeError, NotImplementedError) as error:
         return str(error).splitlines()[0].rstrip(".")
     return None
 
 
-def _probe(heads: tuple[int, int], head_width: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    shapes = [(1, count, 128, head_width) for count in (heads[0], heads[1], heads[1])]
-    return [torch.zeros(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes]
+def _probe(rows: Rows) -> list[Tensor]:
+    shapes = [(1, heads, 128, rows.head_width) for heads in (rows.num_heads, rows.kv_heads, rows.kv_heads)]
+    return [torch.zeros(shape, device=rows.device, dtype=rows.dtype, requires_grad=True) for shape in shapes]
+
+
+def _one_document(q: Tensor) -> Tensor:
+    return torch.zeros(q.shape[0], q.shape[2], dtype=torch.long, device=q.device)
 
 
 def _prepend(before: Tensor, after: Tensor) -> Tensor:
@@ -143,7 +151,7 @@ def _block_mask(documents: Tensor | None, q: Tensor, k: Tensor) -> Any:
     batch, _, time, _ = q.shape
     length = k.shape[2] - time
     if documents is None:
-        documents = torch.zeros(batch, time, dtype=torch.long, device=q.device)
+        documents = _one_document(q)
 
     def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         own = (key - length).clamp(min=0)

@@ -20,7 +20,7 @@ from app.engine.front import EngineFront
 from app.engine.sampling import Sampling
 from app.engine.sequence import ContextLengthExceeded
 from app.errors import UserError
-from app.methods.delta import Delta, check_base, merge_delta, read_delta
+from app.methods.delta import Delta, check_base, fold_delta, read_delta
 from app.models.checkpoints import load_decoder, weights_hash
 from app.models.decoder import Decoder
 from app.serving.messages import GenerateRequest, ModelInfo, Piece, Prompt, PromptInfo, RagPrompt
@@ -29,7 +29,7 @@ from app.serving.text_stream import TextStream
 
 
 def load_models(config: GeneratorConfig, *, name: str) -> dict[str, "ServedModel"]:
-    """The base model as `name`, and each delta merged into a copy of it as `name:DELTA`.
+    """The base model as `name`, and each delta applied to a copy of it as `name:DELTA`.
 
     Raises:
         UserError: a folder is missing or damaged, or a delta was trained on another base or tokenizer.
@@ -58,7 +58,7 @@ def _serve(
     engine = Engine(model.to(config.device, dtype), max_batch_size=config.max_batch_size, max_queue=config.max_queue)
     identity = ":".join([weights, tokenizer.fingerprint(), config.precision, json.dumps(template.to_json())])
     model_hash = hashlib.sha256(identity.encode()).hexdigest()
-    info = ModelInfo(name, model_hash, model.config.context_length, template.to_json())
+    info = ModelInfo(name, model_hash, model.max_length, template.to_json())
     return ServedModel(info, EngineFront(engine, name=f"engine {name}"), tokenizer, template)
 
 
@@ -71,7 +71,7 @@ def _load_with_delta(folder: Path, delta_folder: Path, base_hash: str, tokenizer
         tokenizer_hash=tokenizer.fingerprint(),
     )
     model = load_decoder(folder)  # in fp32, whatever is served: merging rounds only once
-    merge_delta(model, delta)
+    fold_delta(model, delta)
     return model.requires_grad_(False).eval(), delta
 
 

@@ -20,7 +20,7 @@ from app.data.tokenization import Tokenizer, load_tokenizer
 from app.engine.engine import Engine
 from app.engine.sampling import Sampling
 from app.errors import UserError
-from app.methods.delta import check_base, merge_delta, read_delta
+from app.methods.delta import Delta, check_base, fold_delta, read_delta
 from app.models.checkpoints import load_decoder, weights_hash
 from app.models.decoder import Decoder
 from app.ray_cluster import on_all_cpus, thread_environment
@@ -60,12 +60,10 @@ def evaluate(config: EvaluateConfig, *, progress: Callable[[int, int], None] = l
     """
     import ray.data
 
-    manifest = read_manifest(config.data)
-    tokenizer = check_fits(manifest, data=config.data, model=config.model)
+    manifest, tokenizer = check_inputs(config)
     total = min(manifest.num_rows(config.split), config.max_records or 2**62)
     if not total:
         raise UserError(f"data={config.data!r} has no {config.split} records; prepare it with validation_fraction > 0")
-    _check_template(config, manifest)
     model = load_model(config)  # here first, so that a mistake in model or delta is told before actors start
     rows = on_all_cpus(ray.data.read_parquet(manifest.files(config.split)))
     rows.context.execution_options.preserve_order = True  # so that max_records means the same ones each time
@@ -128,9 +126,25 @@ def _model_on_worker(config: EvaluateConfig) -> tuple[torch.device, Decoder, Tok
     return device, load_model(config).to(device), load_tokenizer(model_folder(config.model))
 
 
-def _check_template(config: EvaluateConfig, manifest: Manifest) -> None:
+def check_inputs(config: EvaluateConfig) -> tuple[Manifest, Tokenizer]:
+    """The data's manifest and the model's tokenizer.
+
+    Raises:
+        UserError: data, model and delta do not fit together.
+    """
+    manifest = read_manifest(config.data)
+    delta = read_delta(Path(config.delta)) if config.delta else None
+    tokenizer = check_fits(
+        manifest, data=config.data, model=config.model, method=delta.method if delta is not None else None
+    )
+    if delta is not None:
+        _check_template(config, manifest, delta)
+    return manifest, tokenizer
+
+
+def _check_template(config: EvaluateConfig, manifest: Manifest, delta: Delta) -> None:
     """A delta's loss on prompts that it was not trained to read says nothing of it."""
-    trained = read_delta(Path(config.delta)).metadata.get("template") if config.delta else None
+    trained = delta.metadata.get("template")
     if trained and trained != manifest.values["template"]:
         raise UserError(
             f"delta={config.delta!r} was trained with the template {trained['type']!r} and data={config.data!r} is "
@@ -149,7 +163,7 @@ def load_model(config: EvaluateConfig) -> Decoder:
             base_hash=weights_hash(folder),
             tokenizer_hash=load_tokenizer(folder).fingerprint(),
         )
-        merge_delta(model, delta)
+        fold_delta(model, delta)
     return model
 
 
@@ -162,7 +176,7 @@ def answer_samples(model: Decoder, config: EvaluateConfig, manifest: Manifest, t
     answers: dict[int, list[int]] = {}
     rows = []
     for prompt, reference in exchanges:
-        if len(prompt) < model.config.context_length:
+        if len(prompt) < model.max_length:
             sampling = Sampling(max_tokens=SAMPLE_TOKENS, stop_ids=frozenset([tokenizer.end_id]))
             request_id = engine.add_request(prompt, sampling)
             answers[request_id] = []

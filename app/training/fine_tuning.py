@@ -18,13 +18,14 @@ import torch
 
 from app.assets import model_folder
 from app.atomic import replaced_folder, write_text
+from app.config.methods import name_of
 from app.config.schema import TrainConfig
 from app.data.batches import Batch, collate
 from app.data.feed import Feed
 from app.data.shards import COLUMNS, Manifest, read_manifest
 from app.data.tokenization import TOKENIZER_FILES
 from app.errors import UserError
-from app.methods import apply_method
+from app.methods import apply_method, without_training_parts
 from app.methods.delta import DELTA_FILES, Delta, write_delta
 from app.models.checkpoints import MODEL_FILES, load_decoder, read_config, save_decoder, weights_hash
 from app.models.decoder import Decoder
@@ -33,6 +34,7 @@ from app.training.compatibility import check_fits
 from app.training.deepspeed import DeepSpeedOptimizer
 from app.training.loop import Metrics
 from app.training.optimizer import trained_parameters
+from app.training.precision import resolve_precision
 from app.training.run_log import RunLog, open_run
 from app.training.trainer import run_on_workers, train_on_worker
 from app.training.workers import rank, world_size
@@ -68,7 +70,7 @@ def plan_job(config: TrainConfig) -> Job:
         UserError: data, model and method do not fit together.
     """
     manifest = read_manifest(config.data)
-    check_fits(manifest, data=config.data, model=config.model)
+    check_fits(manifest, data=config.data, model=config.model, method=config.method)
     steps_per_epoch = manifest.num_rows("train") // config.batch_size
     if not steps_per_epoch:
         raise UserError(f"batch_size={config.batch_size} is more than the {manifest.num_rows('train')} training rows")
@@ -77,6 +79,11 @@ def plan_job(config: TrainConfig) -> Job:
         model = Decoder(read_config(model_folder(config.model)))
         total_count = sum(parameter.numel() for parameter in model.parameters())
         apply_method(model, config.method)
+    model.attention = config.attention
+    if not config.workers.gpus:  # else only a worker can tell
+        cpu = torch.device("cpu")
+        precision = resolve_precision(config.precision, cpu)
+        loop.training_attention(model, device=cpu, precision=precision, is_packed=_is_packed(manifest))
     return Job(
         config,
         manifest,
@@ -113,7 +120,7 @@ def fine_tune(
         on_metrics=record,
         feeding=FeedConfig(job.feed, checkpoints=job.checkpoints),
     )
-    log.plot(output / "loss.png", title=f"{config.method.type} on {config.model}")
+    log.plot(output / "loss.png", title=f"{name_of(config.method)} on {config.model}")
     steps = [row for row in log.rows if "step_s" in row][1:]  # the first step warms caches up
     summary = {
         "steps": job.total_steps,
@@ -125,6 +132,7 @@ def fine_tune(
         "perplexity_before": log.first("perplexity"),
         "perplexity_after": log.last("perplexity"),
         "precision": log.first("precision"),
+        "attention": log.first("attention"),
         "tokens_per_s": sum(row["tokens"] for row in steps) / max(1e-9, sum(row["step_s"] for row in steps)),
         "peak_worker_bytes": log.last("peak_worker_bytes"),
         "result": str(job.result),
@@ -143,11 +151,18 @@ def _worker(payload: dict[str, Any]) -> None:
     model = load_decoder(model_folder(config.model))
     torch.manual_seed(config.seed)  # every worker draws the same initial weights
     apply_method(model, config.method)
+    model.attention = config.attention
     validation = _validation_batches(job)
     metrics = train_on_worker(
         model,
         plan=loop.Plan(
-            job.total_steps, config.eval_every, config.save_every, config.optimizer, config.precision, config.seed
+            total_steps=job.total_steps,
+            eval_every=config.eval_every,
+            save_every=config.save_every,
+            optimizer=config.optimizer,
+            precision=config.precision,
+            seed=config.seed,
+            is_packed=_is_packed(job.manifest),
         ),
         make_optimizer=lambda model, checkpoint: DeepSpeedOptimizer(
             model,
@@ -164,6 +179,10 @@ def _worker(payload: dict[str, Any]) -> None:
     )
     if rank() == 0:
         _write_result(job, model, metrics)
+
+
+def _is_packed(manifest: Manifest) -> bool:
+    return manifest.values["config"]["layout"]["type"] == "packed"
 
 
 def _validation_batches(job: Job) -> list[Batch]:
@@ -190,6 +209,7 @@ def _write_result(job: Job, model: Decoder, metrics: Metrics) -> None:
                 if (model_folder(config.model) / name).exists():
                     shutil.copy(model_folder(config.model) / name, staging)
         return
+    method = without_training_parts(model, config.method)
     weights = {name: parameter.detach().clone() for name, parameter in trained_parameters(model).items()}
     metadata = {
         "base": config.model,
@@ -200,4 +220,4 @@ def _write_result(job: Job, model: Decoder, metrics: Metrics) -> None:
         "metrics": {name: metrics[name] for name in ("step", "loss", "eval_loss", "perplexity") if name in metrics},
     }
     with replaced_folder(job.result, contents=DELTA_FILES) as staging:
-        write_delta(staging, Delta(config.method, weights, metadata))
+        write_delta(staging, Delta(method, weights, metadata))

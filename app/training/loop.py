@@ -15,6 +15,7 @@ import torch
 from app.config.base import Precision
 from app.config.schema import OptimizerConfig
 from app.data.batches import Batch
+from app.models.attention import Rows, choose_backend
 from app.models.decoder import Decoder
 from app.training.loss import masked_nll
 from app.training.optimizer import Optimizer
@@ -35,6 +36,8 @@ class Plan:
     optimizer: OptimizerConfig
     precision: Precision
     seed: int
+    is_packed: bool
+    """Whether rows hold several documents."""
 
     def is_due(self, step: int, every: int) -> bool:
         return step % every == 0 or step == self.total_steps
@@ -58,9 +61,11 @@ def run(
     """
     device = next(model.parameters()).device
     model.train()
+    precision = resolve_precision(plan.precision, device)
+    attention = training_attention(model, device=device, precision=precision, is_packed=plan.is_packed)
     if start_step == 0:
-        precision = resolve_precision(plan.precision, device)
-        report({"step": 0, "precision": precision, **evaluate(model, validation(), precision=plan.precision)})
+        first = {"step": 0, "precision": precision, "attention": attention}
+        report({**first, **evaluate(model, validation(), precision=plan.precision)})
     for step in range(start_step + 1, plan.total_steps + 1):
         started = time.perf_counter()
         # Dropout draws from the step's own seed, so that a resumed run draws what an unbroken one would have.
@@ -93,6 +98,19 @@ def run(
         report(metrics)
         if plan.is_due(step, plan.save_every):
             save(step, metrics)
+
+
+def training_attention(model: Decoder, *, device: torch.device, precision: Precision, is_packed: bool) -> str:
+    """The kernel that will compute attention.
+
+    Raises:
+        UserError: `model.attention` cannot do so.
+    """
+    shape = model.config
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    is_masked = is_packed or model.prefix_length > 0
+    rows = Rows(shape.num_heads, shape.kv_heads, shape.head_width, device, dtype, is_masked)
+    return choose_backend(model.attention, rows)
 
 
 def _check_finite(value: float, name: str, step: int) -> None:

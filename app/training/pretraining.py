@@ -143,15 +143,33 @@ def new_model(config: PretrainConfig, *, vocab_size: int) -> Decoder:
             num_layers=config.num_layers,
             num_heads=config.num_heads,
             width=config.width,
-            mlp_width=4 * config.width,
+            mlp_width=config.mlp_width or _mlp_width(config),
+            norm=config.norm,
+            positions=config.positions,
+            activation=config.activation,
+            num_kv_heads=config.num_kv_heads,
         )
     )
+    model.attention = config.attention
     model.initialize(generator=torch.Generator().manual_seed(config.seed))
     return model
 
 
+def _mlp_width(config: PretrainConfig) -> int:
+    """As many weights as GPT-2's feed-forward layer has, in multiples of 64."""
+    return 4 * config.width if config.activation != "swiglu" else -(-8 * config.width // (3 * 64)) * 64
+
+
 def plan(config: PretrainConfig) -> Plan:
-    return Plan(config.steps, config.eval_every, config.eval_every, config.optimizer, config.precision, config.seed)
+    return Plan(
+        total_steps=config.steps,
+        eval_every=config.eval_every,
+        save_every=config.eval_every,
+        optimizer=config.optimizer,
+        precision=config.precision,
+        seed=config.seed,
+        is_packed=False,
+    )
 
 
 def training_batches(corpus: Corpus, config: PretrainConfig, *, start_step: int) -> Iterator[Batch]:

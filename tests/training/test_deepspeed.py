@@ -60,7 +60,15 @@ def train(model_folder: Path, method: str, output: Path, *, zero_stage: int | No
     loop.run(
         model,
         optimizer,
-        plan=loop.Plan(STEPS, eval_every=STEPS, save_every=HALF, optimizer=OPTIMIZER, precision="fp32", seed=7),
+        plan=loop.Plan(
+            STEPS,
+            eval_every=STEPS,
+            save_every=HALF,
+            optimizer=OPTIMIZER,
+            precision="fp32",
+            seed=7,
+            is_packed=False,
+        ),
         start_step=start,
         batches=map(batch_of, range(start, STEPS)),
         validation=lambda: [batch_of(100)],

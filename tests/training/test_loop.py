@@ -62,7 +62,7 @@ def train(
         if folder:
             save_step(folder, Checkpoint(step, optimizer.weights(), optimizer.moments()), keep=2)
 
-    plan = loop.Plan(steps, eval_every=5, save_every=4, optimizer=OPTIMIZER, precision="fp32", seed=7)
+    plan = loop.Plan(steps, eval_every=5, save_every=4, optimizer=OPTIMIZER, precision="fp32", seed=7, is_packed=False)
     with contextlib.suppress(KeyboardInterrupt):
         loop.run(
             model,
@@ -136,7 +136,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_model: Path) -> None:
     with torch.no_grad():
         model.final_norm.weight.fill_(float("nan"))
     apply_method(model, LoraConfig(rank=4))
-    plan = loop.Plan(3, eval_every=5, save_every=5, optimizer=OPTIMIZER, precision="fp32", seed=0)
+    plan = loop.Plan(3, eval_every=5, save_every=5, optimizer=OPTIMIZER, precision="fp32", seed=0, is_packed=False)
     with pytest.raises(FloatingPointError, match="lower optimizer.learning_rate"):
         loop.run(
             model,
