@@ -26,6 +26,7 @@ Address = Annotated[
     str | None,
     typer.Option("--address", metavar="HOST:PORT", help="Running Ray cluster; none starts a local one."),
 ]
+Format = Annotated[str, typer.Option("--format", metavar="NAME", help="Whose format: peft.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in `output`.")]
 
 
@@ -65,6 +66,42 @@ def train(
 def evaluate(overrides: Overrides = None, config: ConfigFile = None, address: Address = None) -> None:
     """Loss and perplexity on held-out records, and sample answers."""
     _run("evaluate", "EvaluateConfig", overrides, config, address=address)
+
+
+@cli.command()
+def describe(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="`embedded`, a folder, or a Hugging Face name.")],
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+) -> None:
+    """What a technique trains in a model, and what memory that takes: `pacos describe gpt2 method.type=lora`."""
+    _run("describe", "DescribeConfig", [f"model={model}", *(overrides or ())], config)
+
+
+@cli.command()
+def deltas(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Searched with all that is below it.")] = "runs",
+) -> None:
+    """The deltas below a folder: technique, base, size, held-out loss."""
+    _run("deltas", "DeltasConfig", [f"folder={folder}"], None)
+
+
+@cli.command()
+def merge(overrides: Overrides = None, config: ConfigFile = None) -> None:
+    """A delta and its base to a plain model folder."""
+    _run("merge", "MergeConfig", overrides, config)
+
+
+@cli.command()
+def export(overrides: Overrides = None, config: ConfigFile = None, format: Format = "peft") -> None:
+    """A delta to the format of another library."""
+    _run("export", "ExportConfig", [f"format={format}", *(overrides or ())], config)
+
+
+@cli.command(name="import")
+def import_(overrides: Overrides = None, config: ConfigFile = None, format: Format = "peft") -> None:
+    """Another library's adapter to a delta."""
+    _run("import_", "ImportConfig", [f"format={format}", *(overrides or ())], config)
 
 
 @cli.command()

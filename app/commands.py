@@ -10,9 +10,14 @@ from typing import Any
 from app import console
 from app.config import (
     AskConfig,
+    DeltasConfig,
+    DescribeConfig,
     EvaluateConfig,
+    ExportConfig,
+    ImportConfig,
     IndexConfig,
     InspectConfig,
+    MergeConfig,
     PrepareConfig,
     PretrainConfig,
     ServeConfig,
@@ -65,6 +70,49 @@ def evaluate(config: EvaluateConfig, *, address: Address) -> None:
     check_inputs(config)  # mistakes are told before Ray starts
     with on_ray(address, workers=config.workers):
         run_evaluate(config)
+
+
+def describe(config: DescribeConfig) -> None:
+    from app.methods.description import describe_model
+
+    show_description(config, describe_model(config))
+
+
+def deltas(config: DeltasConfig) -> None:
+    from app.methods.transfer import find_deltas, summary
+
+    found = [summary(listed) for listed in find_deltas(Path(config.folder))]
+    if not found:
+        console.say(f"no delta below {config.folder}; `pacos train` makes one")
+    for line in found:
+        console.table(str(line.pop("folder")), line)
+
+
+def merge(config: MergeConfig) -> None:
+    from app.methods.transfer import merge as run
+
+    merged = run(config)
+    console.table(
+        f"Merged → {merged.output}",
+        {
+            "weights": merged.parameters,
+            "largest logit difference": f"{merged.largest_difference:.2g}, of logits up to {merged.largest_logit:.3g}",
+        },
+    )
+
+
+def export(config: ExportConfig) -> None:
+    from app.methods.transfer import export as run
+
+    run(config)
+    console.say(f"Exported in the format of {config.format} → {config.output}")
+
+
+def import_(config: ImportConfig) -> None:
+    from app.methods.transfer import import_adapter
+
+    delta = import_adapter(config)
+    console.say(f"Imported {name_of(delta.method)} → {config.output}; pass it as delta={config.output}")
 
 
 def index(config: IndexConfig, *, address: Address) -> None:
@@ -140,6 +188,34 @@ def show_inspection(inspection: Any) -> None:
         console.say(f"{sample.num_tokens} tokens, {sample.loss_tokens} in the loss{note}\n", style="cyan")
     console.bars("tokens a record", inspection.length_bars())
     console.table("", inspection.figures())
+
+
+def show_description(config: DescribeConfig, description: Any) -> None:
+    total, trained = description.parameters, description.trained
+    rows = [
+        (
+            row.full_name,
+            " + ".join("×".join(map(str, shape)) for shape in row.shapes),
+            f"{row.parameters:,}",
+            "trains" if row.trains else "",
+            f"{100 * row.parameters / total:.2f} %",
+            *(console.in_bytes(size) for size in (row.weight_bytes, row.gradient_bytes, row.optimizer_bytes)),
+        )
+        for row in description.rows
+    ]
+    sizes = [
+        sum(getattr(row, f"{kind}_bytes") for row in description.rows) for kind in ("weight", "gradient", "optimizer")
+    ]
+    rows.append(("total", "", f"{total:,}", "", "100 %", *map(console.in_bytes, sizes)))
+    method = f" with {name_of(config.method)}" if config.method else ""
+    console.grid(
+        f"{config.model}{method}",
+        ("module", "shape", "weights", "", "share", "memory", "gradients", "optimizer"),
+        rows,
+        right=(2, 4, 5, 6, 7),
+    )
+    if config.method:
+        console.say(f"{trained:,} of {total:,} weights train: {100 * trained / total:.3g} %")
 
 
 def run_train(job: Any, *, resume: bool = False) -> dict[str, Any]:

@@ -96,6 +96,30 @@ def table(title: str, rows: Mapping[str, object]) -> None:
     console.print(grid)
 
 
+def grid(
+    title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = (), last: bool = True
+) -> None:
+    """A table with a header; columns `right` hold figures, and the last row is a total unless `last` is false."""
+    shown = Table(box=None, padding=(0, 2, 0, 2), header_style="dim")
+    for number, name in enumerate(header):
+        shown.add_column(name, justify="right" if number in right else "left")
+    for number, row in enumerate(rows):
+        is_total = last and number == len(rows) - 1
+        shown.add_row(*map(Text, row), style="bold" if is_total else "")
+    console.print(Text(title, style="italic"), soft_wrap=True)
+    console.print(shown)
+
+
+def in_bytes(size: int) -> str:
+    """`1.5 MiB`; nothing for nothing."""
+    if not size:
+        return ""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size} B"
+
+
 def heading(text: str) -> None:
     console.print()
     console.print(f"[bold]{text}[/bold]")

@@ -35,8 +35,14 @@ from app.config.schema import (
     TrainConfig,
     WorkersConfig,
 )
+from app.config.transfer import DeltasConfig, DescribeConfig, ExportConfig, ImportConfig, MergeConfig
 
 __all__ = [
+    "DeltasConfig",
+    "DescribeConfig",
+    "ExportConfig",
+    "ImportConfig",
+    "MergeConfig",
     "AdapterConfig",
     "BitFitConfig",
     "ComposedConfig",

@@ -4,7 +4,7 @@ import typing
 
 from pydantic.fields import FieldInfo
 
-from app.config import data, schema
+from app.config import data, schema, transfer
 from app.config.base import Config
 
 COMMANDS: dict[str, type[Config]] = {
@@ -13,6 +13,11 @@ COMMANDS: dict[str, type[Config]] = {
     "pacos pretrain": schema.PretrainConfig,
     "pacos train": schema.TrainConfig,
     "pacos evaluate": schema.EvaluateConfig,
+    "pacos describe": transfer.DescribeConfig,
+    "pacos deltas": transfer.DeltasConfig,
+    "pacos merge": transfer.MergeConfig,
+    "pacos export": transfer.ExportConfig,
+    "pacos import": transfer.ImportConfig,
     "pacos index": schema.IndexConfig,
     "pacos serve": schema.ServeConfig,
     "pacos ask": schema.AskConfig,

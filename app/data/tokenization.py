@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -125,6 +126,13 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=not keep_special)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer's files of model folder `source` into `target`."""
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copy(source / name, target)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

@@ -27,6 +27,8 @@ OWN_TYPE = "pacos"
 
 MODEL_FILES = ("config.json", "model.safetensors")
 """What `save_decoder` writes."""
+PROVENANCE_FILE = "pacos.json"
+"""What a model folder that fine-tuning made says of itself: the template of its prompts, what was merged."""
 
 # ours -> GPT-2's, inside a block; True marks a Conv1D weight, which is stored transposed
 _BLOCK_NAMES = {
@@ -153,6 +155,15 @@ def _from_own_config(folder: Path, values: dict[str, Any]) -> DecoderConfig:
         first = error.errors()[0]
         where = ".".join(map(str, ("architecture", *first["loc"])))
         raise UserError(f"{folder}/config.json: {where}: {first['msg']}; copy the model again") from None
+
+
+def write_provenance(folder: Path, values: dict[str, Any]) -> None:
+    (folder / PROVENANCE_FILE).write_text(json.dumps(values, indent=2) + "\n")
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """What `write_provenance` wrote; empty for a model that came from elsewhere."""
+    return _read_json(folder / PROVENANCE_FILE) if (folder / PROVENANCE_FILE).exists() else {}
 
 
 def weights_hash(folder: Path) -> str:

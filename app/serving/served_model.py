@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ from app.engine.sampling import Sampling
 from app.engine.sequence import ContextLengthExceeded
 from app.errors import UserError
 from app.methods.delta import Delta, check_base, fold_delta, read_delta
-from app.models.checkpoints import load_decoder, weights_hash
+from app.models.checkpoints import load_decoder, read_provenance, weights_hash
 from app.models.decoder import Decoder
 from app.serving.messages import GenerateRequest, ModelInfo, Piece, Prompt, PromptInfo, RagPrompt
 from app.serving.streams import merge
@@ -37,13 +38,20 @@ def load_models(config: GeneratorConfig, *, name: str) -> dict[str, "ServedModel
     folder = model_folder(config.model)
     tokenizer = load_tokenizer(folder)
     base_hash = weights_hash(folder)
-    models = {name: _serve(name, load_decoder(folder), tokenizer, PacosTemplate(), base_hash, config)}
+    template = _template(read_provenance(folder))
+    models = {name: _serve(name, load_decoder(folder), tokenizer, template, base_hash, config)}
     for delta_name, delta_folder in config.deltas.items():
         model, delta = _load_with_delta(folder, Path(delta_folder), base_hash, tokenizer)
-        template = template_from_json(delta.metadata.get("template", PacosTemplate().to_json()))
+        template = _template(delta.metadata)
         full_name = f"{name}:{delta_name}"
         models[full_name] = _serve(full_name, model, tokenizer, template, base_hash + delta.hash, config)
     return models
+
+
+def _template(metadata: dict[str, Any]) -> Template:
+    """The one that a model says it was tuned with."""
+    stored = metadata.get("template")
+    return template_from_json(stored) if stored else PacosTemplate()
 
 
 def _serve(

@@ -8,7 +8,6 @@ OUTPUT/loss.png
 """
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +22,19 @@ from app.config.schema import TrainConfig
 from app.data.batches import Batch, collate
 from app.data.feed import Feed
 from app.data.shards import COLUMNS, Manifest, read_manifest
-from app.data.tokenization import TOKENIZER_FILES
+from app.data.tokenization import TOKENIZER_FILES, copy_tokenizer
 from app.errors import UserError
 from app.methods import apply_method, without_training_parts
 from app.methods.delta import DELTA_FILES, Delta, write_delta
-from app.models.checkpoints import MODEL_FILES, load_decoder, read_config, save_decoder, weights_hash
+from app.models.checkpoints import (
+    MODEL_FILES,
+    PROVENANCE_FILE,
+    load_decoder,
+    read_config,
+    save_decoder,
+    weights_hash,
+    write_provenance,
+)
 from app.models.decoder import Decoder
 from app.training import loop
 from app.training.compatibility import check_fits
@@ -203,11 +210,10 @@ def _write_result(job: Job, model: Decoder, metrics: Metrics) -> None:
     config = job.config
     model.to("cpu")
     if config.method.type == "full":
-        with replaced_folder(job.result, contents=(*MODEL_FILES, *TOKENIZER_FILES)) as staging:
+        with replaced_folder(job.result, contents=(*MODEL_FILES, *TOKENIZER_FILES, PROVENANCE_FILE)) as staging:
             save_decoder(staging, model)
-            for name in TOKENIZER_FILES:
-                if (model_folder(config.model) / name).exists():
-                    shutil.copy(model_folder(config.model) / name, staging)
+            copy_tokenizer(model_folder(config.model), staging)
+            write_provenance(staging, {"template": job.manifest.values["template"]})
         return
     method = without_training_parts(model, config.method)
     weights = {name: parameter.detach().clone() for name, parameter in trained_parameters(model).items()}
