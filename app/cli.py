@@ -105,6 +105,12 @@ def import_(overrides: Overrides = None, config: ConfigFile = None, format: Form
 
 
 @cli.command()
+def quantize(overrides: Overrides = None, config: ConfigFile = None) -> None:
+    """A smaller model folder, and its size, speed and perplexity beside full precision."""
+    _run("quantize", "QuantizeConfig", overrides, config)
+
+
+@cli.command()
 def index(overrides: Overrides = None, config: ConfigFile = None, address: Address = None) -> None:
     """A folder of documents to a searchable index."""
     _run("index", "IndexConfig", overrides, config, address=address)

@@ -20,6 +20,7 @@ from app.config import (
     MergeConfig,
     PrepareConfig,
     PretrainConfig,
+    QuantizeConfig,
     ServeConfig,
     TrainConfig,
     WorkersConfig,
@@ -113,6 +114,14 @@ def import_(config: ImportConfig) -> None:
 
     delta = import_adapter(config)
     console.say(f"Imported {name_of(delta.method)} → {config.output}; pass it as delta={config.output}")
+
+
+def quantize(config: QuantizeConfig) -> None:
+    from app.training.quantizing import run
+
+    with console.console.status("reading") as status:
+        result = run(config, progress=status.update)
+    show_quantized(config, result)
 
 
 def index(config: IndexConfig, *, address: Address) -> None:
@@ -216,6 +225,38 @@ def show_description(config: DescribeConfig, description: Any) -> None:
     )
     if config.method:
         console.say(f"{trained:,} of {total:,} weights train: {100 * trained / total:.3g} %")
+
+
+def show_quantized(config: QuantizeConfig, result: Any) -> None:
+    before, after = vars(result.before), vars(result.after)
+    shown: list[tuple[str, str, Callable[[Any], str]]] = [
+        ("file_bytes", "file", console.in_bytes),
+        ("peak_bytes", "peak memory beyond torch's", console.in_bytes),
+        ("first_token_s", "first token, one prompt", lambda value: f"{1000 * value:.1f} ms"),
+        ("token_s", "each token after it", lambda value: f"{1000 * value:.2f} ms"),
+        ("tokens_per_s", "tokens/s, sixteen prompts", lambda value: f"{value:,.0f}"),
+        ("perplexity", "held-out perplexity", lambda value: f"{value:.3f}"),
+    ]
+    layers = result.layers
+    rows = [
+        ("layers quantized", console.in_bytes(layers.fp32), console.in_bytes(layers.quantized),
+         _percent(layers.fp32, layers.quantized)),
+        ("the same, stored in bf16", console.in_bytes(layers.bf16), "", _percent(layers.bf16, layers.quantized)),
+    ]  # fmt: skip
+    for key, name, text in shown:
+        if before[key] is not None:
+            rows.append((name, text(before[key]), text(after[key]), _percent(before[key], after[key])))
+    console.grid(
+        f"{config.model} → {result.output}",
+        ("", "full precision", config.scheme, "change"),
+        rows,
+        right=(1, 2, 3),
+        last=False,
+    )
+
+
+def _percent(before: float, after: float) -> str:
+    return f"{100 * (after / before - 1):+.1f} %"
 
 
 def run_train(job: Any, *, resume: bool = False) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from app.config.schema import (
     TrainConfig,
     WorkersConfig,
 )
-from app.config.transfer import DeltasConfig, DescribeConfig, ExportConfig, ImportConfig, MergeConfig
+from app.config.transfer import DeltasConfig, DescribeConfig, ExportConfig, ImportConfig, MergeConfig, QuantizeConfig
 
 __all__ = [
     "DeltasConfig",
@@ -43,6 +43,7 @@ __all__ = [
     "ExportConfig",
     "ImportConfig",
     "MergeConfig",
+    "QuantizeConfig",
     "AdapterConfig",
     "BitFitConfig",
     "ComposedConfig",

@@ -18,6 +18,7 @@ COMMANDS: dict[str, type[Config]] = {
     "pacos merge": transfer.MergeConfig,
     "pacos export": transfer.ExportConfig,
     "pacos import": transfer.ImportConfig,
+    "pacos quantize": transfer.QuantizeConfig,
     "pacos index": schema.IndexConfig,
     "pacos serve": schema.ServeConfig,
     "pacos ask": schema.AskConfig,

@@ -11,6 +11,7 @@ from app.config.methods import MethodConfig, PrefixConfig, SingleMethod, parts_o
 from app.errors import UserError
 from app.methods import adapter, bitfit, extra_block, freeze, full, lora, prefix, prompt
 from app.models.decoder import Decoder
+from app.models.quantization import QuantizedLinear
 
 # In the order in which they are applied: those that choose among the model's weights first, then those that add to
 # it, so that LoRA finds the extra block, and leaves alone what trains anyway; an adapter stands around a LoRA.
@@ -33,8 +34,21 @@ def apply_method(model: Decoder, method: MethodConfig) -> None:
         UserError: the technique does not fit the model.
     """
     model.requires_grad_(False)
+    _check_quantization(model, method)
     for part in _ordered(method):
         _MODULES[part.type].apply(model, part)
+
+
+def _check_quantization(model: Decoder, method: MethodConfig) -> None:
+    """A rounded weight cannot take a gradient's small steps."""
+    if not any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        return
+    for part in parts_of(method):
+        if part.type in ("full", "freeze", "bitfit"):
+            raise UserError(
+                f"method.type={part.type!r} trains the model's own weights, which are quantized here; train the model "
+                "in full precision, or choose lora, adapter, prefix, prompt or extra_block"
+            )
 
 
 def merge_method(model: Decoder, method: MethodConfig) -> None:

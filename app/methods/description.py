@@ -1,17 +1,18 @@
 """What a technique does to a model, in figures: what trains, and what memory training takes."""
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from app.assets import model_folder
 from app.config.transfer import DescribeConfig
 from app.methods import apply_method
-from app.models.checkpoints import read_config
+from app.models.checkpoints import empty_decoder
 from app.models.decoder import GPT2_SIZES, Decoder
+from app.models.quantization import QuantizedLinear
 
 GRADIENT_BYTES = 4
 """Per trained weight: fp32."""
@@ -63,9 +64,9 @@ def describe_model(config: DescribeConfig) -> Description:
     Raises:
         UserError: there is no such model, or the technique does not fit it.
     """
-    shape = GPT2_SIZES.get(config.model) or read_config(model_folder(config.model))
+    shape = GPT2_SIZES.get(config.model)
     with torch.device("meta"):
-        model = Decoder(shape)
+        model = Decoder(shape) if shape else empty_decoder(model_folder(config.model))
         if config.method is not None:
             apply_method(model, config.method)
         else:
@@ -76,25 +77,36 @@ def describe_model(config: DescribeConfig) -> Description:
 def describe(model: Decoder) -> Description:
     """`model` by module; it may lie on the `meta` device, where it takes no memory."""
     rows: dict[tuple[str, bool], ModuleRow] = {}
-    for name, tensor in _tensors(model):
-        module, _, _ = name.rpartition(".")
-        pattern = re.sub(r"^blocks\.\d+", "blocks.*", module)
-        trains = tensor.requires_grad
-        row = rows.setdefault((pattern, trains), ModuleRow(pattern, [], trains))
-        if found := re.match(r"blocks\.(\d+)\.", name):
-            block = int(found[1])
-            if block not in row.blocks:
-                row.blocks.append(block)
-        if not row.blocks or row.blocks == [row.blocks[0]]:
-            row.shapes.append(tuple(tensor.shape))
-        row.parameters += tensor.numel()
-        row.weight_bytes += tensor.numel() * tensor.element_size()
+    for name, tensors in _modules(model):
+        pattern = re.sub(r"^blocks\.\d+", "blocks.*", name)
+        for trains in (False, True):
+            chosen = [tensor for tensor in tensors if tensor.trains == trains]
+            if not chosen:
+                continue
+            row = rows.setdefault((pattern, trains), ModuleRow(pattern, [tensor.shape for tensor in chosen], trains))
+            if found := re.match(r"blocks\.(\d+)", name):
+                row.blocks.append(int(found[1]))
+            row.parameters += sum(math.prod(tensor.shape) for tensor in chosen)
+            row.weight_bytes += sum(tensor.num_bytes for tensor in chosen)
     return Description(list(rows.values()))
 
 
-def _tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+@dataclass(frozen=True)
+class _Tensor:
+    shape: tuple[int, ...]
+    num_bytes: int
+    trains: bool
+
+
+def _modules(model: Decoder) -> Iterator[tuple[str, list[_Tensor]]]:
+    """Each module that holds weights itself, and those; a quantized layer's are told as if it were not."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            bias = [] if module.bias is None else [_Tensor((module.out_features,), module.bias.nbytes, trains=False)]
+            num_bytes = module.num_bytes - sum(tensor.num_bytes for tensor in bias)
+            yield name, [_Tensor((module.out_features, module.in_features), num_bytes, trains=False), *bias]
+        elif own := list(module.parameters(recurse=False)):
+            yield name, [_Tensor(tuple(p.shape), p.nbytes, p.requires_grad) for p in own]
 
 
 def _ranges(numbers: list[int]) -> str:

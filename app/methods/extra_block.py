@@ -4,6 +4,7 @@ New blocks, copies of the ones below them, stand between the frozen ones and tra
 residual stream start at zero, so that a new block passes its input on and step 0 equals the base model.
 """
 
+import copy
 import dataclasses
 from typing import cast
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from app.config.methods import ExtraBlockConfig
 from app.models.decoder import Block, Decoder
+from app.models.quantization import dequantize
 
 
 @torch.no_grad()
@@ -23,8 +25,8 @@ def apply(model: Decoder, config: ExtraBlockConfig) -> None:
     blocks: list[nn.Module] = []
     for number, block in enumerate(old):
         blocks.append(block)
-        blocks.extend(_identity_block(model, block) for _ in range(places.count(number)))
-    blocks[:0] = [_identity_block(model, old[0]) for _ in range(places.count(-1))]
+        blocks.extend(_identity_block(block) for _ in range(places.count(number)))
+    blocks[:0] = [_identity_block(old[0]) for _ in range(places.count(-1))]
     model.blocks = nn.ModuleList(blocks)
     for layer, block in enumerate(blocks):
         cast(Block, block).attn.layer = layer
@@ -35,12 +37,11 @@ def merge(model: Decoder) -> None:
     """Nothing to fold: the model has more layers now, and is plain."""
 
 
-def _identity_block(model: Decoder, below: nn.Module) -> Block:
-    """A trainable copy of `below` that adds nothing to its input yet."""
-    with torch.device(model.token_embedding.weight.device):
-        block = Block(model.config, layer=0)
-    block.load_state_dict(below.state_dict())
-    for projection in (block.attn.out, block.mlp.down):
+def _identity_block(below: nn.Module) -> nn.Module:
+    """A trainable copy of `below`, in full precision, that adds nothing to its input yet."""
+    block = copy.deepcopy(below)
+    dequantize(block)
+    for projection in (block.get_submodule("attn.out"), block.get_submodule("mlp.down")):
         for parameter in projection.parameters():
             parameter.zero_()
-    return block
+    return block.requires_grad_(True)

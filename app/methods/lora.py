@@ -14,17 +14,26 @@ from torch import Tensor, nn
 from app.config.methods import LoraConfig
 from app.errors import UserError
 from app.models.decoder import Decoder
+from app.models.quantization import QuantizedLinear
+
+Linear = nn.Linear | QuantizedLinear
+
+
+def weight_of(linear: Linear) -> Tensor:
+    """[out, in]; dequantized where it is stored otherwise."""
+    return linear.dequantized_weight() if isinstance(linear, QuantizedLinear) else linear.weight
 
 
 class LoraLinear(nn.Module):
-    """`base`, frozen, plus the low-rank update."""
+    """`base`, frozen, plus the low-rank update. Over a quantized base, of 4 bits in the paper, this is QLoRA
+    (Dettmers et al. 2023, arXiv:2305.14314)."""
 
-    def __init__(self, base: nn.Linear, config: LoraConfig) -> None:
+    def __init__(self, base: Linear, config: LoraConfig) -> None:
         super().__init__()
         self.base = base
         self.scale = config.alpha / (config.rank**0.5 if config.rank_stabilized else config.rank)
         self.dropout = nn.Dropout(config.dropout)
-        device = base.weight.device
+        device = weight_of(base).device
         # fp32 whatever the base is stored in: small updates would drown in bf16's rounding
         self.lora_a = nn.Parameter(torch.empty(config.rank, base.in_features, device=device))
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, config.rank, device=device))
@@ -38,20 +47,25 @@ class LoraLinear(nn.Module):
     @torch.no_grad()
     def merged(self) -> nn.Linear:
         """The base layer with the update in its weight, in fp32."""
-        self.base.weight.copy_(self._updated_weight())
-        return self.base
+        linear = self.base.dequantized() if isinstance(self.base, QuantizedLinear) else self.base
+        linear.weight.copy_(self.merged_weight())
+        return linear
 
-    def _updated_weight(self) -> Tensor:
+    def merged_weight(self) -> Tensor:
+        """[out, in] in fp32."""
+        return self.updated_weight()
+
+    def updated_weight(self) -> Tensor:
         """W + s · B A [out, in], in fp32."""
-        return self.base.weight.float() + self.scale * (self.lora_b @ self.lora_a)
+        return weight_of(self.base).float() + self.scale * (self.lora_b @ self.lora_a)
 
 
 class DoraLinear(LoraLinear):
     """The update turns the rows of `base`, and `magnitude` [out] is their length."""
 
-    def __init__(self, base: nn.Linear, config: LoraConfig) -> None:
+    def __init__(self, base: Linear, config: LoraConfig) -> None:
         super().__init__(base, config)
-        self.magnitude = nn.Parameter(torch.linalg.vector_norm(base.weight.detach().float(), dim=1))
+        self.magnitude = nn.Parameter(torch.linalg.vector_norm(weight_of(base).detach().float(), dim=1))
 
     def forward(self, x: Tensor) -> Tensor:
         bias = self.base.bias
@@ -59,15 +73,13 @@ class DoraLinear(LoraLinear):
         scaled = turned * self._stretch().to(turned.dtype)
         return scaled if bias is None else scaled + bias
 
-    @torch.no_grad()
-    def merged(self) -> nn.Linear:
-        self.base.weight.copy_(self._stretch().unsqueeze(1) * self._updated_weight())
-        return self.base
+    def merged_weight(self) -> Tensor:
+        return self._stretch().unsqueeze(1) * self.updated_weight()
 
     def _stretch(self) -> Tensor:
         """[out]: what brings each updated row to its length."""
         with torch.no_grad():
-            norm = torch.linalg.vector_norm(self._updated_weight(), dim=1)
+            norm = torch.linalg.vector_norm(self.updated_weight(), dim=1)
         return self.magnitude / norm
 
 
@@ -78,14 +90,16 @@ def apply(model: Decoder, config: LoraConfig) -> None:
         UserError: a target matches no layer, all that match train anyway, or the rank is as large as a layer that it
             would update.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
     for target in config.targets:
         if not any(name.endswith(f".{target}") for name in linears):
             known = sorted({name.split(".", 2)[-1] for name in linears})
             raise UserError(f"method.targets={target!r} matches no layer; the model has: {', '.join(known)}")
     endings = tuple(f".{target}" for target in config.targets)
     chosen = {
-        name: linear for name, linear in linears.items() if name.endswith(endings) and not linear.weight.requires_grad
+        name: linear
+        for name, linear in linears.items()
+        if name.endswith(endings) and not weight_of(linear).requires_grad
     }
     if not chosen:
         raise UserError("method.type='lora' finds nothing to update: all of its targets train already")

@@ -18,6 +18,7 @@ from app.methods.peft_format import PEFT_FILES, read_peft, write_peft
 from app.models.checkpoints import (
     MODEL_FILES,
     PROVENANCE_FILE,
+    is_own_folder,
     load_decoder,
     read_config,
     save_decoder,
@@ -25,6 +26,7 @@ from app.models.checkpoints import (
     write_provenance,
 )
 from app.models.decoder import Decoder
+from app.models.quantization import dequantize
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ def merge(config: MergeConfig) -> Merged:
     model.requires_grad_(False).eval()
     before = _probe(model)
     merge_method(model, delta.method)
+    dequantize(model)
     after = _probe(model)
     output = Path(config.output)
     with replaced_folder(output, contents=(*MODEL_FILES, *TOKENIZER_FILES, PROVENANCE_FILE)) as staging:
@@ -93,6 +96,8 @@ def export(config: ExportConfig) -> None:
     """
     delta = read_delta(Path(config.delta))
     folder = _base_folder(config.model, delta, config.delta)
+    if is_own_folder(folder):
+        raise UserError(f"the base {str(folder)!r} is in our own format; peft wraps models that transformers opens")
     with replaced_folder(Path(config.output), contents=PEFT_FILES) as staging:
         write_peft(staging, delta, shape=read_config(folder), base_folder=folder)
 

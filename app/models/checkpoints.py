@@ -21,6 +21,7 @@ from torch import Tensor
 
 from app.errors import UserError
 from app.models.decoder import Decoder, DecoderConfig
+from app.models.quantization import QuantizationConfig, prepare
 
 OWN_TYPE = "pacos"
 """`model_type` of folders that hold another architecture than GPT-2's."""
@@ -60,12 +61,10 @@ def load_decoder(folder: Path, *, dtype: torch.dtype = torch.float32) -> Decoder
         UserError: a file is missing or damaged, a tensor is missing or has the wrong shape, or the architecture
             is not one that the decoder computes.
     """
-    values = _read_json(folder / "config.json")
-    config = _config_of(folder, values)
+    model = empty_decoder(folder)
     stored = _read_tensors(folder)
-    is_ours = values["model_type"] == OWN_TYPE
-    with torch.device("meta"):
-        model = Decoder(config)
+    is_ours = is_own_folder(folder)
+    quantized = {name for name, _ in model.named_buffers()}
     weights: dict[str, Tensor] = {}
     for name, expected in model.state_dict().items():
         source, transposed = (name, False) if is_ours else _gpt2_name(name)
@@ -78,7 +77,7 @@ def load_decoder(folder: Path, *, dtype: torch.dtype = torch.float32) -> Decoder
             raise UserError(
                 f"{folder}: {source!r} has shape {list(tensor.shape)} where config.json asks for {list(expected.shape)}"
             )
-        weights[name] = tensor.to(dtype).contiguous()
+        weights[name] = tensor.to(expected.dtype if name in quantized else dtype).contiguous()
     head = stored.get("lm_head.weight")
     if head is not None and not torch.equal(head.to(dtype), weights["token_embedding.weight"]):
         raise UserError(f"{folder}: lm_head is not tied to the token embedding; untied heads are not supported")
@@ -86,17 +85,38 @@ def load_decoder(folder: Path, *, dtype: torch.dtype = torch.float32) -> Decoder
     return model.eval()
 
 
-def save_decoder(folder: Path, model: Decoder, *, dtype: torch.dtype = torch.float32) -> None:
-    """Write config.json and model.safetensors into `folder`, which exists; `transformers` opens it if it is GPT-2's
-    architecture."""
-    is_gpt2 = is_gpt2_architecture(model.config)
+def empty_decoder(folder: Path) -> Decoder:
+    """The model in `folder` on the `meta` device: all of its shapes, and no memory."""
+    values = _read_json(folder / "config.json")
+    with torch.device("meta"):
+        model = Decoder(_config_of(folder, values))
+        if values.get("quantization") is not None:
+            prepare(model, _quantization_of(folder, values))
+    return model
+
+
+def save_decoder(
+    folder: Path,
+    model: Decoder,
+    *,
+    dtype: torch.dtype = torch.float32,
+    quantization: QuantizationConfig | None = None,
+) -> None:
+    """Write config.json and model.safetensors into `folder`, which exists.
+
+    `transformers` opens a model of GPT-2's architecture. `quantization` is how the model was quantized; quantized
+    layers are stored as they are, all else in `dtype`.
+    """
+    is_gpt2 = is_gpt2_architecture(model.config) and quantization is None
+    quantized = {name for name, _ in model.named_buffers()}
     stored = {}
     for name, tensor in model.state_dict().items():
         target, transposed = _gpt2_name(name) if is_gpt2 else (name, False)
-        tensor = (tensor.t() if transposed else tensor).to("cpu", dtype).contiguous()
+        tensor = tensor if name in quantized else tensor.to(dtype)
+        tensor = (tensor.t() if transposed else tensor).cpu().contiguous()
         stored[f"transformer.{target}" if is_gpt2 else target] = tensor
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    values = _to_gpt2_config(model.config, dtype) if is_gpt2 else _to_own_config(model.config, dtype)
+    values = _to_gpt2_config(model.config, dtype) if is_gpt2 else _to_own_config(model.config, dtype, quantization)
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
 
@@ -149,12 +169,40 @@ def _from_gpt2_config(folder: Path, values: dict[str, Any]) -> DecoderConfig:
 
 
 def _from_own_config(folder: Path, values: dict[str, Any]) -> DecoderConfig:
+    return _validated(folder, values, "architecture", DecoderConfig)
+
+
+def _quantization_of(folder: Path, values: dict[str, Any]) -> QuantizationConfig:
+    return _validated(folder, values, "quantization", QuantizationConfig)
+
+
+def _validated(folder: Path, values: dict[str, Any], key: str, kind: type[Any]) -> Any:
     try:
-        return TypeAdapter(DecoderConfig).validate_python(values.get("architecture"))
+        return TypeAdapter(kind).validate_python(values.get(key))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, ("architecture", *first["loc"])))
+        where = ".".join(map(str, (key, *first["loc"])))
         raise UserError(f"{folder}/config.json: {where}: {first['msg']}; copy the model again") from None
+
+
+def weight_bytes(folder: Path) -> int:
+    """Size of the weight files in `folder`."""
+    return sum(file.stat().st_size for file in _weight_files(folder))
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """Of the token embedding in `folder`."""
+    for file in _weight_files(folder):
+        with safe_open(file, framework="pt") as stored:
+            for name in stored.keys():  # noqa: SIM118 (not a dict)
+                if name.endswith(("wte.weight", "token_embedding.weight")):
+                    return stored.get_tensor(name).dtype
+    raise UserError(f"{folder}: the weights lack a token embedding; copy the checkpoint again")
+
+
+def is_own_folder(folder: Path) -> bool:
+    """Whether `folder` is in our format, which `transformers` does not open."""
+    return _read_json(folder / "config.json").get("model_type") == OWN_TYPE
 
 
 def write_provenance(folder: Path, values: dict[str, Any]) -> None:
@@ -204,10 +252,13 @@ def _to_gpt2_config(config: DecoderConfig, dtype: torch.dtype) -> dict[str, Any]
     }
 
 
-def _to_own_config(config: DecoderConfig, dtype: torch.dtype) -> dict[str, Any]:
+def _to_own_config(
+    config: DecoderConfig, dtype: torch.dtype, quantization: QuantizationConfig | None
+) -> dict[str, Any]:
     return {
         "model_type": OWN_TYPE,
         "architecture": asdict(config),
+        "quantization": None if quantization is None else quantization.model_dump(mode="json"),
         "dtype": str(dtype).removeprefix("torch."),
         "eos_token_id": config.vocab_size - 1,
     }

@@ -26,11 +26,12 @@ from app.data.tokenization import TOKENIZER_FILES, copy_tokenizer
 from app.errors import UserError
 from app.methods import apply_method, without_training_parts
 from app.methods.delta import DELTA_FILES, Delta, write_delta
+from app.methods.description import describe
 from app.models.checkpoints import (
     MODEL_FILES,
     PROVENANCE_FILE,
+    empty_decoder,
     load_decoder,
-    read_config,
     save_decoder,
     weights_hash,
     write_provenance,
@@ -83,8 +84,8 @@ def plan_job(config: TrainConfig) -> Job:
         raise UserError(f"batch_size={config.batch_size} is more than the {manifest.num_rows('train')} training rows")
     total_steps = min(config.epochs * steps_per_epoch, config.max_steps or 2**62)
     with torch.device("meta"):
-        model = Decoder(read_config(model_folder(config.model)))
-        total_count = sum(parameter.numel() for parameter in model.parameters())
+        model = empty_decoder(model_folder(config.model))
+        total_count = describe(model).parameters
         apply_method(model, config.method)
     model.attention = config.attention
     if not config.workers.gpus:  # else only a worker can tell
