@@ -104,14 +104,14 @@ def measure(name: str, *, data: str, steps: int, max_eval_records: int, rate: fl
         save=lambda step, metrics: None,
     )
     peak = peak_memory_bytes()
-    step_s = sorted(row["step_s"] for row in seen if "step_s" in row)[1:]
+    timed = [row for row in seen if "step_s" in row][1:]  # the first step warms caches up
     return {
         "name": name,
         "method": entry.method.model_dump(mode="json"),
         "learning_rate": optimizer_config.learning_rate,
         "trained": sum(parameter.numel() for parameter in trained_parameters(model).values()),
-        "step_s": float(np.mean(step_s)),
-        "tokens_per_s": sum(row["tokens"] for row in seen if "tokens" in row) / sum(step_s),
+        "step_s": float(np.mean([row["step_s"] for row in timed])),
+        "tokens_per_s": sum(row["tokens"] for row in timed) / sum(row["step_s"] for row in timed),
         "peak_bytes": peak,
         "perplexity_before": seen[0]["perplexity"],
         "loss": seen[-1]["eval_loss"],
