@@ -3,6 +3,7 @@
 Behind a sublayer, before its result joins the residual stream: h + W_up · gelu(W_down · h).
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,10 +19,9 @@ _PLACES = {"attention_and_mlp": ("attn.out", "mlp.down"), "mlp": ("mlp.down",)}
 class Adapted(nn.Module):
     """`base`, frozen, with an adapter behind it."""
 
-    def __init__(self, base: nn.Module, *, width: int, size: int) -> None:
+    def __init__(self, base: nn.Module, *, width: int, size: int, device: torch.device) -> None:
         super().__init__()
         self.base = base
-        device = next(base.parameters()).device
         self.adapter_down = nn.Linear(width, size, device=device)
         self.adapter_up = nn.Linear(size, width, device=device)
         # The paper starts near the identity; at zero step 0 equals the base model.
@@ -39,7 +39,7 @@ def apply(model: Decoder, config: AdapterConfig) -> None:
     Raises:
         UserError: the bottleneck is as wide as the model, or every block trains anyway.
     """
-    width = model.config.width
+    width, device = model.config.width, model.token_embedding.weight.device
     if config.size >= width:
         raise UserError(f"method.size={config.size} must be below {width}, the width of the model")
     blocks = [block for block in model.blocks if not all(p.requires_grad for p in block.parameters())]
@@ -49,4 +49,5 @@ def apply(model: Decoder, config: AdapterConfig) -> None:
         for place in _PLACES[config.placement]:
             parent, _, attribute = place.rpartition(".")
             module = block.get_submodule(parent)
-            setattr(module, attribute, Adapted(getattr(module, attribute), width=width, size=config.size))
+            adapted = Adapted(getattr(module, attribute), width=width, size=config.size, device=device)
+            setattr(module, attribute, adapted)
