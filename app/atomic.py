@@ -42,6 +42,17 @@ def replaced_folder(folder: Path, *, contents: Collection[str]) -> Iterator[Path
         shutil.rmtree(retired, ignore_errors=True)
 
 
+def check_apart(output: Path, *inputs: Path) -> None:
+    """Refuse to replace what is being read.
+
+    Raises:
+        UserError: `output` is one of `inputs`.
+    """
+    for folder in inputs:
+        if output.resolve() == folder.resolve():
+            raise UserError(f"output={str(output)!r} is what is read from; name another folder")
+
+
 def _swap(staging: Path, folder: Path, retired: Path) -> None:
     """Put `staging` in `folder`'s place. Another process may be doing the same: the last one stays."""
     for _ in range(100):

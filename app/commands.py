@@ -231,7 +231,7 @@ def show_quantized(config: QuantizeConfig, result: Any) -> None:
     before, after = vars(result.before), vars(result.after)
     shown: list[tuple[str, str, Callable[[Any], str]]] = [
         ("file_bytes", "file", console.in_bytes),
-        ("peak_bytes", "peak memory beyond torch's", console.in_bytes),
+        ("peak_bytes", "peak memory of the process", console.in_bytes),
         ("first_token_s", "first token, one prompt", lambda value: f"{1000 * value:.1f} ms"),
         ("token_s", "each token after it", lambda value: f"{1000 * value:.2f} ms"),
         ("tokens_per_s", "tokens/s, sixteen prompts", lambda value: f"{value:,.0f}"),
@@ -351,8 +351,9 @@ def training_progress(title: str, total: int) -> Iterator[Callable[[dict[str, An
 
         def show(metrics: dict[str, Any]) -> None:
             note = f"loss {metrics['loss']:.3f}" if "loss" in metrics else ""
-            if "attention" in metrics:
-                console.say(f"computing in {metrics['precision']}, with {metrics['attention']} attention", style="dim")
+            if "kernels" in metrics:
+                kernels = ", ".join(f"{name} by {version}" for name, version in metrics["kernels"].items())
+                console.say(f"computing in {metrics['precision']}; {kernels}", style="dim")
             if "eval_loss" in metrics:
                 console.say(
                     f"step {metrics['step']:>6,}  {note:12}  held-out loss {metrics['eval_loss']:.3f}  "

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from app.assets import model_folder
-from app.atomic import replaced_folder
+from app.atomic import check_apart, replaced_folder
 from app.config.methods import name_of
 from app.config.transfer import ExportConfig, ImportConfig, MergeConfig
 from app.data.tokenization import TOKENIZER_FILES, copy_tokenizer, load_tokenizer
@@ -68,6 +68,7 @@ def merge(config: MergeConfig) -> Merged:
     delta = read_delta(Path(config.delta))
     check_mergeable(delta.method)
     folder = _base_folder(config.model, delta, config.delta)
+    check_apart(Path(config.output), folder, Path(config.delta))
     model = load_decoder(folder)
     apply_delta(model, delta)
     model.requires_grad_(False).eval()
@@ -96,6 +97,7 @@ def export(config: ExportConfig) -> None:
     """
     delta = read_delta(Path(config.delta))
     folder = _base_folder(config.model, delta, config.delta)
+    check_apart(Path(config.output), folder, Path(config.delta))
     if is_own_folder(folder):
         raise UserError(f"the base {str(folder)!r} is in our own format; peft wraps models that transformers opens")
     with replaced_folder(Path(config.output), contents=PEFT_FILES) as staging:
@@ -109,6 +111,7 @@ def import_adapter(config: ImportConfig) -> Delta:
         UserError: the folder is not one of `peft`, or does not fit the model.
     """
     folder = model_folder(config.model)
+    check_apart(Path(config.output), folder, Path(config.source))
     metadata = {
         "base": config.model,
         "base_hash": weights_hash(folder),

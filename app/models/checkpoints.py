@@ -215,8 +215,14 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 
 
 def weights_hash(folder: Path) -> str:
-    """SHA-256 over the weight files of `folder`: what a delta records as its base."""
+    """SHA-256 over the weight files of `folder`: what a delta records as its base.
+
+    In a folder of our own the same weights may be computed with in several ways, so these count too.
+    """
+    values = _read_json(folder / "config.json")
     digest = hashlib.sha256()
+    if values.get("model_type") == OWN_TYPE:
+        digest.update(json.dumps([values.get("architecture"), values.get("quantization")], sort_keys=True).encode())
     for file in _weight_files(folder):
         with file.open("rb") as stream:
             while block := stream.read(1 << 22):

@@ -140,7 +140,7 @@ def fine_tune(
         "perplexity_before": log.first("perplexity"),
         "perplexity_after": log.last("perplexity"),
         "precision": log.first("precision"),
-        "attention": log.first("attention"),
+        "kernels": log.first("kernels"),
         "tokens_per_s": sum(row["tokens"] for row in steps) / max(1e-9, sum(row["step_s"] for row in steps)),
         "peak_worker_bytes": log.last("peak_worker_bytes"),
         "result": str(job.result),

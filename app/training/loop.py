@@ -17,6 +17,7 @@ from app.config.schema import OptimizerConfig
 from app.data.batches import Batch
 from app.models.attention import Rows, choose_backend
 from app.models.decoder import Decoder
+from app.models.kernels import clamped_relu, cross_entropy
 from app.training.loss import masked_nll
 from app.training.optimizer import Optimizer
 from app.training.precision import autocast, resolve_precision
@@ -62,9 +63,14 @@ def run(
     device = next(model.parameters()).device
     model.train()
     precision = resolve_precision(plan.precision, device)
-    attention = training_attention(model, device=device, precision=precision, is_packed=plan.is_packed)
+    kernels = {
+        "attention": training_attention(model, device=device, precision=precision, is_packed=plan.is_packed),
+        "cross_entropy": cross_entropy.version_on(device),
+    }
+    if model.config.activation == "clamped_relu":
+        kernels["clamped_relu"] = clamped_relu.version_on(device)
     if start_step == 0:
-        first = {"step": 0, "precision": precision, "attention": attention}
+        first = {"step": 0, "precision": precision, "kernels": kernels}
         report({**first, **evaluate(model, validation(), precision=plan.precision)})
     for step in range(start_step + 1, plan.total_steps + 1):
         started = time.perf_counter()

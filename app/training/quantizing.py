@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from app.assets import model_folder
-from app.atomic import replaced_folder
+from app.atomic import check_apart, replaced_folder
 from app.config.transfer import QuantizeConfig
 from app.data.batches import Batch, collate
 from app.data.shards import COLUMNS, Manifest, read_manifest
@@ -35,7 +35,7 @@ from app.models.checkpoints import (
     weights_hash,
     write_provenance,
 )
-from app.models.decoder import Decoder, DecoderConfig
+from app.models.decoder import Decoder
 from app.models.quantization import QuantizationConfig, Sizes, quantize, quantized_bytes
 from app.training.compatibility import check_fits
 from app.training.loop import evaluate
@@ -52,7 +52,7 @@ class Figures:
 
     file_bytes: int
     peak_bytes: int
-    """While it loads and generates, beyond what Python and torch take."""
+    """Of the whole process, Python and torch included, while it loads and generates."""
     first_token_s: float
     """From a prompt of `PROMPT_LENGTH` tokens to the first token, alone."""
     token_s: float
@@ -78,8 +78,7 @@ def run(config: QuantizeConfig, *, progress: Callable[[str], None] = lambda stag
         UserError: model and data do not fit together, or the model is quantized already.
     """
     source, output = model_folder(config.model), Path(config.output)
-    if source.resolve() == output.resolve():
-        raise UserError(f"output={config.output!r} is the model itself; name another folder")
+    check_apart(output, source)
     manifest = read_manifest(config.data) if config.data else None
     if manifest is not None:
         check_fits(manifest, data=str(config.data), model=config.model)
@@ -125,21 +124,14 @@ def _in_own_process(folder: Path, config: QuantizeConfig) -> Figures:
 def measure(folder: Path, config: QuantizeConfig) -> Figures:
     """Load the model in `folder` and measure it."""
     torch.set_num_threads(config.threads)
-    _generate(_smallest_decoder(), num_prompts=1)  # torch's own buffers and threads
-    before = peak_memory_bytes()
     model = load_decoder(folder).requires_grad_(False)
     first_token_s, token_s = _latency(model)
     tokens_per_s = _throughput(model)
-    peak_bytes = peak_memory_bytes() - before
+    peak_bytes = peak_memory_bytes()
     perplexity = None
     if config.data:
         perplexity = math.exp(evaluate(model, _held_out(config), precision="fp32")["eval_loss"])
     return Figures(weight_bytes(folder), peak_bytes, first_token_s, token_s, tokens_per_s, perplexity)
-
-
-def _smallest_decoder() -> Decoder:
-    config = DecoderConfig(8, context_length=NEW_TOKENS + 8, num_layers=1, num_heads=1, width=8, mlp_width=8)
-    return Decoder(config).requires_grad_(False)
 
 
 def _held_out(config: QuantizeConfig) -> Iterator[Batch]:

@@ -32,7 +32,7 @@ from app.methods import apply_method, merge_method, without_training_parts
 from app.methods.delta import Delta, apply_delta, fold_delta, read_delta, write_delta
 from app.methods.description import describe
 from app.models.checkpoints import load_decoder
-from app.models.decoder import GPT2_SIZES, Decoder
+from app.models.decoder import GPT2_SIZES, Decoder, DecoderConfig
 from app.training.loss import masked_nll
 from app.training.optimizer import trained_parameters
 
@@ -346,3 +346,33 @@ def test_a_list_composes() -> None:
 def test_compositions_that_make_no_sense_are_refused_with_the_reason(listed: str, part: str) -> None:
     with pytest.raises(UserError, match=part):
         method_of(f"method={listed}")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [LoraConfig(rank=4), AdapterConfig(size=4), PrefixConfig(length=5), PromptConfig(length=5), ExtraBlockConfig()],
+    ids=lambda method: method.type,
+)
+def test_other_architectures_take_them_too(method: MethodConfig) -> None:
+    """RMSNorm, rotary positions, grouped KV heads and SwiGLU: packed, and in the engine."""
+    torch.manual_seed(0)
+    config = DecoderConfig(
+        400, context_length=96, num_layers=2, num_heads=4, width=32, mlp_width=48, norm="rms_norm",
+        positions="rotary", activation="swiglu", num_kv_heads=2, bias=False,
+    )  # fmt: skip
+    model = Decoder(config)
+    model.initialize()
+    apply_method(model, method)
+    with torch.no_grad():
+        for parameter in trained_parameters(model).values():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    model.requires_grad_(False).eval()
+    ids = torch.randint(400, (1, 20))
+    documents = torch.tensor([[0] * 8 + [1] * 12])
+    positions = torch.cat([torch.arange(8), torch.arange(12)]).unsqueeze(0)
+    packed = model(ids, positions=positions, documents=documents)
+    torch.testing.assert_close(packed[:, 8:], model(ids[:, 8:]), atol=1e-4, rtol=1e-4)
+    engine = Engine(model, max_batch_size=1, max_queue=1)
+    engine.add_request(ids[0].tolist(), Sampling(max_tokens=8))
+    answer = [event.token for _ in range(8) for event in engine.step()]
+    assert answer == greedy(model, ids[0].tolist(), 8)

@@ -84,6 +84,13 @@ def test_a_folder_with_other_things_is_not_replaced(tiny_model: Path, tmp_path: 
     assert (tmp_path / "merged" / "thesis.md").read_text() == "mine"
 
 
+def test_what_is_read_is_not_replaced(tiny_model: Path, tmp_path: Path, batches: list[Batch]) -> None:
+    trained_delta(tmp_path / "delta", tiny_model, LoraConfig(rank=4), batches)
+    for output in (tiny_model, tmp_path / "delta"):
+        with pytest.raises(UserError, match="is what is read from; name another folder"):
+            merge(MergeConfig(delta=str(tmp_path / "delta"), output=str(output)))
+
+
 def test_deltas_below_a_folder_are_listed_and_a_damaged_one_says_so(
     tiny_model: Path, tmp_path: Path, batches: list[Batch]
 ) -> None:

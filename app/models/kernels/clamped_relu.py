@@ -97,6 +97,11 @@ def clamped_relu(x: Tensor, *, limit: float = LIMIT) -> Tensor:
     return F.hardtanh(x, 0.0, limit)
 
 
+def version_on(device: torch.device) -> str:
+    """What computes on `device`: our `cuda` kernel or `torch`."""
+    return "cuda" if device.type == "cuda" and _compiled(device) else "torch"
+
+
 class _ClampedReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, limit: float, kernels: dict[str, Kernel]) -> Tensor:

@@ -134,6 +134,11 @@ def _loss_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def version_on(device: torch.device) -> str:
+    """Which of the versions computes on `device`: `triton` or `torch`."""
+    return "torch" if _kernel_for(device) is _torch_loss_and_gradient else "triton"
+
+
 @functools.cache
 def _kernel_for(device: torch.device) -> ChunkKernel:
     if device.type != "cuda":
