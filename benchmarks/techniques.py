@@ -4,7 +4,7 @@
     python -m benchmarks.techniques --data runs/alpaca-448 --json benchmarks/results/techniques.json \
         --plot docs/images/techniques.png
 
-The loop is `app/training/loop.py` in one plain process, in fp32. Each technique has a learning rate of its own: for most
+The loop is `app/training/loop.py` in one plain process, in fp32. Each technique has its own learning rate: for most
 the best of two to four that were tried for 40 steps, for the variants that of their kin.
 """
 
@@ -66,7 +66,7 @@ ENTRIES = {
     "adapters of 64": Entry(AdapterConfig(size=64), 3e-3),
     "adapters of 64, MLP only": Entry(AdapterConfig(size=64, placement="mlp"), 3e-3),
     "prefix of 50": Entry(PrefixConfig(length=50), 3e-2),
-    "prefix of 50 from an MLP": Entry(PrefixConfig(length=50, mlp_width=320), 1e-2),
+    "prefix of 50 from an MLP": Entry(PrefixConfig(length=50, mlp_width=320), 3e-3),
     "prompt of 50": Entry(PromptConfig(length=50), 5e-2),
     "first 4 blocks frozen": Entry(FreezeConfig(frozen=("embeddings", "blocks.0-3")), 2e-4),
     "an extra block": Entry(ExtraBlockConfig(), 1e-3),
