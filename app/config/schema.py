@@ -26,19 +26,24 @@ class WorkersConfig(Config):
 
 
 class OptimizerConfig(Config):
-    """AdamW (in pretraining Muon beside it), with linear warm-up, then cosine decay to a tenth of the peak."""
+    """AdamW (in pretraining Muon beside it)."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """The peak, after the warm-up."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate goes on from its peak."""
+    final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of the peak at which cosine and linear end."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup_fraction: Fraction = 0.05
-    """Share of all steps over which the learning rate rises from zero."""
+    """Share of all steps over which the learning rate rises from zero, in a line."""
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this global L2 norm."""
 
 
 class DeepSpeedConfig(Config):
-    zero_stage: Literal[0, 1] = 1
-    """ZeRO stage: 0 replicates the optimizer state on every worker, 1 partitions it."""
+    zero_stage: Literal[0, 1, 2] = 1
+    """ZeRO stage: 0 replicates everything on every worker, 1 partitions the optimizer state, 2 the gradients too."""
 
 
 # --- one class per job --------------------------------------------------------------------------
@@ -98,7 +103,9 @@ class TrainConfig(Config):
     model: ModelName = "embedded"
     method: MethodConfig = LoraConfig()
     batch_size: Positive = 16
-    """Records per optimizer step, over all workers."""
+    """Rows of the shards per optimizer step, over all workers."""
+    micro_batch_size: Positive | None = None
+    """Rows that a worker computes at once, its gradients adding up; none computes its whole share at once."""
     epochs: Positive = 1
     max_steps: Positive | None = None
     """Stop after this many steps, if the epochs hold as many."""
@@ -107,6 +114,10 @@ class TrainConfig(Config):
     """bf16 computes under autocast, auto does so where the hardware has it; trained weights stay fp32 in any."""
     attention: AttentionBackend = "auto"
     """Kernel that computes attention; auto takes what torch finds fastest, and the run says which that is."""
+    label_smoothing: Fraction = 0.0
+    """Share of each label that is spread over the whole vocabulary. Held-out losses are without."""
+    gradient_checkpointing: bool = False
+    """Keep each block's input alone for the backward pass and compute the rest again: less memory, a third slower."""
     eval_every: Positive = 100
     """Steps between evaluations on held-out records."""
     save_every: Positive = 100
@@ -249,5 +260,5 @@ class QuickstartConfig(Config):
 
 
 def _check_batch(batch_size: int, workers: WorkersConfig) -> None:
-    if batch_size % workers.count:
-        raise ValueError(f"batch_size={batch_size} must be a multiple of workers.count={workers.count}")
+    if batch_size < workers.count:
+        raise ValueError(f"batch_size={batch_size} leaves some of workers.count={workers.count} without a row")

@@ -29,6 +29,24 @@ class Batch:
         """int64 [batch, time]: the ids in the loss, -100 elsewhere. Not shifted: position i is the label of i."""
         return self.input_ids.masked_fill(~self.loss_mask, IGNORED)
 
+    @property
+    def loss_tokens(self) -> int:
+        """Tokens in the loss; the first of a row is predicted by nothing."""
+        return int(self.loss_mask[:, 1:].sum())
+
+    def split(self, parts: int) -> list["Batch"]:
+        """The rows in `parts` batches, as even as can be; where rows are too few, the rest have nothing in the loss."""
+        if parts == 1:
+            return [self]
+        pieces = [rows for rows in torch.arange(len(self.input_ids)).tensor_split(parts) if len(rows)]
+        empty = [Batch(self.input_ids[:1], torch.zeros_like(self.loss_mask[:1]), 0)] * (parts - len(pieces))
+        return [self._rows(rows) for rows in pieces] + empty
+
+    def _rows(self, rows: Tensor) -> "Batch":
+        """Those rows; `num_tokens` is not theirs, and stays with the whole."""
+        positions, documents = (None if t is None else t[rows] for t in (self.positions, self.documents))
+        return Batch(self.input_ids[rows], self.loss_mask[rows], 0, positions, documents)
+
     def to(self, device: torch.device) -> "Batch":
         return Batch(
             self.input_ids.to(device),

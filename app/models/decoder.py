@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from app.config.base import AttentionBackend
 from app.models.attention import KeysValues, RowAttention
@@ -134,12 +135,14 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """`attention` names the kernel of attention without a cache; `prefix`, if set, precedes every sequence."""
+    """`attention` names the kernel of attention without a cache; `prefix`, if set, precedes every sequence;
+    `checkpoint_blocks` keeps each block's input alone for the backward pass, which computes the rest again."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
         self.attention: AttentionBackend = "auto"
+        self.checkpoint_blocks = False
         self.prefix: Prefix | None = None
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         if config.positions == "learned":
@@ -186,7 +189,11 @@ class Decoder(nn.Module):
         else:
             rotation = rotation_of(positions, self.config)
         for block in self.blocks:
-            x = block(x, context, rotation)
+            if self.checkpoint_blocks and self.training and torch.is_grad_enabled():
+                # not reentrant: that form trains nothing where a block's input needs no gradient, below frozen layers
+                x = checkpoint(block, x, context, rotation, use_reentrant=False)
+            else:
+                x = block(x, context, rotation)
         return x
 
     def head(self, hidden: Tensor) -> Tensor:

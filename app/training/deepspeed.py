@@ -1,4 +1,4 @@
-"""The optimizer over many workers: DeepSpeed averages gradients and, with ZeRO-1, partitions AdamW's state.
+"""The optimizer over many workers: DeepSpeed averages gradients and, with ZeRO, partitions AdamW's state.
 
 Same interface as `PlainOptimizer`. What it takes and gives as a checkpoint is whole tensors by parameter name, never
 a partition, so a run may go on with another number of workers.
@@ -23,7 +23,6 @@ class DeepSpeedOptimizer:
         config: OptimizerConfig,
         *,
         deepspeed: DeepSpeedConfig,
-        batch_per_worker: int,
         resume: Checkpoint | None = None,
     ) -> None:
         import deepspeed as ds
@@ -37,7 +36,7 @@ class DeepSpeedOptimizer:
             optimizer=self._adamw,
             dist_init_required=False,
             config={
-                "train_micro_batch_size_per_gpu": batch_per_worker,
+                "train_micro_batch_size_per_gpu": 1,  # asked for, and used for its own reports only
                 "gradient_clipping": config.clip_norm,
                 "zero_optimization": {"stage": deepspeed.zero_stage},
                 "zero_allow_untested_optimizer": True,  # torch's AdamW: DeepSpeed's own wants a C++ build on CPU
@@ -51,7 +50,8 @@ class DeepSpeedOptimizer:
             for name, parameter in self._parameters.items():
                 self._adamw.state[parameter] = adamw_state(resume, name, device=parameter.device)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, is_last: bool = True) -> None:
+        self._engine.set_gradient_accumulation_boundary(is_last)  # DeepSpeed's own count would divide the loss by it
         self._engine.backward(loss)
 
     def step(self, learning_rate: float) -> float:
@@ -67,7 +67,7 @@ class DeepSpeedOptimizer:
         return nn.utils.get_total_norm(gradients).item()
 
     def weights(self) -> dict[str, Tensor]:
-        # ZeRO-1 partitions the optimizer's state; the parameters themselves are whole on every worker
+        # these stages leave the parameters themselves whole on every worker
         return {name: parameter.detach().float().cpu().clone() for name, parameter in self._parameters.items()}
 
     def moments(self) -> dict[str, Tensor]:

@@ -160,6 +160,7 @@ def _worker(payload: dict[str, Any]) -> None:
     torch.manual_seed(config.seed)  # every worker draws the same initial weights
     apply_method(model, config.method)
     model.attention = config.attention
+    model.checkpoint_blocks = config.gradient_checkpointing
     validation = _validation_batches(job)
     metrics = train_on_worker(
         model,
@@ -171,12 +172,13 @@ def _worker(payload: dict[str, Any]) -> None:
             precision=config.precision,
             seed=config.seed,
             is_packed=_is_packed(job.manifest),
+            micro_batches=_micro_batches(config),
+            label_smoothing=config.label_smoothing,
         ),
         make_optimizer=lambda model, checkpoint: DeepSpeedOptimizer(
             model,
             config.optimizer,
             deepspeed=config.deepspeed,
-            batch_per_worker=config.batch_size // world_size(),
             resume=checkpoint,
         ),
         checkpoints=job.checkpoints,
@@ -187,6 +189,12 @@ def _worker(payload: dict[str, Any]) -> None:
     )
     if rank() == 0:
         _write_result(job, model, metrics)
+
+
+def _micro_batches(config: TrainConfig) -> int:
+    """The same on every worker, also on one with a row less."""
+    rows = -(-config.batch_size // world_size())
+    return -(-rows // (config.micro_batch_size or rows))
 
 
 def _is_packed(manifest: Manifest) -> bool:

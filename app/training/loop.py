@@ -39,6 +39,9 @@ class Plan:
     seed: int
     is_packed: bool
     """Whether rows hold several documents."""
+    micro_batches: int = 1
+    """Into how many a worker's rows of a step are split; their gradients add up."""
+    label_smoothing: float = 0.0
 
     def is_due(self, step: int, every: int) -> bool:
         return step % every == 0 or step == self.total_steps
@@ -76,19 +79,12 @@ def run(
         started = time.perf_counter()
         # Dropout draws from the step's own seed, so that a resumed run draws what an unbroken one would have.
         torch.manual_seed((plan.seed * 1_000_003 + step) * 4099 + rank())
-        rate = learning_rate(
-            step - 1,
-            peak=plan.optimizer.learning_rate,
-            total_steps=plan.total_steps,
-            warmup_fraction=plan.optimizer.warmup_fraction,
-        )
-        batch = next(batches).to(device)
-        with autocast(device, plan.precision):
-            nll, count = masked_nll(model, batch)
-        # The mean over all workers' tokens. Gradients are averaged over workers afterwards, hence world_size().
-        nll_sum, token_count, num_tokens = sum_over_workers(nll.item(), count.item(), batch.num_tokens, device=device)
+        rate = learning_rate(step - 1, plan.optimizer, total_steps=plan.total_steps)
+        batch = next(batches)
+        token_count, num_tokens = sum_over_workers(batch.loss_tokens, batch.num_tokens, device=device)
+        nll = _backward(model, optimizer, batch.to(device), plan=plan, token_count=token_count)
+        (nll_sum,) = sum_over_workers(nll, device=device)
         _check_finite(nll_sum, "loss", step)
-        optimizer.backward(nll * (world_size() / max(1.0, token_count)))
         gradient_norm = optimizer.step(rate)
         _check_finite(gradient_norm, "gradient's norm", step)  # before such weights are saved
         metrics: Metrics = {
@@ -104,6 +100,22 @@ def run(
         report(metrics)
         if plan.is_due(step, plan.save_every):
             save(step, metrics)
+
+
+def _backward(model: Decoder, optimizer: Optimizer, batch: Batch, *, plan: Plan, token_count: float) -> float:
+    """Add up the gradients of the mean loss over all workers' `token_count` tokens; returns this worker's sum of it.
+
+    The mean is not over each micro-batch or worker: those have uneven numbers of tokens, and a token should count the
+    same wherever it is. Gradients are averaged over workers afterwards, hence world_size().
+    """
+    device, nll_sum = batch.input_ids.device, 0.0
+    for number, micro_batch in enumerate(batch.split(plan.micro_batches), start=1):
+        with autocast(device, plan.precision):
+            nll, _ = masked_nll(model, micro_batch, smoothing=plan.label_smoothing)
+        loss = nll * (world_size() / max(1.0, token_count))
+        optimizer.backward(loss, is_last=number == plan.micro_batches)
+        nll_sum += nll.item()
+    return nll_sum
 
 
 def training_attention(model: Decoder, *, device: torch.device, precision: Precision, is_packed: bool) -> str:

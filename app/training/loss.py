@@ -7,8 +7,8 @@ from app.models.decoder import Decoder
 from app.models.kernels.cross_entropy import fused_cross_entropy
 
 
-def masked_nll(model: Decoder, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(sum of -log p in nats, number of tokens summed) over `batch.loss_mask`.
+def masked_nll(model: Decoder, batch: Batch, *, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """(sum of -log p in nats, number of tokens summed) over `batch.loss_mask`, with labels smoothed by `smoothing`.
 
     A sum and a count instead of a mean: only they add up right over workers and batches of uneven length. The head
     runs on the rows that count alone, a chunk at a time; no tensor of all logits is ever made.
@@ -16,10 +16,6 @@ def masked_nll(model: Decoder, batch: Batch) -> tuple[Tensor, Tensor]:
     hidden = model(batch.input_ids, positions=batch.positions, documents=batch.documents)
     hidden = hidden[:, :-1]  # [batch, time - 1, width]; position i predicts token i + 1
     keep = batch.loss_mask[:, 1:]
-    nll = rows_nll(model, hidden[keep], batch.input_ids[:, 1:][keep])
+    labels = batch.input_ids[:, 1:][keep]
+    nll = fused_cross_entropy(hidden[keep], model.token_embedding.weight, labels, smoothing=smoothing)
     return nll, keep.sum()
-
-
-def rows_nll(model: Decoder, rows: Tensor, labels: Tensor) -> Tensor:
-    """Sum of -log p(label) over `rows` [rows, width] with `labels` [rows]."""
-    return fused_cross_entropy(rows, model.token_embedding.weight, labels)

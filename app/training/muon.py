@@ -34,7 +34,7 @@ class MuonOptimizer:
         if resume is not None:
             self._restore(resume)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, is_last: bool = True) -> None:
         loss.backward()
 
     def step(self, learning_rate: float) -> float:

@@ -18,8 +18,8 @@ BETAS = (0.9, 0.999)
 
 
 class Optimizer(Protocol):
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of `loss`, to be averaged over the workers."""
+    def backward(self, loss: Tensor, *, is_last: bool = True) -> None:
+        """Add the gradients of `loss`, to be averaged over the workers; `is_last` before the step."""
 
     def step(self, learning_rate: float) -> float:
         """Clip, update, clear the gradients; returns their global L2 norm before clipping."""
@@ -65,7 +65,7 @@ class PlainOptimizer:
             for name, parameter in self._parameters.items():
                 self._adamw.state[parameter] = adamw_state(resume, name, device=parameter.device)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, is_last: bool = True) -> None:
         loss.backward()
 
     def step(self, learning_rate: float) -> float:

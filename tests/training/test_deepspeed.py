@@ -24,6 +24,8 @@ from app.training.workers import rank, world_size
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3)
 METHODS = {"lora": LoraConfig(rank=4), "full": FullConfig()}
 STEPS, HALF = 6, 3
+STAGES = {0: 1, 1: 2, 2: 4}
+"""ZeRO stages, and into how many micro-batches each worker splits its three rows there."""
 
 
 def batch_of(step: int) -> Batch:
@@ -48,7 +50,7 @@ def train(model_folder: Path, method: str, output: Path, *, zero_stage: int | No
         optimizer = PlainOptimizer(model, OPTIMIZER, resume=checkpoint)
     else:
         stage = DeepSpeedConfig(zero_stage=zero_stage)
-        optimizer = DeepSpeedOptimizer(model, OPTIMIZER, deepspeed=stage, batch_per_worker=3, resume=checkpoint)
+        optimizer = DeepSpeedOptimizer(model, OPTIMIZER, deepspeed=stage, resume=checkpoint)
     start = checkpoint.step if checkpoint else 0
     seen: list[loop.Metrics] = []
 
@@ -68,6 +70,7 @@ def train(model_folder: Path, method: str, output: Path, *, zero_stage: int | No
             precision="fp32",
             seed=7,
             is_packed=False,
+            micro_batches=1 if zero_stage is None else STAGES[zero_stage],
         ),
         start_step=start,
         batches=map(batch_of, range(start, STEPS)),
@@ -86,7 +89,7 @@ def two_workers(worker: int, model_folder: Path, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=worker, world_size=2)
     for method in METHODS:
         half = folder / method / "plain" / f"step-{HALF:08d}"
-        for stage in (0, 1):
+        for stage in STAGES:
             train(model_folder, method, folder / method / f"zero-{stage}", zero_stage=stage)
             train(model_folder, method, folder / method / f"resumed-{stage}", zero_stage=stage, resume=half)
     dist.destroy_process_group()
@@ -106,7 +109,7 @@ def metrics(run: Path) -> dict[int, loop.Metrics]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("kind", ["zero", "resumed"])
 def test_two_workers_compute_what_one_plain_process_does(runs: Path, method: str, stage: int, kind: str) -> None:
     plain, ours = metrics(runs / method / "plain"), metrics(runs / method / f"{kind}-{stage}")
@@ -117,7 +120,7 @@ def test_two_workers_compute_what_one_plain_process_does(runs: Path, method: str
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_checkpoint_of_two_workers_is_the_plain_ones(runs: Path, method: str, stage: int) -> None:
     for step in (HALF, STEPS):
         name = f"step-{step:08d}"

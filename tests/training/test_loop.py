@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from app.config import LoraConfig, OptimizerConfig
+from app.config import ComposedConfig, LoraConfig, OptimizerConfig, PromptConfig
 from app.data.batches import Batch, collate
 from app.errors import UserError
 from app.methods import apply_method
@@ -19,7 +19,7 @@ from app.training import loop
 from app.training.checkpointing import Checkpoint, latest_step, save_step
 from app.training.loss import masked_nll
 from app.training.muon import MuonOptimizer
-from app.training.optimizer import PlainOptimizer
+from app.training.optimizer import PlainOptimizer, trained_parameters
 from app.training.precision import autocast, resolve_precision
 from app.training.schedule import learning_rate
 
@@ -210,9 +210,71 @@ def test_muon_updates_as_torchs_own_does(tiny_model: Path) -> None:
         assert (mine - parameter).norm() < 0.05 * (parameter - start).norm()
 
 
-def test_the_learning_rate_warms_up_then_decays_to_a_tenth() -> None:
-    rates = [learning_rate(step, peak=1.0, total_steps=100, warmup_fraction=0.1) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1)
-    assert max(rates) == rates[9] == 1.0
-    assert rates[-1] == pytest.approx(0.1)
+@pytest.mark.parametrize(("schedule", "last"), [("cosine", 0.1), ("linear", 0.1), ("constant", 1.0)])
+def test_the_learning_rate_warms_up_then_follows_its_schedule(schedule: str, last: float) -> None:
+    config = OptimizerConfig(learning_rate=1.0, warmup_fraction=0.1, schedule=schedule)
+    rates = [learning_rate(step, config, total_steps=100) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
+    assert max(rates) == 1.0
+    assert rates[-1] == pytest.approx(last)
     assert rates[9:] == sorted(rates[9:], reverse=True)
+    halfway = {"cosine": 0.55, "linear": 0.55, "constant": 1.0}
+    assert rates[54] == pytest.approx(halfway[schedule], abs=0.02)
+    quarter = {"cosine": 0.87, "linear": 0.78, "constant": 1.0}
+    assert rates[32] == pytest.approx(quarter[schedule], abs=0.02)
+
+
+def gradients(tiny_model: Path, batch: Batch, *, parts: int, checkpointing: bool = False) -> dict[str, torch.Tensor]:
+    """Of the mean loss over a batch, computed in `parts`."""
+    model = load_decoder(tiny_model).train()
+    torch.manual_seed(0)
+    apply_method(model, ComposedConfig(parts=(LoraConfig(rank=4), PromptConfig(length=3))))
+    model.checkpoint_blocks = checkpointing
+    optimizer = PlainOptimizer(model, OPTIMIZER)
+    plan = loop.Plan(1, 1, 1, OPTIMIZER, "fp32", 0, is_packed=False, micro_batches=parts)
+    loop._backward(model, optimizer, batch, plan=plan, token_count=batch.loss_tokens)
+    return {name: parameter.grad for name, parameter in trained_parameters(model).items()}
+
+
+@pytest.mark.parametrize("parts", [2, 3, 4, 6])
+def test_gradients_do_not_depend_on_the_micro_batches(tiny_model: Path, parts: int) -> None:
+    """Of uneven lengths, also in more parts than rows: a mean over each part would weigh its tokens differently."""
+    batch = next(batches(5))
+    whole, added = gradients(tiny_model, batch, parts=1), gradients(tiny_model, batch, parts=parts)
+    for name, gradient in whole.items():
+        assert (gradient - added[name]).norm() <= 1e-5 * gradient.norm(), name
+
+
+def test_a_mean_over_each_micro_batch_would_be_something_else(tiny_model: Path) -> None:
+    batch = next(batches(5))
+    whole, wrong = gradients(tiny_model, batch, parts=1), {}
+    for part in batch.split(4):
+        for name, gradient in gradients(tiny_model, part, parts=1).items():
+            wrong[name] = wrong.get(name, 0) + gradient / 4
+    assert any((gradient - wrong[name]).norm() > 1e-2 * gradient.norm() for name, gradient in whole.items())
+
+
+def test_checkpointed_blocks_give_the_same_gradients_over_frozen_layers(tiny_model: Path) -> None:
+    batch = next(batches(5))
+    plain, again = gradients(tiny_model, batch, parts=1), gradients(tiny_model, batch, parts=1, checkpointing=True)
+    for name, gradient in plain.items():
+        assert gradient.norm() > 0 or name.endswith("lora_a"), name
+        torch.testing.assert_close(again[name], gradient)
+
+
+def test_checkpointed_blocks_keep_less_for_the_backward_pass(tiny_model: Path) -> None:
+    def kept_bytes(checkpointing: bool) -> int:
+        model = load_decoder(tiny_model).train()
+        model.checkpoint_blocks = checkpointing
+        kept = 0
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal kept
+            kept += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            masked_nll(model, next(batches(5)))
+        return kept
+
+    assert kept_bytes(True) < 0.5 * kept_bytes(False)

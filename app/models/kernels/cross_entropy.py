@@ -29,34 +29,46 @@ CACHE_BYTES = 16 * 2**20
 
 
 class ChunkKernel(Protocol):
-    def __call__(self, logits: Tensor, labels: Tensor, *, with_gradient: bool) -> Tensor:
-        """Sum of -log p(label) of `logits` [rows, vocab], at least in fp32.
+    def __call__(self, logits: Tensor, labels: Tensor, *, smoothing: float, with_gradient: bool) -> Tensor:
+        """Sum of -log p of `logits` [rows, vocab] under the smoothed labels, at least in fp32.
 
-        `with_gradient`, it overwrites `logits` with the sum's gradient, softmax(logits) - one_hot(labels).
+        `with_gradient`, it overwrites `logits` with the sum's gradient, softmax(logits) - smoothed labels.
         """
         ...
 
 
-def reference_cross_entropy(rows: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def reference_cross_entropy(rows: Tensor, weight: Tensor, labels: Tensor, *, smoothing: float = 0.0) -> Tensor:
     """What `fused_cross_entropy` computes, with all logits in memory."""
     logits = F.linear(rows, weight)
-    return F.cross_entropy(logits.to(_loss_dtype(logits.dtype)), labels, reduction="sum")
+    logits = logits.to(_loss_dtype(logits.dtype))
+    return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
 
 
-def fused_cross_entropy(rows: Tensor, weight: Tensor, labels: Tensor, *, chunk_rows: int | None = None) -> Tensor:
+def fused_cross_entropy(
+    rows: Tensor, weight: Tensor, labels: Tensor, *, smoothing: float = 0.0, chunk_rows: int | None = None
+) -> Tensor:
     """Sum of -log p(label) over `rows` [rows, width], with the head `weight` [vocab, width] and int64 `labels` [rows].
+
+    With `smoothing` ε a label is the token at 1 - ε, and all tokens of the vocabulary at ε / vocab each, itself too
+    (Szegedy et al. 2015, arXiv:1512.00567).
 
     A scalar in fp32 (fp64 for fp64). Under autocast the products are in its dtype and the loss in fp32; the weight is
     then copied in that dtype, as autocast does. `chunk_rows` defaults to what `CHUNK_BYTES` hold. It is differentiable
     once.
     """
-    return cast(Tensor, _FusedCrossEntropy.apply(rows, weight, labels, chunk_rows, torch.is_grad_enabled()))
+    return cast(Tensor, _FusedCrossEntropy.apply(rows, weight, labels, smoothing, chunk_rows, torch.is_grad_enabled()))
 
 
 class _FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, labels: Tensor, chunk_rows: int | None, is_recorded: bool
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        smoothing: float,
+        chunk_rows: int | None,
+        is_recorded: bool,
     ) -> Tensor:
         # needs_input_grad does not heed no_grad, and within forward nothing is recorded: hence is_recorded.
         grad_rows = torch.empty_like(rows) if is_recorded and ctx.needs_input_grad[0] else None
@@ -65,17 +77,17 @@ class _FusedCrossEntropy(torch.autograd.Function):
             grad_weight = torch.zeros_like(weight, dtype=_loss_dtype(weight.dtype))
         ctx.weight_dtype = weight.dtype
         ctx.save_for_backward(grad_rows, grad_weight)
-        return _accumulate(rows, weight, labels, chunk_rows, grad_rows, grad_weight)
+        return _accumulate(rows, weight, labels, smoothing, chunk_rows, grad_rows, grad_weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         grad_rows, grad_weight = ctx.saved_tensors
         if grad_rows is not None:
             grad_rows = _scaled(grad_rows, grad_output, grad_rows.dtype)
         if grad_weight is not None:
             grad_weight = _scaled(grad_weight, grad_output, ctx.weight_dtype)
-        return grad_rows, grad_weight, None, None, None
+        return grad_rows, grad_weight, None, None, None, None
 
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -90,6 +102,7 @@ def _accumulate(
     rows: Tensor,
     weight: Tensor,
     labels: Tensor,
+    smoothing: float,
     chunk_rows: int | None,
     grad_rows: Tensor | None,
     grad_weight: Tensor | None,
@@ -107,7 +120,8 @@ def _accumulate(
         for start in range(0, len(rows), size):
             chunk = rows[start : start + size].to(dtype)  # [chunk, width]
             logits = torch.mm(chunk, weight.T, out=buffer[: len(chunk)])  # [chunk, vocab]
-            loss += kernel(logits, labels[start : start + size], with_gradient=with_gradient)
+            answers = labels[start : start + size]
+            loss += kernel(logits, answers, smoothing=smoothing, with_gradient=with_gradient)
             if grad_rows is not None:
                 grad_rows[start : start + size] = logits @ weight  # logits are their gradient by now
             if grad_weight is not None:
@@ -148,14 +162,15 @@ def _kernel_for(device: torch.device) -> ChunkKernel:
 
         # Triton compiles at the first call, and needs a C compiler for it: a trial tells now whether it can.
         trial = torch.zeros(1, 32, device=device)
-        loss_and_gradient(trial, torch.zeros(1, dtype=torch.int64, device=device), with_gradient=True)
+        labels = torch.zeros(1, dtype=torch.int64, device=device)
+        loss_and_gradient(trial, labels, smoothing=0.0, with_gradient=True)
         return loss_and_gradient
     except Exception as error:  # no Triton, no compiler, an unknown GPU: Triton's errors have no class in common
         say_once(logging.WARNING, f"fused_cross_entropy: no Triton kernel, torch computes it; because: {error}")
         return _torch_loss_and_gradient
 
 
-def _torch_loss_and_gradient(logits: Tensor, labels: Tensor, *, with_gradient: bool) -> Tensor:
+def _torch_loss_and_gradient(logits: Tensor, labels: Tensor, *, smoothing: float, with_gradient: bool) -> Tensor:
     """A `ChunkKernel` for any device."""
     dtype = _loss_dtype(logits.dtype)
     loss = torch.zeros((), dtype=dtype, device=logits.device)
@@ -163,18 +178,22 @@ def _torch_loss_and_gradient(logits: Tensor, labels: Tensor, *, with_gradient: b
     if logits.device.type == "cpu":
         block_rows = max(1, CACHE_BYTES // (logits.shape[1] * dtype.itemsize))
     for block, answers in zip(logits.split(block_rows), labels.unsqueeze(1).split(block_rows), strict=True):
-        loss += _block_loss(block, answers, dtype, with_gradient=with_gradient)
+        loss += _block_loss(block, answers, dtype, smoothing=smoothing, with_gradient=with_gradient)
     return loss
 
 
-def _block_loss(block: Tensor, answers: Tensor, dtype: torch.dtype, *, with_gradient: bool) -> Tensor:
+def _block_loss(block: Tensor, answers: Tensor, dtype: torch.dtype, *, smoothing: float, with_gradient: bool) -> Tensor:
     """A `ChunkKernel`'s work on some of its rows, in `dtype`; `answers` are the labels [rows, 1]."""
     log_p = F.log_softmax(block, dim=1, dtype=dtype)
-    loss = -log_p.gather(1, answers).sum()
+    loss = (smoothing - 1) * log_p.gather(1, answers).sum()
+    if smoothing:
+        loss -= smoothing / block.shape[1] * log_p.sum()
     if with_gradient:
         # Less one in `dtype`: bf16 would round the p of a sure answer to 1, and its gradient to 0.
         gradient = torch.exp(log_p, out=block if block.dtype == dtype else log_p)
-        gradient.scatter_add_(1, answers, gradient.new_full((), -1.0).expand_as(answers))
+        gradient.scatter_add_(1, answers, gradient.new_full((), smoothing - 1).expand_as(answers))
+        if smoothing:
+            gradient -= smoothing / block.shape[1]
         if gradient is not block:
             block.copy_(gradient)
     return loss

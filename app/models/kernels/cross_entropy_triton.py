@@ -13,9 +13,9 @@ NUM_WARPS = 8
 
 @triton.jit
 def cross_entropy_kernel(  # type: ignore[no-untyped-def]
-    logits, labels, losses, row_stride, vocab_size, WITH_GRADIENT: tl.constexpr, BLOCK: tl.constexpr
+    logits, labels, losses, row_stride, vocab_size, smoothing, WITH_GRADIENT: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One program a row. `logits` become softmax(logits) - one_hot(label) if WITH_GRADIENT; `losses` are -log p."""
+    """One program a row. `logits` become softmax(logits) - smoothed label if WITH_GRADIENT; `losses` are -log p."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * row_stride
     label = tl.load(labels + row)
@@ -27,25 +27,28 @@ def cross_entropy_kernel(  # type: ignore[no-untyped-def]
     # Online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867): maximum and sum in one reading.
     maximum = float("-inf")
     total = 0.0
+    sum_of_logits = 0.0
     for start in range(0, vocab_size, BLOCK):
         entries = start + tl.arange(0, BLOCK)
         block = tl.load(logits + entries, mask=entries < vocab_size, other=float("-inf")).to(tl.float32)
         larger = tl.maximum(maximum, tl.max(block, 0))
         total = total * tl.exp(maximum - larger) + tl.sum(tl.exp(block - larger), 0)
         maximum = larger
+        sum_of_logits += tl.sum(tl.where(entries < vocab_size, block, 0.0), 0)
     log_total = maximum + tl.log(total)
-    tl.store(losses + row, log_total - answer)
+    share = smoothing / vocab_size
+    tl.store(losses + row, log_total - (1 - smoothing) * answer - share * sum_of_logits)
 
     if WITH_GRADIENT:
         for start in range(0, vocab_size, BLOCK):
             entries = start + tl.arange(0, BLOCK)
             block = tl.load(logits + entries, mask=entries < vocab_size, other=float("-inf")).to(tl.float32)
-            gradient = tl.exp(block - log_total) - tl.where(entries == label, 1.0, 0.0)
+            gradient = tl.exp(block - log_total) - tl.where(entries == label, 1 - smoothing, 0.0) - share
             tl.store(logits + entries, gradient, mask=entries < vocab_size)
 
 
-def loss_and_gradient(logits: Tensor, labels: Tensor, *, with_gradient: bool) -> Tensor:
-    """Sum of -log p(label), fp32, of `logits` [rows, vocab]; these become their gradient, `with_gradient`."""
+def loss_and_gradient(logits: Tensor, labels: Tensor, *, smoothing: float, with_gradient: bool) -> Tensor:
+    """Sum of -log p, fp32, of `logits` [rows, vocab] under smoothed labels; these become their gradient."""
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     with torch.cuda.device_of(logits):
         cross_entropy_kernel[(len(logits),)](
@@ -54,6 +57,7 @@ def loss_and_gradient(logits: Tensor, labels: Tensor, *, with_gradient: bool) ->
             losses,
             logits.stride(0),
             logits.shape[1],
+            smoothing,
             with_gradient,
             BLOCK,
             num_warps=NUM_WARPS,

@@ -2,6 +2,7 @@ import logging
 import os
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -33,9 +34,10 @@ def outcome(function: Any, rows: Tensor, weight: Tensor, labels: Tensor, **optio
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 5, 37, 100, None])
-def test_the_chunked_loss_and_gradients_match_the_reference(chunk_rows: int | None) -> None:
-    actual = outcome(fused_cross_entropy, *head(), chunk_rows=chunk_rows)
-    expected = outcome(reference_cross_entropy, *head())
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_chunked_loss_and_gradients_match_the_reference(chunk_rows: int | None, smoothing: float) -> None:
+    actual = outcome(fused_cross_entropy, *head(), chunk_rows=chunk_rows, smoothing=smoothing)
+    expected = outcome(reference_cross_entropy, *head(), smoothing=smoothing)
     for one, other in zip(actual, expected, strict=True):
         assert (one - other).norm() <= 1e-5 * other.norm()
 
@@ -48,7 +50,9 @@ def test_rows_beyond_a_block_of_the_cache_match_too(monkeypatch: pytest.MonkeyPa
 
 def test_the_chunked_loss_passes_gradcheck() -> None:
     rows, weight, labels = head(7, 11, 5, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda r, w: fused_cross_entropy(r, w, labels, chunk_rows=3), (rows, weight))
+    for smoothing in (0.0, 0.2):
+        loss = partial(fused_cross_entropy, labels=labels, chunk_rows=3, smoothing=smoothing)
+        assert torch.autograd.gradcheck(loss, (rows, weight))
 
 
 def test_under_autocast_products_are_bf16_and_the_loss_is_fp32() -> None:
@@ -74,7 +78,7 @@ def test_bf16_weights_get_bf16_gradients_summed_in_fp32() -> None:
 
 def test_a_sure_answer_keeps_its_small_gradient_in_bf16() -> None:
     logits = torch.tensor([[8.0, 0.0]], dtype=torch.bfloat16)
-    module._torch_loss_and_gradient(logits, torch.tensor([0]), with_gradient=True)
+    module._torch_loss_and_gradient(logits, torch.tensor([0]), smoothing=0.0, with_gradient=True)
     torch.testing.assert_close(logits[0, 0].float(), -torch.sigmoid(torch.tensor(-8.0)), rtol=0.01, atol=0)
 
 
@@ -189,14 +193,17 @@ for vocab_size in (1, 37, 4096, 5003):
         logits = (4 * torch.randn(3, vocab_size)).to(dtype)
         labels = torch.tensor([0, vocab_size - 1, vocab_size // 2])
         ours, theirs, untouched = logits.clone(), logits.clone(), logits.clone()
-        loss = loss_and_gradient(ours, labels, with_gradient=True)
-        expected = module._torch_loss_and_gradient(theirs, labels, with_gradient=True)
+        smoothing = 0.1 if vocab_size % 2 else 0.0
+        loss = loss_and_gradient(ours, labels, smoothing=smoothing, with_gradient=True)
+        expected = module._torch_loss_and_gradient(theirs, labels, smoothing=smoothing, with_gradient=True)
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=1e-6)
-        torch.testing.assert_close(loss_and_gradient(untouched, labels, with_gradient=False), loss)
+        torch.testing.assert_close(
+            loss_and_gradient(untouched, labels, smoothing=smoothing, with_gradient=False), loss
+        )
         assert torch.equal(untouched, logits)
 
-assert loss_and_gradient(torch.zeros(2, 5), torch.tensor([1, -100]), with_gradient=False).isnan()
+assert loss_and_gradient(torch.zeros(2, 5), torch.tensor([1, -100]), smoothing=0.0, with_gradient=False).isnan()
 
 rows, weight = torch.randn(7, 8, requires_grad=True), torch.randn(131, 8, requires_grad=True)
 labels = torch.randint(0, 131, (7,))
@@ -227,6 +234,7 @@ def test_the_triton_kernel_compiles_without_a_gpu(capability: int, dtype: str, t
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     signature = {"logits": f"*{dtype}", "labels": "*i64", "losses": "*fp32", "row_stride": "i32", "vocab_size": "i32"}
+    signature["smoothing"] = "fp32"
     source = ASTSource(
         cross_entropy_kernel,
         {**signature, "WITH_GRADIENT": "constexpr", "BLOCK": "constexpr"},
