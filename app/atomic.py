@@ -46,11 +46,11 @@ def check_apart(output: Path, *inputs: Path) -> None:
     """Refuse to replace what is being read.
 
     Raises:
-        UserError: `output` is one of `inputs`.
+        UserError: `output` is one of `inputs`, or lies in one.
     """
     for folder in inputs:
-        if output.resolve() == folder.resolve():
-            raise UserError(f"output={str(output)!r} is what is read from; name another folder")
+        if output.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"output={str(output)!r} is what is read from, or in it; name another folder")
 
 
 def _swap(staging: Path, folder: Path, retired: Path) -> None:

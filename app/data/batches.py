@@ -39,7 +39,7 @@ class Batch:
         if parts == 1:
             return [self]
         pieces = [rows for rows in torch.arange(len(self.input_ids)).tensor_split(parts) if len(rows)]
-        empty = [Batch(self.input_ids[:1], torch.zeros_like(self.loss_mask[:1]), 0)] * (parts - len(pieces))
+        empty = [Batch(self.input_ids[:1, :2], torch.zeros_like(self.loss_mask[:1, :2]), 0)] * (parts - len(pieces))
         return [self._rows(rows) for rows in pieces] + empty
 
     def _rows(self, rows: Tensor) -> "Batch":

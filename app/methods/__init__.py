@@ -41,7 +41,7 @@ def apply_method(model: Decoder, method: MethodConfig) -> None:
 
 def _check_quantization(model: Decoder, method: MethodConfig) -> None:
     """A rounded weight cannot take a gradient's small steps."""
-    if not any(isinstance(module, QuantizedLinear) for module in model.modules()):
+    if not _is_quantized(model):
         return
     for part in parts_of(method):
         if part.type in ("full", "freeze", "bitfit"):
@@ -58,14 +58,26 @@ def merge_method(model: Decoder, method: MethodConfig) -> None:
         UserError: no plain model has that effect.
     """
     check_mergeable(method)
-    fold_method(model, method)
+    _merge_parts(model, method)
 
 
 def fold_method(model: Decoder, method: MethodConfig) -> None:
-    """`merge_method` for those parts of `method` that can be merged; the others stay as they are."""
+    """`merge_method` for those parts of `method` that can be merged without loss; the others stay as they are.
+
+    A quantized model is left so: merging would take the memory that quantization saved.
+    """
+    if not _is_quantized(model):
+        _merge_parts(model, method)
+
+
+def _merge_parts(model: Decoder, method: MethodConfig) -> None:
     for part in reversed(_ordered(method)):
         if hasattr(_MODULES[part.type], "merge"):
             _MODULES[part.type].merge(model)
+
+
+def _is_quantized(model: Decoder) -> bool:
+    return any(isinstance(module, QuantizedLinear) for module in model.modules())
 
 
 def check_mergeable(method: MethodConfig) -> None:

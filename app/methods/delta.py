@@ -63,8 +63,12 @@ def read_delta(folder: Path) -> Delta:
         metadata = json.loads((folder / _METADATA).read_text(encoding="utf-8"))
         method: MethodConfig = TypeAdapter(MethodConfig).validate_python(metadata.pop("method"))
         weights = load_file(folder / _WEIGHTS)
-    except (ValueError, KeyError, AttributeError, ValidationError, SafetensorError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, ValidationError, SafetensorError) as error:
         raise UserError(f"delta={str(folder)!r} is damaged ({error}); copy it again") from None
+    kinds = {"metrics": dict, "base": str, "base_hash": str, "tokenizer_hash": str}
+    strange = [key for key, kind in kinds.items() if not isinstance(metadata.get(key, kind()), kind)]
+    if strange:
+        raise UserError(f"delta={str(folder)!r} is damaged: {strange[0]}={metadata[strange[0]]!r}; copy it again")
     if not isinstance(metadata.get("template", {}), dict):
         raise UserError(f"delta={str(folder)!r} was made by another version of pacos; train it again")
     return Delta(method, weights, metadata)

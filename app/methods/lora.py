@@ -7,6 +7,9 @@ DoRA (Liu et al. 2024, arXiv:2402.09353) trains the length m of each row of the 
 only its direction: W' = m · (W + s B A) / ‖W + s B A‖, the norm taken over each row and treated as a constant.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +25,12 @@ Linear = nn.Linear | QuantizedLinear
 def weight_of(linear: Linear) -> Tensor:
     """[out, in]; dequantized where it is stored otherwise."""
     return linear.dequantized_weight() if isinstance(linear, QuantizedLinear) else linear.weight
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Products in the tensors' own dtype, which matters where merged and unmerged weights must agree."""
+    kind = tensor.device.type
+    return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
 
 
 class LoraLinear(nn.Module):
@@ -57,7 +66,8 @@ class LoraLinear(nn.Module):
 
     def updated_weight(self) -> Tensor:
         """W + s · B A [out, in], in fp32."""
-        return weight_of(self.base).float() + self.scale * (self.lora_b @ self.lora_a)
+        with without_autocast(self.lora_a):
+            return weight_of(self.base).float() + self.scale * (self.lora_b @ self.lora_a)
 
 
 class DoraLinear(LoraLinear):
@@ -80,7 +90,7 @@ class DoraLinear(LoraLinear):
         """[out]: what brings each updated row to its length."""
         with torch.no_grad():
             norm = torch.linalg.vector_norm(self.updated_weight(), dim=1)
-        return self.magnitude / norm
+        return self.magnitude / norm.clamp_min(torch.finfo(norm.dtype).tiny)  # a row of zeros has no direction
 
 
 def apply(model: Decoder, config: LoraConfig) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -74,12 +75,13 @@ def read_peft(folder: Path, *, shape: DecoderConfig, metadata: dict[str, Any]) -
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"source={str(folder)!r} is damaged ({error}); copy it again") from None
     readers = {"LORA": _read_lora, "PREFIX_TUNING": _read_prefix, "PROMPT_TUNING": _read_prompt}
-    if kind not in readers:
+    if not isinstance(kind, str) or kind not in readers:
         raise UserError(f"source={str(folder)!r} holds {kind!r}; can be read: {', '.join(readers)}")
     try:
         method, weights = readers[kind](config, stored, shape)
-    except (KeyError, RuntimeError) as error:
-        raise UserError(f"source={str(folder)!r} does not fit model={metadata.get('base')!r}: {error}") from None
+    except (KeyError, IndexError, TypeError, RuntimeError, ValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"source={str(folder)!r} does not fit model={metadata.get('base')!r}: {reason}") from None
     return Delta(method, weights, metadata)
 
 
@@ -143,7 +145,7 @@ def _read_lora(
     ours = [f"blocks.{n}.{layer}.{tensor}" for n in range(shape.num_layers) for layer in _LAYERS for tensor in _TENSORS]
     names = {_peft_name(name): name for name in ours}
     weights = {names[name]: tensor.float() for name, tensor in stored.items()}
-    targets = tuple(layer for layer in _LAYERS if f"blocks.0.{layer}.lora_a" in weights)
+    targets = tuple(layer for layer in _LAYERS if any(f".{layer}.lora_a" in name for name in weights))
     method = LoraConfig(
         rank=config["r"],
         alpha=config["lora_alpha"],

@@ -10,6 +10,7 @@ from app.assets import model_folder
 from app.atomic import check_apart, replaced_folder
 from app.config.methods import name_of
 from app.config.transfer import ExportConfig, ImportConfig, MergeConfig
+from app.data.prompts import PacosTemplate
 from app.data.tokenization import TOKENIZER_FILES, copy_tokenizer, load_tokenizer
 from app.errors import UserError
 from app.methods import check_mergeable, merge_method
@@ -21,6 +22,7 @@ from app.models.checkpoints import (
     is_own_folder,
     load_decoder,
     read_config,
+    read_provenance,
     save_decoder,
     weights_hash,
     write_provenance,
@@ -56,7 +58,9 @@ def find_deltas(folder: Path) -> list[Listed]:
     """
     if not folder.is_dir():
         raise UserError(f"{str(folder)!r} is no folder; name one that holds training runs")
-    return [_listed(file.parent) for file in sorted(folder.rglob(DELTA_FILES[1]))]
+    files = sorted(folder.rglob(DELTA_FILES[1]))
+    # what begins with a dot is being written, or was when its process died
+    return [_listed(file.parent) for file in files if not file.parent.name.startswith(".")]
 
 
 def merge(config: MergeConfig) -> Merged:
@@ -80,7 +84,9 @@ def merge(config: MergeConfig) -> Merged:
     with replaced_folder(output, contents=(*MODEL_FILES, *TOKENIZER_FILES, PROVENANCE_FILE)) as staging:
         save_decoder(staging, model)
         copy_tokenizer(folder, staging)
-        write_provenance(staging, {"template": delta.metadata.get("template"), "merged_delta": delta.hash})
+        origin = {"merged_delta": delta.hash}
+        template = delta.metadata.get("template")
+        write_provenance(staging, {**read_provenance(folder), **origin, **({"template": template} if template else {})})
     return Merged(
         output,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -116,6 +122,7 @@ def import_adapter(config: ImportConfig) -> Delta:
         "base": config.model,
         "base_hash": weights_hash(folder),
         "tokenizer_hash": load_tokenizer(folder).fingerprint(),
+        "template": read_provenance(folder).get("template") or PacosTemplate().to_json(),
         "imported_from": config.source,
     }
     delta = read_peft(Path(config.source), shape=read_config(folder), metadata=metadata)

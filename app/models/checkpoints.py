@@ -9,7 +9,7 @@ refused: loading one can run code.
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,7 @@ def is_gpt2_architecture(config: DecoderConfig) -> bool:
         mlp_width=config.mlp_width,
         norm_epsilon=config.norm_epsilon,
     )
-    return config == gpt2
+    return replace(config, num_kv_heads=None if config.kv_heads == config.num_heads else config.num_kv_heads) == gpt2
 
 
 def read_config(folder: Path) -> DecoderConfig:
@@ -145,9 +145,14 @@ def _config_of(folder: Path, values: dict[str, Any]) -> DecoderConfig:
         OWN_TYPE: _from_own_config,
     }
     kind = values.get("model_type")
-    if kind not in readers:
+    if not isinstance(kind, str) or kind not in readers:
         raise UserError(f"{folder}/config.json: model_type={kind!r}; only 'gpt2' and {OWN_TYPE!r} can be loaded")
     config = readers[kind](folder, values)
+    for name in ("vocab_size", "context_length", "num_layers", "num_heads", "width", "mlp_width", "kv_heads"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{folder}/config.json: {name} is {getattr(config, name)}; it must be at least 1")
+    if config.positions == "rotary" and config.head_width % 2:
+        raise UserError(f"{folder}/config.json: rotary positions need heads of an even width, not {config.head_width}")
     if config.width % config.num_heads:
         raise UserError(f"{folder}/config.json: a width of {config.width} is no multiple of {config.num_heads} heads")
     if config.num_heads % config.kv_heads:
@@ -169,6 +174,11 @@ def _from_gpt2_config(folder: Path, values: dict[str, Any]) -> DecoderConfig:
 
 
 def _from_own_config(folder: Path, values: dict[str, Any]) -> DecoderConfig:
+    strange = sorted(set(values.get("architecture") or {}) - {field.name for field in fields(DecoderConfig)})
+    if strange:
+        raise UserError(
+            f"{folder}/config.json: architecture.{strange[0]} is unknown to this version of pacos; update it"
+        )
     return _validated(folder, values, "architecture", DecoderConfig)
 
 
@@ -323,7 +333,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise UserError(
             f"{file.parent} lacks {file.name}; a model folder holds config.json and model.safetensors"
         ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{file} must hold a JSON object, not a {type(values).__name__}")

@@ -209,7 +209,7 @@ def _validation_batches(job: Job) -> list[Batch]:
     table = job.manifest.read("validation")
     columns = (table[name].to_numpy()[rank() :: world_size()] for name in COLUMNS)
     mine = sorted(zip(*columns, strict=True), key=lambda row: len(row[0]))
-    size = max(1, job.config.batch_size // world_size())
+    size = job.config.micro_batch_size or max(1, job.config.batch_size // world_size())
     chunks = (mine[first : first + size] for first in range(0, len(mine), size))
     return [collate(*zip(*chunk, strict=True)) for chunk in chunks]
 

@@ -150,21 +150,23 @@ def _latency(model: Decoder) -> tuple[float, float]:
 
 
 def _throughput(model: Decoder) -> float:
+    num_tokens = min(NEW_TOKENS, model.max_length // 2)
     first_s, token_s = _generate(model, num_prompts=BATCH_SIZE)
-    return BATCH_SIZE * NEW_TOKENS / (first_s + token_s * (NEW_TOKENS - 1))
+    return BATCH_SIZE * num_tokens / (first_s + token_s * (num_tokens - 1))
 
 
 def _generate(model: Decoder, *, num_prompts: int) -> tuple[float, float]:
     """Seconds of the step that computes the prompts, and the mean of those that follow."""
-    prompt_length = min(PROMPT_LENGTH, model.max_length - NEW_TOKENS)
+    num_tokens = min(NEW_TOKENS, model.max_length // 2)
+    prompt_length = min(PROMPT_LENGTH, model.max_length - num_tokens)
     draw = torch.Generator().manual_seed(0)
     prompts = torch.randint(model.config.vocab_size, (num_prompts, prompt_length), generator=draw).tolist()
     engine = Engine(model, max_batch_size=num_prompts, max_queue=num_prompts)
     for prompt in prompts:
-        engine.add_request(prompt, Sampling(max_tokens=NEW_TOKENS))
+        engine.add_request(prompt, Sampling(max_tokens=num_tokens))
     times = []
     while engine.has_work:
         started = time.perf_counter()
         engine.step()
         times.append(time.perf_counter() - started)
-    return times[0], sum(times[1:]) / (len(times) - 1)
+    return times[0], sum(times[1:]) / max(1, len(times) - 1)

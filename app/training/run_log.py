@@ -10,8 +10,17 @@ from app.errors import UserError
 from app.training.checkpointing import latest_step
 from app.training.loop import Metrics
 
-_MAY_CHANGE = {"workers", "deepspeed", "max_failures", "keep_checkpoints", "output"}
-"""Settings that a resumed run may change: how it is spread over the cluster, not what it computes."""
+_MAY_CHANGE = {
+    "workers",
+    "deepspeed",
+    "max_failures",
+    "keep_checkpoints",
+    "output",
+    "micro_batch_size",
+    "gradient_checkpointing",
+    "attention",
+}
+"""Settings that a resumed run may change: how it is spread over the cluster and its memory, not what it computes."""
 
 
 def open_run(config: Config, *, inputs: str, resume: bool) -> int:
@@ -28,7 +37,9 @@ def open_run(config: Config, *, inputs: str, resume: bool) -> int:
     if resume:
         if not stored.exists():
             raise UserError(f"output={str(output)!r} holds no run to resume; leave --resume out to start one")
-        _refuse_changes(json.loads(stored.read_text()), resolved)
+        # read as a configuration, so that a setting that came later counts at its default
+        before = type(config).model_validate(json.loads(stored.read_text()))
+        _refuse_changes(before.model_dump(mode="json"), resolved)
         if stored_inputs.read_text().strip() != inputs:
             raise UserError(
                 f"the data or the model that the run in {str(output)!r} reads has changed since it was started"

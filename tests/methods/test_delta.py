@@ -89,6 +89,15 @@ def test_a_delta_of_another_shape_and_a_damaged_folder_are_told(
         read_delta(tmp_path)
 
 
+@pytest.mark.parametrize("content", ["[1]", '{"method": {"type": "lora"}, "metrics": null}', '{"method": 3}'])
+def test_metadata_of_another_kind_is_told(trained: Decoder, tmp_path: Path, content: str) -> None:
+    weights = {name: parameter.detach() for name, parameter in trained_parameters(trained).items()}
+    write_delta(tmp_path, Delta(CONFIG, weights, {}))
+    (tmp_path / "delta.json").write_text(content)
+    with pytest.raises(UserError, match="damaged"):
+        read_delta(tmp_path)
+
+
 def test_a_delta_of_another_version_is_told(trained: Decoder, tmp_path: Path) -> None:
     weights = {name: parameter.detach() for name, parameter in trained_parameters(trained).items()}
     write_delta(tmp_path, Delta(CONFIG, weights, {"template": "pacos"}))

@@ -204,6 +204,9 @@ def edit(file: Path, **changes: Any) -> None:
         (lambda f: edit(f / "adapter_config.json", rank_pattern={"mlp.c_fc": 2}), "rank_pattern"),
         (lambda f: edit(f / "adapter_config.json", bias="all"), "bias='all'"),
         (lambda f: edit(f / "adapter_config.json", r=3), "does not fit"),
+        (lambda f: edit(f / "adapter_config.json", r=0), "does not fit"),
+        (lambda f: edit(f / "adapter_config.json", lora_alpha=None), "does not fit"),
+        (lambda f: edit(f / "adapter_config.json", peft_type=[]), "can be read: LORA"),
     ],
 )
 def test_what_cannot_be_imported_is_told(base: Path, tmp_path: Path, damage: Any, part: str) -> None:

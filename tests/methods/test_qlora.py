@@ -15,18 +15,19 @@ from app.config import (
     LoraConfig,
     MethodConfig,
     PrefixConfig,
+    PromptConfig,
 )
-from app.config.transfer import ExportConfig, MergeConfig
+from app.config.transfer import DescribeConfig, ExportConfig, MergeConfig
 from app.data.batches import Batch
 from app.data.tokenization import copy_tokenizer, load_tokenizer
 from app.errors import UserError
 from app.methods import apply_method
-from app.methods.delta import Delta, apply_delta, read_delta, write_delta
-from app.methods.description import describe
+from app.methods.delta import Delta, apply_delta, fold_delta, read_delta, write_delta
+from app.methods.description import describe, describe_model
 from app.methods.transfer import export, merge
 from app.models.checkpoints import empty_decoder, load_decoder, save_decoder, weights_hash
 from app.models.decoder import Decoder
-from app.models.quantization import QuantizationConfig, Scheme, quantize
+from app.models.quantization import QuantizationConfig, Scheme, quantize, quantized_bytes
 from app.training.loss import masked_nll
 from app.training.optimizer import trained_parameters
 
@@ -147,6 +148,40 @@ def test_a_quantized_model_is_described_by_its_weights_and_their_bytes(quantized
     rows = {row.full_name: row for row in described.rows}
     assert rows["blocks.0-1.attn.qkv.base"].shapes == [(96, 32), (96,)]
     assert rows["blocks.0-1.attn.qkv.base"].weight_bytes < 0.2 * 4 * 2 * 96 * 33
+
+
+@pytest.mark.parametrize("scheme", ["int8_dynamic", "int8_weight", "nf4"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        LoraConfig(rank=4, dora=True),
+        AdapterConfig(size=4),
+        PrefixConfig(length=3),
+        PromptConfig(length=3),
+        ExtraBlockConfig(),
+    ],
+    ids=lambda method: method.type,
+)
+def test_what_will_train_is_known_without_memory(
+    scheme: Scheme, method: MethodConfig, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = quantized_folder(tiny_model, tmp_path, scheme)
+    model = load_decoder(folder)
+    apply_method(model, method)
+    trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
+    assert describe_model(DescribeConfig(model=str(folder), method=method)).trained == trained
+
+
+def test_a_served_model_stays_quantized(quantized: Path, tmp_path: Path, batches: list[Batch]) -> None:
+    model = load_decoder(quantized)
+    apply_method(model, LoraConfig(rank=4))
+    train(model, batches[:3])
+    write_trained(tmp_path / "delta", model, LoraConfig(rank=4), quantized)
+    served = load_decoder(quantized)
+    fold_delta(served, read_delta(tmp_path / "delta"))
+    assert quantized_bytes(served) == quantized_bytes(load_decoder(quantized))
+    ids = batches[0].input_ids
+    assert torch.equal(served.eval()(ids), model.eval()(ids))
 
 
 def test_a_damaged_quantization_entry_is_told(quantized: Path, tmp_path: Path) -> None:

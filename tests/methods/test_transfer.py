@@ -86,8 +86,8 @@ def test_a_folder_with_other_things_is_not_replaced(tiny_model: Path, tmp_path: 
 
 def test_what_is_read_is_not_replaced(tiny_model: Path, tmp_path: Path, batches: list[Batch]) -> None:
     trained_delta(tmp_path / "delta", tiny_model, LoraConfig(rank=4), batches)
-    for output in (tiny_model, tmp_path / "delta"):
-        with pytest.raises(UserError, match="is what is read from; name another folder"):
+    for output in (tiny_model, tmp_path / "delta", tmp_path / "delta/inside"):
+        with pytest.raises(UserError, match="is what is read from, or in it; name another folder"):
             merge(MergeConfig(delta=str(tmp_path / "delta"), output=str(output)))
 
 

@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -243,6 +244,14 @@ def test_gradients_do_not_depend_on_the_micro_batches(tiny_model: Path, parts: i
     whole, added = gradients(tiny_model, batch, parts=1), gradients(tiny_model, batch, parts=parts)
     for name, gradient in whole.items():
         assert (gradient - added[name]).norm() <= 1e-5 * gradient.norm(), name
+
+
+def test_parts_beyond_the_rows_cost_no_position(tiny_model: Path) -> None:
+    """A packed row may be longer than the context, of which each of its documents is within."""
+    row = collate([np.arange(120)], [np.ones(120, dtype=bool)], [np.array([60, 60])])
+    whole, added = gradients(tiny_model, row, parts=1), gradients(tiny_model, row, parts=2)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(added[name], gradient)
 
 
 def test_a_mean_over_each_micro_batch_would_be_something_else(tiny_model: Path) -> None:

@@ -48,7 +48,7 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., out] of `x` [..., in], in its dtype, or in autocast's."""
         device = x.device.type
-        if torch.is_autocast_enabled(device):
+        if device != "meta" and torch.is_autocast_enabled(device):
             # Within, autocast would round the integers' sums.
             with torch.autocast(device, enabled=False):
                 return self.forward(x.to(torch.get_autocast_dtype(device)))

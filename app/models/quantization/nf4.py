@@ -94,7 +94,7 @@ def dynamic_floats(device: torch.device) -> Tensor:
     """[256] rising: 8-bit floats whose exponent takes as many bits as it needs (Dettmers 2015, arXiv:1511.04561)."""
     values = [0.0, 1.0]
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1)
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, device="cpu")
         means = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - 6)
         values += [*means.tolist(), *(-means).tolist()]
     return torch.tensor(sorted(values), device=device)
@@ -103,7 +103,7 @@ def dynamic_floats(device: torch.device) -> Tensor:
 @functools.cache
 def _pairs(device: torch.device) -> Tensor:
     """[256]: for each byte the bits of its two values."""
-    values = torch.tensor(VALUES)
+    values = torch.tensor(VALUES, device="cpu")
     pairs = torch.stack([values.repeat_interleave(16), values.repeat(16)], dim=1)  # [256, 2]
     return pairs.view(torch.int64).flatten().to(device)
 
