@@ -194,7 +194,7 @@ def table(report: dict[str, Any]) -> str:
     lines = [
         "| technique | trained weights | learning rate | s/step | peak memory | held-out perplexity | delta |",
         "|---|---|---|---|---|---|---|",
-        f"| the base, untuned | 0 | | | | {report['entries'][0]['perplexity_before']:.2f}¹ | |",
+        f"| the base, untuned | 0 | | | | {report['entries'][0]['perplexity_before']:.2f} | |",
     ]
     for entry in report["entries"]:
         lines.append(

@@ -80,4 +80,8 @@ class QuantizeConfig(Config):
     def _check(self) -> "QuantizeConfig":
         if self.scheme == "int8_static" and self.data is None:
             raise ValueError("scheme='int8_static' needs data to calibrate on; pass data=…, or take int8_dynamic")
+        if self.scheme != "int8_static" and "calibration_records" in self.model_fields_set:
+            raise ValueError(f"calibration_records is for int8_static; scheme={self.scheme!r} sees no data")
+        if self.max_records is not None and self.data is None:
+            raise ValueError("max_records limits the records of data, and there are none; pass data=…")
         return self

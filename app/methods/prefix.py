@@ -89,7 +89,7 @@ def draw_words(model: Decoder, length: int) -> Tensor:
 
 def record(model: Decoder, embeddings: Tensor) -> list[KeysValues]:
     """The keys and values that `embeddings` [length, width] have in each layer as the first tokens of a sequence."""
-    recorder = Recorder()
+    recorder = Recorder(backend=model.attention)
     positions = torch.arange(embeddings.shape[0], device=embeddings.device)
     model.run_blocks(embeddings.unsqueeze(0), positions, recorder)
     return recorder.layers

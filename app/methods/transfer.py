@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from app.assets import model_folder
-from app.atomic import check_apart, replaced_folder
+from app.atomic import check_apart, check_replaceable, replaced_folder
 from app.config.methods import name_of
 from app.config.transfer import ExportConfig, ImportConfig, MergeConfig
 from app.data.prompts import PacosTemplate
@@ -72,7 +72,9 @@ def merge(config: MergeConfig) -> Merged:
     delta = read_delta(Path(config.delta))
     check_mergeable(delta.method)
     folder = _base_folder(config.model, delta, config.delta)
-    check_apart(Path(config.output), folder, Path(config.delta))
+    output, contents = Path(config.output), (*MODEL_FILES, *TOKENIZER_FILES, PROVENANCE_FILE)
+    check_apart(output, folder, Path(config.delta))
+    check_replaceable(output, contents)
     model = load_decoder(folder)
     apply_delta(model, delta)
     model.requires_grad_(False).eval()
@@ -80,8 +82,7 @@ def merge(config: MergeConfig) -> Merged:
     merge_method(model, delta.method)
     dequantize(model)
     after = _probe(model)
-    output = Path(config.output)
-    with replaced_folder(output, contents=(*MODEL_FILES, *TOKENIZER_FILES, PROVENANCE_FILE)) as staging:
+    with replaced_folder(output, contents=contents) as staging:
         save_decoder(staging, model)
         copy_tokenizer(folder, staging)
         origin = {"merged_delta": delta.hash}

@@ -65,9 +65,9 @@ class RowAttention:
 class Recorder:
     """A `Context` that keeps each layer's keys and values, of rows that are sequences of their own."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, backend: AttentionBackend = "auto") -> None:
         self.layers: list[KeysValues] = []
-        self._rows = RowAttention()
+        self._rows = RowAttention(backend=backend)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if layer == len(self.layers):  # else the backward pass computes the block once more

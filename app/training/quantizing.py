@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from app.assets import model_folder
-from app.atomic import check_apart, replaced_folder
+from app.atomic import check_apart, check_replaceable, replaced_folder
 from app.config.transfer import QuantizeConfig
 from app.data.batches import Batch, collate
 from app.data.shards import COLUMNS, Manifest, read_manifest
@@ -44,6 +44,7 @@ from app.training.trainer import peak_memory_bytes
 BATCH_SIZE = 16
 PROMPT_LENGTH = 128
 NEW_TOKENS = 32
+_CONTENTS = (*MODEL_FILES, *TOKENIZER_FILES, PROVENANCE_FILE)
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ def run(config: QuantizeConfig, *, progress: Callable[[str], None] = lambda stag
     """
     source, output = model_folder(config.model), Path(config.output)
     check_apart(output, source)
+    check_replaceable(output, _CONTENTS)
     manifest = read_manifest(config.data) if config.data else None
     if manifest is not None:
         check_fits(manifest, data=str(config.data), model=config.model)
@@ -101,7 +103,7 @@ def _write_quantized(source: Path, output: Path, config: QuantizeConfig, manifes
         assert manifest is not None
         calibration = _calibration_ids(manifest, config.calibration_records)
     quantize(model, quantization, calibration=calibration)
-    with replaced_folder(output, contents=(*MODEL_FILES, *TOKENIZER_FILES, PROVENANCE_FILE)) as staging:
+    with replaced_folder(output, contents=_CONTENTS) as staging:
         save_decoder(staging, model, dtype=stored_dtype(source), quantization=quantization)
         copy_tokenizer(source, staging)
         origin = {"quantized_from": config.model, "quantized_hash": weights_hash(source)}

@@ -51,6 +51,8 @@ def test_the_command_prints_a_table(
         (["scheme=int8_static"], "needs data to calibrate on"),
         (["scheme=int9"], "scheme='int9': input should be 'int8_dynamic'"),
         (["scheme=nf4", "targets=[]"], "targets="),
+        (["scheme=nf4", "calibration_records=9"], "calibration_records is for int8_static"),
+        (["scheme=nf4", "max_records=9"], "max_records limits the records of data"),
     ],
 )
 def test_settings_that_cannot_work_are_told(overrides: list[str], part: str, tmp_path: Path) -> None:
