@@ -137,6 +137,7 @@ def plot(report: dict[str, Any], file: Path) -> None:
                     )
         axes.set(xscale="log", yscale="log", xlabel="tokens in the row", ylabel=label)
         axes.set_xticks(LENGTHS, [str(length) for length in LENGTHS])
+        axes.set_xticks([], minor=True)
         axes.grid(alpha=0.3)
     panels[0].legend()
     figure.suptitle(f"Attention of GPT-2 small's shape, one layer, {report['device']}")
