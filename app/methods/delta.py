@@ -109,7 +109,7 @@ def check_base(delta: Delta, folder: str, *, base_hash: str, tokenizer_hash: str
     """
     expected = {"base_hash": base_hash, "tokenizer_hash": tokenizer_hash}
     for key, value in expected.items():
-        recorded = delta.metadata.get(key, value)
+        recorded = delta.metadata.get(key, "")
         if recorded != value:
             raise UserError(
                 f"delta={folder!r} does not belong to the model: it was trained with {key}={recorded[:16]!r} and not "

@@ -73,6 +73,8 @@ def test_a_delta_of_another_base_is_told() -> None:
     check_base(delta, "d", base_hash="1", tokenizer_hash="2")
     with pytest.raises(UserError, match="base_hash='1' and not '9', on the base 'a'"):
         check_base(delta, "d", base_hash="9", tokenizer_hash="2")
+    with pytest.raises(UserError, match="base_hash='' and not '1'"):  # one that does not say may belong to any
+        check_base(Delta(CONFIG, {}, {"base": "a"}), "d", base_hash="1", tokenizer_hash="2")
 
 
 def test_a_delta_of_another_shape_and_a_damaged_folder_are_told(
