@@ -38,7 +38,7 @@ from app.config import (
     PrefixConfig,
     PromptConfig,
 )
-from app.data.batches import Batch, collate
+from app.data.batches import Batch, batches_by_length, collate
 from app.data.shards import COLUMNS, read_manifest
 from app.methods import apply_method, without_training_parts
 from app.methods.delta import Delta, write_delta
@@ -141,8 +141,8 @@ def _batches(data: str) -> Iterator[Batch]:
 
 def _held_out(data: str, count: int) -> list[Batch]:
     table = read_manifest(data).read("validation")
-    rows = sorted(zip(*(table[name].to_numpy()[:count] for name in COLUMNS), strict=True), key=lambda row: len(row[0]))
-    return [collate(*zip(*rows[first : first + 16], strict=True)) for first in range(0, len(rows), 16)]
+    columns = (table[name].to_numpy()[:count] for name in COLUMNS)
+    return list(batches_by_length(zip(*columns, strict=True), size=16))
 
 
 def main() -> None:

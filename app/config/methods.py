@@ -84,7 +84,7 @@ class FullConfig(Config):
     type: Literal["full"] = "full"
 
 
-SingleMethod = Annotated[
+_Technique = (
     LoraConfig
     | AdapterConfig
     | PrefixConfig
@@ -92,9 +92,9 @@ SingleMethod = Annotated[
     | FreezeConfig
     | ExtraBlockConfig
     | BitFitConfig
-    | FullConfig,
-    Field(discriminator="type"),
-]
+    | FullConfig
+)
+SingleMethod = Annotated[_Technique, Field(discriminator="type")]
 
 
 class ComposedConfig(Config):
@@ -127,19 +127,7 @@ def _as_composed(value: Any) -> Any:
     return value
 
 
-MethodConfig = Annotated[
-    LoraConfig
-    | AdapterConfig
-    | PrefixConfig
-    | PromptConfig
-    | FreezeConfig
-    | ExtraBlockConfig
-    | BitFitConfig
-    | FullConfig
-    | ComposedConfig,
-    Field(discriminator="type"),
-    BeforeValidator(_as_composed),
-]
+MethodConfig = Annotated[_Technique | ComposedConfig, Field(discriminator="type"), BeforeValidator(_as_composed)]
 
 
 def name_of(method: MethodConfig) -> str:

@@ -1,6 +1,6 @@
 """Rows of token ids -> padded tensors. One `Batch` is what one worker computes in one optimizer step."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,6 +79,13 @@ def collate(
         return batch
     positions, documents = _places(lengths, shape)
     return Batch(batch.input_ids, batch.loss_mask, batch.num_tokens, positions, documents)
+
+
+def batches_by_length(rows: Iterable[tuple[np.ndarray, ...]], *, size: int) -> Iterator[Batch]:
+    """`rows` of ids, loss mask and lengths in batches of `size`, the shortest first, so that little is padding."""
+    ordered = sorted(rows, key=lambda row: len(row[0]))
+    for first in range(0, len(ordered), size):
+        yield collate(*zip(*ordered[first : first + size], strict=True))
 
 
 def _places(lengths: Sequence[np.ndarray], shape: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """Deltas as folders: list them, merge one into a plain model, exchange with `peft`."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,8 +51,8 @@ class Merged:
     """Between the logits before and after merging, over random texts."""
 
 
-def find_deltas(folder: Path) -> list[Listed]:
-    """All deltas below `folder`, by path.
+def find_deltas(folder: Path) -> Iterator[Listed]:
+    """All deltas below `folder`, by path, one at a time: together their weights may be large.
 
     Raises:
         UserError: there is no such folder.
@@ -60,7 +61,7 @@ def find_deltas(folder: Path) -> list[Listed]:
         raise UserError(f"{str(folder)!r} is no folder; name one that holds training runs")
     files = sorted(folder.rglob(DELTA_FILES[1]))
     # what begins with a dot is being written, or was when its process died
-    return [_listed(file.parent) for file in files if not file.parent.name.startswith(".")]
+    yield from (_listed(file.parent) for file in files if not file.parent.name.startswith("."))
 
 
 def merge(config: MergeConfig) -> Merged:

@@ -9,7 +9,7 @@ refused: loading one can run code.
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -122,16 +122,10 @@ def save_decoder(
 
 def is_gpt2_architecture(config: DecoderConfig) -> bool:
     """Whether `transformers`' GPT-2 computes the same."""
-    gpt2 = DecoderConfig(
-        vocab_size=config.vocab_size,
-        context_length=config.context_length,
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        width=config.width,
-        mlp_width=config.mlp_width,
-        norm_epsilon=config.norm_epsilon,
-    )
-    return replace(config, num_kv_heads=None if config.kv_heads == config.num_heads else config.num_kv_heads) == gpt2
+    # Of the settings that have a default, which is GPT-2's, these two are read another way.
+    free = ("norm_epsilon", "num_kv_heads")
+    kinds = [field for field in fields(DecoderConfig) if field.default is not MISSING and field.name not in free]
+    return config.kv_heads == config.num_heads and all(getattr(config, kind.name) == kind.default for kind in kinds)
 
 
 def read_config(folder: Path) -> DecoderConfig:

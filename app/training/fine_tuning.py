@@ -19,7 +19,7 @@ from app.assets import model_folder
 from app.atomic import replaced_folder, write_text
 from app.config.methods import name_of
 from app.config.schema import TrainConfig
-from app.data.batches import Batch, collate
+from app.data.batches import Batch, batches_by_length
 from app.data.feed import Feed
 from app.data.shards import COLUMNS, Manifest, read_manifest
 from app.data.tokenization import TOKENIZER_FILES, copy_tokenizer
@@ -42,9 +42,8 @@ from app.training.compatibility import check_fits
 from app.training.deepspeed import DeepSpeedOptimizer
 from app.training.loop import Metrics
 from app.training.optimizer import trained_parameters
-from app.training.precision import resolve_precision
 from app.training.run_log import RunLog, open_run
-from app.training.trainer import run_on_workers, train_on_worker
+from app.training.trainer import check_attention, run_on_workers, train_on_worker
 from app.training.workers import rank, world_size
 
 
@@ -88,10 +87,7 @@ def plan_job(config: TrainConfig) -> Job:
         total_count = describe(model).parameters
         apply_method(model, config.method)
     model.attention = config.attention
-    if not config.workers.gpus:  # else only a worker can tell
-        cpu = torch.device("cpu")
-        precision = resolve_precision(config.precision, cpu)
-        loop.training_attention(model, device=cpu, precision=precision, is_packed=_is_packed(manifest))
+    check_attention(model, workers=config.workers, precision=config.precision, is_packed=_is_packed(manifest))
     return Job(
         config,
         manifest,
@@ -208,10 +204,9 @@ def _validation_batches(job: Job) -> list[Batch]:
     """
     table = job.manifest.read("validation")
     columns = (table[name].to_numpy()[rank() :: world_size()] for name in COLUMNS)
-    mine = sorted(zip(*columns, strict=True), key=lambda row: len(row[0]))
+    mine = list(zip(*columns, strict=True))
     size = job.config.micro_batch_size or max(1, job.config.batch_size // world_size())
-    chunks = (mine[first : first + size] for first in range(0, len(mine), size))
-    return [collate(*zip(*chunk, strict=True)) for chunk in chunks]
+    return list(batches_by_length(mine, size=size))
 
 
 def _write_result(job: Job, model: Decoder, metrics: Metrics) -> None:

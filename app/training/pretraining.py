@@ -25,11 +25,10 @@ from app.data.corpus import TokenStream, read_documents, split_documents
 from app.data.tokenization import TOKENIZER_FILES, Tokenizer, save_tokenizer, train_tokenizer
 from app.models.checkpoints import MODEL_FILES, save_decoder
 from app.models.decoder import Decoder, DecoderConfig
-from app.training.loop import Metrics, Plan, training_attention
+from app.training.loop import Metrics, Plan
 from app.training.muon import MuonOptimizer
-from app.training.precision import resolve_precision
 from app.training.run_log import RunLog, open_run
-from app.training.trainer import run_on_workers, train_on_worker
+from app.training.trainer import check_attention, run_on_workers, train_on_worker
 from app.training.workers import rank, world_size
 
 _FIGURES = "pretraining.json"
@@ -80,11 +79,9 @@ def check_sources(config: PretrainConfig) -> None:
     """
     for source in config.sources:
         next(read_documents(source), None)
-    if not config.workers.gpus:  # else only a worker can tell
-        with torch.device("meta"):
-            model = new_model(config, vocab_size=config.vocab_size)
-        cpu = torch.device("cpu")
-        training_attention(model, device=cpu, precision=resolve_precision(config.precision, cpu), is_packed=False)
+    with torch.device("meta"):
+        model = new_model(config, vocab_size=config.vocab_size)
+    check_attention(model, workers=config.workers, precision=config.precision, is_packed=False)
 
 
 def _worker(payload: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from app.assets import model_folder
 from app.atomic import check_apart, check_replaceable, replaced_folder
 from app.config.transfer import QuantizeConfig
-from app.data.batches import Batch, collate
+from app.data.batches import Batch, batches_by_length
 from app.data.shards import COLUMNS, Manifest, read_manifest
 from app.data.tokenization import TOKENIZER_FILES, copy_tokenizer
 from app.engine.engine import Engine
@@ -137,12 +137,9 @@ def measure(folder: Path, config: QuantizeConfig) -> Figures:
 
 
 def _held_out(config: QuantizeConfig) -> Iterator[Batch]:
-    """By length, so that little is padding."""
     table = read_manifest(str(config.data)).read("validation")
     columns = (table[name].to_numpy()[: config.max_records] for name in COLUMNS)
-    rows = sorted(zip(*columns, strict=True), key=lambda row: len(row[0]))
-    for first in range(0, len(rows), BATCH_SIZE):
-        yield collate(*zip(*rows[first : first + BATCH_SIZE], strict=True))
+    return batches_by_length(zip(*columns, strict=True), size=BATCH_SIZE)
 
 
 def _latency(model: Decoder) -> tuple[float, float]:

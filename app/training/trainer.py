@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from app.config.base import Precision
 from app.config.schema import WorkersConfig
 from app.data.batches import Batch
 from app.errors import UserError
@@ -26,9 +27,22 @@ from app.training import loop
 from app.training.checkpointing import Checkpoint, latest_step, save_step
 from app.training.loop import Metrics
 from app.training.optimizer import Optimizer
+from app.training.precision import resolve_precision
 from app.training.workers import rank, sum_over_workers, world_size
 
 WorkerFunction = Callable[[dict[str, Any]], None]
+
+
+def check_attention(model: Decoder, *, workers: WorkersConfig, precision: Precision, is_packed: bool) -> None:
+    """Try the attention kernel before any worker starts; on GPUs only a worker can tell.
+
+    Raises:
+        UserError: `model.attention` cannot train on a CPU.
+    """
+    if not workers.gpus:
+        cpu = torch.device("cpu")
+        resolved = resolve_precision(precision, cpu)
+        loop.training_attention(model, device=cpu, precision=resolved, is_packed=is_packed)
 
 
 def run_on_workers(
