@@ -42,8 +42,9 @@ class OptimizerConfig(Config):
 
 
 class DeepSpeedConfig(Config):
-    zero_stage: Literal[0, 1, 2] = 1
-    """ZeRO stage: 0 replicates everything on every worker, 1 partitions the optimizer state, 2 the gradients too."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """ZeRO stage: 0 replicates everything on every worker, 1 partitions the optimizer state, 2 the gradients too, 3 the
+    weights too."""
 
 
 # --- one class per job --------------------------------------------------------------------------
@@ -111,7 +112,8 @@ class TrainConfig(Config):
     """Stop after this many steps, if the epochs hold as many."""
     optimizer: OptimizerConfig = OptimizerConfig()
     precision: Precision = "auto"
-    """bf16 computes under autocast, auto does so where the hardware has it; trained weights stay fp32 in any."""
+    """bf16 and fp16 compute under autocast, fp16 with a scaled loss; auto takes bf16 where the hardware has it. Trained
+    weights stay fp32 in any."""
     attention: AttentionBackend = "auto"
     """Kernel that computes attention; auto takes what torch finds fastest, and the run says which that is."""
     label_smoothing: Fraction = 0.0

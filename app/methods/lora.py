@@ -50,8 +50,11 @@ class LoraLinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_a, a=5**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        update = F.linear(F.linear(self.dropout(x), self.lora_a), self.lora_b)
-        return self.base(x) + self.scale * update
+        low = F.linear(self.dropout(x), self.lora_a)  # [..., rank]
+        # One product that scales and adds, in place of a product and two more passes over the output.
+        plain = self.base(x)
+        updated = torch.addmm(plain.flatten(0, -2), low.flatten(0, -2), self.lora_b.T, alpha=self.scale)
+        return updated.view(plain.shape)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
@@ -78,10 +81,10 @@ class DoraLinear(LoraLinear):
         self.magnitude = nn.Parameter(torch.linalg.vector_norm(weight_of(base).detach().float(), dim=1))
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = self.base.bias
-        turned = super().forward(x) if bias is None else super().forward(x) - bias
-        scaled = turned * self._stretch().to(turned.dtype)
-        return scaled if bias is None else scaled + bias
+        turned = super().forward(x)
+        stretch = self._stretch().to(turned.dtype)
+        bias = self.base.bias  # read after the base's call, at whose end ZeRO-3 takes it away
+        return turned * stretch if bias is None else (turned - bias) * stretch + bias
 
     def merged_weight(self) -> Tensor:
         return self._stretch().unsqueeze(1) * self.updated_weight()

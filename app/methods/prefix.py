@@ -25,7 +25,8 @@ class TrainedPrefix(Prefix):
         self.values = nn.Parameter(values)
 
     def forward(self, decoder: Decoder) -> list[KeysValues]:
-        return list(zip(self.keys, self.values, strict=True))
+        # Copies: where weights are partitioned (ZeRO-3), the parameters themselves are whole within this call only.
+        return list(zip(self.keys.clone(), self.values.clone(), strict=True))
 
 
 class ReparameterizedPrefix(Prefix):

@@ -29,7 +29,7 @@ class RowAttention:
     """The decoder's `Context` in training: each row is a sequence, or, with `documents`, several end to end.
 
     A token sees those of its own document that are not later, and all of `prefix`, which stands before every document.
-    Made anew for each forward pass; all layers share its mask.
+    Made anew for each forward pass; all layers share its masks.
     """
 
     def __init__(
@@ -42,24 +42,56 @@ class RowAttention:
         self.documents = documents
         self.prefix = prefix
         self.backend = backend
-        self._mask: Any = None
-        self._is_plain = documents is None and prefix is None
+        self._lengths = None
+        if documents is not None and documents.device.type == "cpu" and backend != "flex":
+            self._lengths = document_lengths(documents)
+        self._masks: dict[int, Any] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """All [batch, heads, time, head_width]; keys and values may have fewer heads than queries."""
+        with _kernel(self.backend):
+            if self._lengths is None:
+                return self._attend(layer, q, k, v)
+            return self._attend_each_document(layer, q, k, v, self._lengths)
+
+    def _attend_each_document(self, layer: int, q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+        """One after the other, where a kernel's start costs nothing: a mask over whole rows would have the scores
+        between documents computed too, which are most of them, to be thrown away.
+
+        Split and put together by one operation each: slices would each have a gradient as large as the whole.
+        """
+        ends_to_end = [part.transpose(1, 2).flatten(0, 1).split(lengths) for part in (q, k, v)]
+        mixed = [
+            self._attend(layer, *(part.transpose(0, 1).unsqueeze(0) for part in of_document)).squeeze(0).transpose(0, 1)
+            for of_document in zip(*ends_to_end, strict=True)
+        ]  # each [time of the document, heads, head_width]
+        return torch.cat(mixed).unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2)
+
+    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.prefix is not None:
             k, v = (_prepend(before, after) for before, after in zip(self.prefix[layer], (k, v), strict=True))
         is_grouped = q.shape[1] != k.shape[1]
         if self.backend == "flex":
-            if self._mask is None:
-                self._mask = _block_mask(self.documents, q, k)
-            return _flex_attention()(q, k, v, block_mask=self._mask, enable_gqa=is_grouped)
-        if self._mask is None and not self._is_plain:
-            self._mask = _mask(self.documents, q, k)
-        with _kernel(self.backend):
-            return F.scaled_dot_product_attention(
-                q, k, v, attn_mask=self._mask, is_causal=self._is_plain, enable_gqa=is_grouped
-            )
+            return _flex_attention()(q, k, v, block_mask=self._mask(q, k), enable_gqa=is_grouped)
+        is_plain = self.prefix is None and (self.documents is None or self._lengths is not None)
+        mask = None if is_plain else self._mask(q, k)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_plain, enable_gqa=is_grouped)
+
+    def _mask(self, q: Tensor, k: Tensor) -> Any:
+        """What `_attend` may see, for queries of this length."""
+        length = q.shape[2]
+        if length not in self._masks:
+            documents = self.documents if self._lengths is None else None
+            make = _block_mask if self.backend == "flex" else _mask
+            self._masks[length] = make(documents, q, k)
+        return self._masks[length]
+
+
+def document_lengths(documents: Tensor) -> list[int]:
+    """Lengths of the documents in `documents` [batch, time], row after row. Those of a row stand end to end."""
+    rows = torch.arange(len(documents), device=documents.device).unsqueeze(1)
+    numbers = (documents + rows * (documents.max() + 1)).flatten()
+    return torch.unique_consecutive(numbers, return_counts=True)[1].tolist()
 
 
 class Recorder:
@@ -170,4 +202,4 @@ def _flex_attention() -> Any:
 
 
 def _kernel(backend: AttentionBackend) -> AbstractContextManager[Any]:
-    return nullcontext() if backend == "auto" else sdpa_kernel(_KERNELS[backend])
+    return sdpa_kernel(_KERNELS[backend]) if backend in _KERNELS else nullcontext()

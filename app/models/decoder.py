@@ -166,8 +166,11 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         documents: Tensor | None = None,
         cache: Context | None = None,
+        then: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Hidden states [batch, time, width] of `ids` [batch, time].
+        """Hidden states [batch, time, width] of `ids` [batch, time]; with `then`, what it makes of them.
+
+        Where ZeRO-3 has partitioned the weights, the head's can be read within this call alone, so by `then`.
 
         `positions` [batch, time] default to 0, 1, 2, …; a prefix shifts them. Without a cache attention is causal
         over the row, so padding belongs on the right; with `documents` [batch, time] it is so within each document
@@ -179,7 +182,8 @@ class Decoder(nn.Module):
         if cache is None:
             prefix = None if self.prefix is None else self.prefix(self)
             cache = RowAttention(documents, prefix=prefix, backend=self.attention)
-        return self.final_norm(self.run_blocks(self.token_embedding(ids), positions + self.prefix_length, cache))
+        hidden = self.final_norm(self.run_blocks(self.token_embedding(ids), positions + self.prefix_length, cache))
+        return then(hidden) if then is not None else hidden
 
     def run_blocks(self, x: Tensor, positions: Tensor, context: Context) -> Tensor:
         """`x` [batch, time, width], token embeddings, through all blocks."""

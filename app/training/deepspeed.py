@@ -4,6 +4,7 @@ Same interface as `PlainOptimizer`. What it takes and gives as a checkpoint is w
 a partition, so a run may go on with another number of workers.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -11,7 +12,11 @@ from torch import Tensor, nn
 
 from app.config.schema import DeepSpeedConfig, OptimizerConfig
 from app.training.checkpointing import Checkpoint
-from app.training.optimizer import MOMENTS, adamw, adamw_state, trained_parameters
+from app.training.optimizer import MOMENTS, adamw, adamw_state, trained_parameters, unscale_and_clip
+from app.training.workers import rank, world_size
+
+WHOLE_BELOW = 100_000
+"""Weights of fewer elements stay whole under ZeRO-3: to gather them costs more time than memory is won."""
 
 
 class DeepSpeedOptimizer:
@@ -29,6 +34,7 @@ class DeepSpeedOptimizer:
 
         # On CPU DeepSpeed compiles a shared-memory all-reduce at start, a minute of C++; gloo does without it.
         ds.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self._clip_norm = config.clip_norm
         self._parameters = trained_parameters(model)
         self._adamw = adamw(self._parameters, weight_decay=config.weight_decay)
         self._engine, *_ = ds.initialize(
@@ -38,36 +44,51 @@ class DeepSpeedOptimizer:
             config={
                 "train_micro_batch_size_per_gpu": 1,  # asked for, and used for its own reports only
                 "gradient_clipping": config.clip_norm,
-                "zero_optimization": {"stage": deepspeed.zero_stage},
+                "zero_optimization": {
+                    "stage": deepspeed.zero_stage,
+                    "stage3_param_persistence_threshold": WHOLE_BELOW,
+                },
                 "zero_allow_untested_optimizer": True,  # torch's AdamW: DeepSpeed's own wants a C++ build on CPU
                 "steps_per_print": 2**31,
             },
         )
-        self._is_partitioned = deepspeed.zero_stage > 0
-        if self._is_partitioned:
+        self._stage = deepspeed.zero_stage
+        if self._stage:
             self._fill_partitions(resume)
         elif resume is not None:
             for name, parameter in self._parameters.items():
                 self._adamw.state[parameter] = adamw_state(resume, name, device=parameter.device)
 
-    def backward(self, loss: Tensor, *, is_last: bool = True) -> None:
+    def backward(self, loss: Tensor, *, scale: float = 1.0, is_last: bool = True) -> None:
         self._engine.set_gradient_accumulation_boundary(is_last)  # DeepSpeed's own count would divide the loss by it
-        self._engine.backward(loss)
+        if self._stage:
+            # What its own forward call does: under ZeRO-3 a micro-batch's gradients would replace those before it.
+            self._engine.optimizer.clear_backward_seen_flag()
+            self._engine.optimizer.loss_scale = scale  # by which it multiplies now and divides in its step
+            self._engine.backward(loss)
+        else:
+            self._engine.backward(loss * scale)
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, *, scale: float = 1.0) -> float:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        if self._stage:
+            self._engine.step()
+            return math.inf if self._engine.optimizer.overflow else float(self._engine.get_global_grad_norm())
         # Without ZeRO, in fp32, DeepSpeed clips and does not say at what norm; the averaged gradients are here still.
-        norm = None if self._is_partitioned else self._gradient_norm()
-        self._engine.step()
-        return float(self._engine.get_global_grad_norm() if norm is None else norm)
-
-    def _gradient_norm(self) -> float:
-        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
-        return nn.utils.get_total_norm(gradients).item()
+        norm = unscale_and_clip(self._parameters.values(), scale=scale, clip_norm=self._clip_norm).item()
+        if scale == 1.0 or math.isfinite(norm):
+            self._engine.step()
+        else:
+            self._engine.zero_grad()
+        return norm
 
     def weights(self) -> dict[str, Tensor]:
-        # these stages leave the parameters themselves whole on every worker
+        if self._stage == 3:
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            return {name: safe_get_full_fp32_param(p).cpu().clone() for name, p in self._parameters.items()}
+        # the other stages leave the parameters themselves whole on every worker
         return {name: parameter.detach().float().cpu().clone() for name, parameter in self._parameters.items()}
 
     def moments(self) -> dict[str, Tensor]:
@@ -78,7 +99,7 @@ class DeepSpeedOptimizer:
         }
 
     def _moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
-        if not self._is_partitioned:
+        if not self._stage:
             return self._adamw.state[parameter][moment].clone()
         from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -90,15 +111,33 @@ class DeepSpeedOptimizer:
         Made before the first step in either case: DeepSpeed links parameters to their state after it has stepped one
         group, and misses that of the groups to come.
         """
-        names = {parameter: name for name, parameter in self._parameters.items()}
         zero: Any = self._engine.optimizer
-        for group, partition in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+        is_whole = self._stage < 3
+        partitions = zero.single_partition_of_fp32_groups if is_whole else zero.fp32_partitioned_groups_flat
+        for partition in partitions:
             state = {"step": torch.tensor(float(resume.step if resume else 0), device=partition.device)}
-            state |= {moment: torch.zeros_like(partition.data) for moment in MOMENTS}
-            if resume is not None:
-                for parameter in group:
-                    _fill_fragments(state, parameter, resume, names[parameter])
-            self._adamw.state[partition] = state
+            self._adamw.state[partition] = state | {moment: torch.zeros_like(partition.data) for moment in MOMENTS}
+        if resume is None:
+            return
+        if not is_whole:
+            for name, parameter in self._parameters.items():
+                _fill_shares(parameter, resume, name)
+            return
+        names = {parameter: name for name, parameter in self._parameters.items()}
+        for group, partition in zip(zero.bit16_groups, partitions, strict=True):
+            for parameter in group:
+                _fill_fragments(self._adamw.state[partition], parameter, resume, names[parameter])
+
+
+def _fill_shares(parameter: nn.Parameter, checkpoint: Checkpoint, name: str) -> None:
+    """Copy this worker's share of a partitioned parameter's moments to its place: ZeRO-3 cuts each by itself."""
+    from deepspeed.utils import safe_get_local_optimizer_state, safe_set_local_optimizer_state
+
+    for moment in MOMENTS:
+        size = safe_get_local_optimizer_state(parameter, moment).numel()
+        whole = checkpoint.moments[f"{name}.{moment}"].flatten()
+        padded = nn.functional.pad(whole, (0, size * world_size() - whole.numel()))
+        safe_set_local_optimizer_state(parameter, padded[rank() * size :][:size], moment)
 
 
 def _fill_fragments(state: dict[str, Tensor], parameter: Any, checkpoint: Checkpoint, name: str) -> None:

@@ -20,7 +20,7 @@ from app.models.decoder import Decoder
 from app.models.kernels import clamped_relu, cross_entropy
 from app.training.loss import masked_nll
 from app.training.optimizer import Optimizer
-from app.training.precision import autocast, resolve_precision
+from app.training.precision import LossScale, autocast, compute_dtype, resolve_precision
 from app.training.schedule import learning_rate
 from app.training.workers import rank, sum_over_workers, world_size
 
@@ -66,6 +66,7 @@ def run(
     device = next(model.parameters()).device
     model.train()
     precision = resolve_precision(plan.precision, device)
+    scale = LossScale() if precision == "fp16" else None
     kernels = {
         "attention": training_attention(model, device=device, precision=precision, is_packed=plan.is_packed),
         "cross_entropy": cross_entropy.version_on(device),
@@ -82,19 +83,25 @@ def run(
         rate = learning_rate(step - 1, plan.optimizer, total_steps=plan.total_steps)
         batch = next(batches)
         token_count, num_tokens = sum_over_workers(batch.loss_tokens, batch.num_tokens, device=device)
-        nll = _backward(model, optimizer, batch.to(device), plan=plan, token_count=token_count)
+        factor = scale.value if scale else 1.0
+        nll = _backward(model, optimizer, batch.to(device), plan=plan, token_count=token_count, scale=factor)
         (nll_sum,) = sum_over_workers(nll, device=device)
         _check_finite(nll_sum, "loss", step)
-        gradient_norm = optimizer.step(rate)
-        _check_finite(gradient_norm, "gradient's norm", step)  # before such weights are saved
+        gradient_norm = optimizer.step(rate, scale=factor)
         metrics: Metrics = {
             "step": step,
             "loss": nll_sum / max(1.0, token_count),
             "learning_rate": rate,
-            "gradient_norm": gradient_norm,
             "tokens": num_tokens,
             "step_s": time.perf_counter() - started,
         }
+        if scale is None:
+            _check_finite(gradient_norm, "gradient's norm", step)  # before such weights are saved
+        else:
+            metrics["loss_scale"] = factor
+            scale.update(is_finite=math.isfinite(gradient_norm))
+        if math.isfinite(gradient_norm):  # else the step was left out
+            metrics["gradient_norm"] = gradient_norm
         if plan.is_due(step, plan.eval_every):
             metrics |= evaluate(model, validation(), precision=plan.precision)
         report(metrics)
@@ -102,20 +109,23 @@ def run(
             save(step, metrics)
 
 
-def _backward(model: Decoder, optimizer: Optimizer, batch: Batch, *, plan: Plan, token_count: float) -> float:
+def _backward(
+    model: Decoder, optimizer: Optimizer, batch: Batch, *, plan: Plan, token_count: float, scale: float = 1.0
+) -> float:
     """Add up the gradients of the mean loss over all workers' `token_count` tokens; returns this worker's sum of it.
 
     The mean is not over each micro-batch or worker: those have uneven numbers of tokens, and a token should count the
     same wherever it is. Gradients are averaged over workers afterwards, hence world_size().
     """
-    device, nll_sum = batch.input_ids.device, 0.0
+    device = batch.input_ids.device
+    nll_sum = torch.zeros((), device=device)
     for number, micro_batch in enumerate(batch.split(plan.micro_batches), start=1):
         with autocast(device, plan.precision):
             nll, _ = masked_nll(model, micro_batch, smoothing=plan.label_smoothing)
         loss = nll * (world_size() / max(1.0, token_count))
-        optimizer.backward(loss, is_last=number == plan.micro_batches)
-        nll_sum += nll.item()
-    return nll_sum
+        optimizer.backward(loss, scale=scale, is_last=number == plan.micro_batches)
+        nll_sum += nll.detach()
+    return nll_sum.item()
 
 
 def training_attention(model: Decoder, *, device: torch.device, precision: Precision, is_packed: bool) -> str:
@@ -125,7 +135,7 @@ def training_attention(model: Decoder, *, device: torch.device, precision: Preci
         UserError: `model.attention` cannot do so.
     """
     shape = model.config
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = compute_dtype(precision, device)
     is_masked = is_packed or model.prefix_length > 0
     rows = Rows(shape.num_heads, shape.kv_heads, shape.head_width, device, dtype, is_masked)
     return choose_backend(model.attention, rows)

@@ -13,9 +13,11 @@ def masked_nll(model: Decoder, batch: Batch, *, smoothing: float = 0.0) -> tuple
     A sum and a count instead of a mean: only they add up right over workers and batches of uneven length. The head
     runs on the rows that count alone, a chunk at a time; no tensor of all logits is ever made.
     """
-    hidden = model(batch.input_ids, positions=batch.positions, documents=batch.documents)
-    hidden = hidden[:, :-1]  # [batch, time - 1, width]; position i predicts token i + 1
-    keep = batch.loss_mask[:, 1:]
+    keep = batch.loss_mask[:, 1:]  # [batch, time - 1]; position i predicts token i + 1
     labels = batch.input_ids[:, 1:][keep]
-    nll = fused_cross_entropy(hidden[keep], model.token_embedding.weight, labels, smoothing=smoothing)
-    return nll, keep.sum()
+
+    def nll(hidden: Tensor) -> Tensor:
+        rows = hidden[:, :-1][keep]
+        return fused_cross_entropy(rows, model.token_embedding.weight, labels, smoothing=smoothing)
+
+    return model(batch.input_ids, positions=batch.positions, documents=batch.documents, then=nll), keep.sum()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from app.config.schema import OptimizerConfig
 from app.training.checkpointing import Checkpoint
-from app.training.optimizer import MOMENTS, adamw, adamw_state, trained_parameters
+from app.training.optimizer import MOMENTS, adamw, adamw_state, trained_parameters, unscale_and_clip
 from app.training.workers import world_size
 
 _MOMENTUM = "momentum_buffer"
@@ -34,22 +34,24 @@ class MuonOptimizer:
         if resume is not None:
             self._restore(resume)
 
-    def backward(self, loss: Tensor, *, is_last: bool = True) -> None:
-        loss.backward()
+    def backward(self, loss: Tensor, *, scale: float = 1.0, is_last: bool = True) -> None:
+        (loss * scale).backward()
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, *, scale: float = 1.0) -> float:
         parameters = [*self._matrices.values(), *self._others.values()]
         if world_size() > 1:
             for parameter in parameters:
                 assert parameter.grad is not None  # every weight is in the loss
                 dist.all_reduce(parameter.grad)
                 parameter.grad.div_(world_size())
-        norm = nn.utils.clip_grad_norm_(parameters, self._clip_norm)
-        self._step_matrices(learning_rate)
-        for group in self._adamw.param_groups:
-            group["lr"] = learning_rate
-        self._adamw.step()
-        self._adamw.zero_grad()
+        norm = unscale_and_clip(parameters, scale=scale, clip_norm=self._clip_norm)
+        if scale == 1.0 or norm.isfinite():
+            self._step_matrices(learning_rate)
+            for group in self._adamw.param_groups:
+                group["lr"] = learning_rate
+            self._adamw.step()
+        for parameter in parameters:
+            parameter.grad = None
         return norm.item()
 
     @torch.no_grad()
@@ -61,7 +63,6 @@ class MuonOptimizer:
             weight.mul_(1 - learning_rate * self._weight_decay)
             # Scaled to AdamW's usual RMS, so that one learning rate serves both (Liu et al. 2025, arXiv 2502.16982).
             weight.add_(update, alpha=-learning_rate * 0.2 * max(weight.shape) ** 0.5)
-            weight.grad = None
 
     def weights(self) -> dict[str, Tensor]:
         return {name: p.detach().float().cpu().clone() for name, p in (self._matrices | self._others).items()}

@@ -4,7 +4,7 @@ The form for several workers is in `deepspeed.py`. Both hold AdamW's state as fu
 asked for it, so that a checkpoint fits any number of workers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import torch
@@ -18,11 +18,14 @@ BETAS = (0.9, 0.999)
 
 
 class Optimizer(Protocol):
-    def backward(self, loss: Tensor, *, is_last: bool = True) -> None:
-        """Add the gradients of `loss`, to be averaged over the workers; `is_last` before the step."""
+    def backward(self, loss: Tensor, *, scale: float = 1.0, is_last: bool = True) -> None:
+        """Add the gradients of `loss` · `scale`, to be averaged over the workers; `is_last` before the step."""
 
-    def step(self, learning_rate: float) -> float:
-        """Clip, update, clear the gradients; returns their global L2 norm before clipping."""
+    def step(self, learning_rate: float, *, scale: float = 1.0) -> float:
+        """Divide the gradients by `scale`, clip, update, clear them; returns their global L2 norm before clipping.
+
+        With a `scale`, gradients that are not finite update nothing.
+        """
         ...
 
     def weights(self) -> dict[str, Tensor]:
@@ -54,6 +57,16 @@ def adamw_state(checkpoint: Checkpoint, name: str, *, device: torch.device) -> d
     return {"step": torch.tensor(float(checkpoint.step), device=device), **moments}
 
 
+def unscale_and_clip(parameters: Iterable[nn.Parameter], *, scale: float, clip_norm: float) -> Tensor:
+    """Divide the gradients by `scale` and clip them, in place; returns their L2 norm between the two."""
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    if scale != 1.0:
+        for parameter in parameters:
+            assert parameter.grad is not None
+            parameter.grad.div_(scale)
+    return nn.utils.clip_grad_norm_(parameters, clip_norm)
+
+
 class PlainOptimizer:
     """AdamW in one process. With `resume`, it goes on from that checkpoint's moments."""
 
@@ -65,14 +78,15 @@ class PlainOptimizer:
             for name, parameter in self._parameters.items():
                 self._adamw.state[parameter] = adamw_state(resume, name, device=parameter.device)
 
-    def backward(self, loss: Tensor, *, is_last: bool = True) -> None:
-        loss.backward()
+    def backward(self, loss: Tensor, *, scale: float = 1.0, is_last: bool = True) -> None:
+        (loss * scale).backward()
 
-    def step(self, learning_rate: float) -> float:
-        norm = nn.utils.clip_grad_norm_(self._parameters.values(), self._clip_norm)
+    def step(self, learning_rate: float, *, scale: float = 1.0) -> float:
+        norm = unscale_and_clip(self._parameters.values(), scale=scale, clip_norm=self._clip_norm)
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate
-        self._adamw.step()
+        if scale == 1.0 or norm.isfinite():  # in this order: to ask is to wait for a GPU
+            self._adamw.step()
         self._adamw.zero_grad()
         return norm.item()
 

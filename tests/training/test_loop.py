@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from app.config import ComposedConfig, LoraConfig, OptimizerConfig, PromptConfig
+from app.config.base import Precision
 from app.data.batches import Batch, collate
 from app.errors import UserError
 from app.methods import apply_method
@@ -21,7 +22,7 @@ from app.training.checkpointing import Checkpoint, latest_step, save_step
 from app.training.loss import masked_nll
 from app.training.muon import MuonOptimizer
 from app.training.optimizer import PlainOptimizer, trained_parameters
-from app.training.precision import autocast, resolve_precision
+from app.training.precision import LossScale, autocast, resolve_precision, store_frozen
 from app.training.schedule import learning_rate
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2)
@@ -41,7 +42,13 @@ def validation() -> list[Batch]:
 
 
 def train(
-    tiny_model: Path, *, steps: int, folder: Path | None = None, until: int | None = None, dropout: float = 0.0
+    tiny_model: Path,
+    *,
+    steps: int,
+    folder: Path | None = None,
+    until: int | None = None,
+    dropout: float = 0.0,
+    precision: Precision = "fp32",
 ) -> tuple[Decoder, list[loop.Metrics]]:
     """`until` stops early, as a crash would; a folder with checkpoints is gone on from."""
     model = load_decoder(tiny_model)
@@ -63,7 +70,10 @@ def train(
         if folder:
             save_step(folder, Checkpoint(step, optimizer.weights(), optimizer.moments()), keep=2)
 
-    plan = loop.Plan(steps, eval_every=5, save_every=4, optimizer=OPTIMIZER, precision="fp32", seed=7, is_packed=False)
+    store_frozen(model, precision)
+    plan = loop.Plan(
+        steps, eval_every=5, save_every=4, optimizer=OPTIMIZER, precision=precision, seed=7, is_packed=False
+    )
     with contextlib.suppress(KeyboardInterrupt):
         loop.run(
             model,
@@ -160,6 +170,70 @@ def test_bf16_keeps_trained_weights_and_moments_in_fp32(tiny_model: Path) -> Non
     optimizer.backward(nll)
     optimizer.step(1e-3)
     assert {tensor.dtype for tensor in (optimizer.weights() | optimizer.moments()).values()} == {torch.float32}
+
+
+def test_frozen_weights_are_stored_as_autocast_would_round_them(tiny_model: Path) -> None:
+    sums = []
+    for is_stored in (False, True):
+        model = load_decoder(tiny_model)
+        torch.manual_seed(0)
+        apply_method(model, LoraConfig(rank=4))
+        if is_stored:
+            store_frozen(model, "bf16")
+        with autocast(torch.device("cpu"), "bf16"):
+            sums.append(masked_nll(model, next(batches(0)))[0].item())
+    assert sums[0] == sums[1]
+    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    assert {linear.weight.dtype for linear in linears} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in trained_parameters(model).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", [PlainOptimizer, MuonOptimizer])
+def test_a_scaled_loss_gives_the_same_step(tiny_model: Path, kind: type) -> None:
+    weights = []
+    for scale in (1.0, 1024.0):
+        model = load_decoder(tiny_model)
+        optimizer = kind(model, OPTIMIZER)
+        optimizer.backward(masked_nll(model, next(batches(0)))[0], scale=scale)
+        norm = optimizer.step(1e-3, scale=scale)
+        weights.append((norm, optimizer.weights()))
+    assert weights[0][0] == pytest.approx(weights[1][0], rel=1e-6)
+    for name, weight in weights[0][1].items():
+        torch.testing.assert_close(weights[1][1][name], weight)
+
+
+@pytest.mark.parametrize("kind", [PlainOptimizer, MuonOptimizer])
+def test_gradients_that_overflow_under_a_scale_update_nothing(tiny_model: Path, kind: type) -> None:
+    model = load_decoder(tiny_model)
+    optimizer = kind(model, OPTIMIZER)
+    before = optimizer.weights()
+    optimizer.backward(masked_nll(model, next(batches(0)))[0] * float("inf"), scale=2.0)
+    assert not np.isfinite(optimizer.step(1e-3, scale=2.0))
+    for name, weight in optimizer.weights().items():
+        assert torch.equal(weight, before[name])
+    optimizer.backward(masked_nll(model, next(batches(0)))[0], scale=2.0)
+    assert np.isfinite(optimizer.step(1e-3, scale=2.0))  # nothing of it is left
+
+
+def test_fp16_trains_fp32_weights_with_a_scaled_loss(tiny_model: Path) -> None:
+    model, seen = train(tiny_model, steps=6, precision="fp16")
+    _, exact = train(tiny_model, steps=6)
+    assert {parameter.dtype for parameter in trained_parameters(model).values()} == {torch.float32}
+    assert [row["loss"] for row in seen[1:]] == pytest.approx([row["loss"] for row in exact[1:]], abs=0.02)
+    assert all(row["loss_scale"] == 2**16 for row in seen[1:])
+
+
+def test_the_loss_scale_falls_at_an_overflow_and_grows_again_slowly() -> None:
+    scale = LossScale(4.0)
+    scale.update(is_finite=False)
+    assert scale.value == 2.0
+    for _ in range(LossScale.GROWTH_STEPS):
+        assert scale.value == 2.0
+        scale.update(is_finite=True)
+    assert scale.value == 4.0
+    with pytest.raises(FloatingPointError, match="use precision=bf16 or fp32"):
+        for _ in range(3):
+            scale.update(is_finite=False)
 
 
 @pytest.mark.parametrize(("instructions", "chosen"), [({"avx2": True}, "fp32"), ({"avx512_bf16": True}, "bf16")])
