@@ -67,7 +67,14 @@ def _linear_shapes(shape: DecoderConfig) -> list[tuple[int, int]]:
     return [(width, 3 * width), (width, width), (width, mlp), (mlp, width)]
 
 
-SHAPES = ((1024, 1024, 1024), (1600, 768, 3072), (1600, 3072, 768), (2048, 2048, 2048), (4096, 4096, 4096))
+SHAPES = (
+    (1024, 1024, 1024),
+    (1600, 768, 3072),
+    (1600, 3072, 768),
+    (2048, 2048, 2048),
+    (4096, 4096, 4096),
+    (8192, 8192, 8192),
+)
 """Rows, inner size and columns of the matrix products that are tried, the smallest first."""
 LONGEST_S = 2.0
 """Of the runs of one product; a product that would take longer is not tried."""
@@ -81,29 +88,34 @@ def machine_peak(threads: int) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(threads)
-    measured = {name: _best_product(dtype) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
+    cpu = torch.device("cpu")
+    formats = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    measured = {name: best_product(dtype, device=cpu) for name, dtype in formats.items()}
     return {**measured, "flops_per_s": max(best["flops_per_s"] for best in measured.values())}
 
 
-def _best_product(dtype: Any) -> dict[str, Any]:
+def best_product(dtype: Any, *, device: Any) -> dict[str, Any]:
+    """The fastest matrix product in `dtype` on `device`: which it is, and its FLOP/s."""
     best: dict[str, Any] = {"flops_per_s": 0.0}
     for shape in SHAPES:
         flops = 2.0 * shape[0] * shape[1] * shape[2]
         if best["flops_per_s"] and flops / best["flops_per_s"] > LONGEST_S:  # bf16 that is emulated
             continue
-        for kind, product in _products(shape, dtype).items():
-            rate = _rate(product, flops)
+        for kind, product in _products(shape, dtype, device).items():
+            rate = _rate(product, flops, device)
             if rate > best["flops_per_s"]:
                 best = {"product": kind, "shape": list(shape), "flops_per_s": rate}
     return best
 
 
-def _products(shape: tuple[int, int, int], dtype: Any) -> dict[str, Callable[[], Any]]:
+def _products(shape: tuple[int, int, int], dtype: Any, device: Any) -> dict[str, Callable[[], Any]]:
     import torch
 
     rows, inner, columns = shape
-    left, weight = torch.randn(rows, inner, dtype=dtype), torch.randn(columns, inner, dtype=dtype)
+    left, weight = (torch.randn(size, inner, device=device).to(dtype) for size in (rows, columns))
     products: dict[str, Callable[[], Any]] = {"torch": lambda: torch.mm(left, weight.T)}
+    if device.type != "cpu":
+        return products
     try:
         ops: Any = torch.ops.mkldnn
         packed = ops._reorder_linear_weight(weight, rows)
@@ -112,12 +124,19 @@ def _products(shape: tuple[int, int, int], dtype: Any) -> dict[str, Callable[[],
     return {**products, "oneDNN, prepacked": lambda: ops._linear_pointwise(left, packed, None, "none", [], "")}
 
 
-def _rate(product: Callable[[], Any], flops: float) -> float:
+def _rate(product: Callable[[], Any], flops: float, device: Any) -> float:
     """FLOP/s of the fastest of up to 10 runs, fewer where the product is slow: a peak is what is possible."""
+    import torch
+
+    calls = 1 if device.type == "cpu" else 20  # a GPU is given several at once, for it starts them by the microsecond
+    synchronize = (lambda: None) if device.type == "cpu" else torch.cuda.synchronize
     product()
+    synchronize()
     seconds: list[float] = []
     while len(seconds) < 10 and sum(seconds) < LONGEST_S:
         started = time.perf_counter()
-        product()
-        seconds.append(time.perf_counter() - started)
+        for _ in range(calls):
+            product()
+        synchronize()
+        seconds.append((time.perf_counter() - started) / calls)
     return flops / min(seconds)
