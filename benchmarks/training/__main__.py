@@ -21,6 +21,8 @@ import argparse
 import importlib.util
 import json
 import os
+import signal
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,7 @@ def main() -> None:
         print(json.dumps(PARTS[arguments.part](arguments)))
         return
     check_packages()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the contender ends too, and the folder goes
     if arguments.folder:
         arguments.folder.mkdir(parents=True, exist_ok=True)
         compare(arguments, arguments.folder)

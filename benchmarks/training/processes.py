@@ -22,7 +22,10 @@ def run_part(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     watch = TreeWatch(process.pid)
-    output, errors = process.communicate()
+    try:
+        output, errors = process.communicate()
+    finally:
+        process.terminate()  # where this process is told to end; else it has ended already
     seconds, tree_peak = round(time.perf_counter() - started, 1), watch.stop()
     if process.returncode:
         # -9 without a word is how the kernel ends a process when memory is out

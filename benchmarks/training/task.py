@@ -100,25 +100,32 @@ def _select(source: str, count: int) -> list[Any]:
 
 
 def _prepare(task: Task) -> None:
-    from app.config import PrepareConfig
-    from app.config.data import PackedLayout, PaddedLayout
-    from app.data.prepare import prepare
+    """Both layouts, unless they are there from the last time; Ray starts only where there is something to do."""
+    from app.data.prepare import plan_preparation, prepare
     from app.ray_cluster import connected
 
-    with connected(None):
-        for name, layout in (("padded", PaddedLayout()), ("packed", PackedLayout(length=task.packed_length))):
-            manifest = prepare(
-                PrepareConfig(
-                    source=str(task.path("records.json")),
-                    output=str(task.path(name)),
-                    model=str(task.path("model")),
-                    format="alpaca",
-                    layout=layout,
-                    max_length=MAX_LENGTH,
-                    validation_fraction=VALIDATION_FRACTION,
-                )
-            )
-            assert manifest.num_records("train") == task.num_records, "prepared other records than were chosen"
+    configs = [_prepare_config(task, layout) for layout in ("padded", "packed")]
+    missing = [config for config in configs if plan_preparation(config).finished() is None]
+    if missing:
+        with connected(None):
+            for config in missing:
+                manifest = prepare(config)
+                assert manifest.num_records("train") == task.num_records, "prepared other records than were chosen"
+
+
+def _prepare_config(task: Task, layout: str) -> Any:
+    from app.config import PrepareConfig
+    from app.config.data import PackedLayout, PaddedLayout
+
+    return PrepareConfig(
+        source=str(task.path("records.json")),
+        output=str(task.path(layout)),
+        model=str(task.path("model")),
+        format="alpaca",
+        layout=PackedLayout(length=task.packed_length) if layout == "packed" else PaddedLayout(),
+        max_length=MAX_LENGTH,
+        validation_fraction=VALIDATION_FRACTION,
+    )
 
 
 def feed_of(task: Task, layout: str, *, total_steps: int) -> Any:
