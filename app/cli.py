@@ -111,6 +111,23 @@ def quantize(overrides: Overrides = None, config: ConfigFile = None) -> None:
 
 
 @cli.command()
+def models(overrides: Overrides = None, config: ConfigFile = None) -> None:
+    """What is in the model registry: names, versions, aliases, figures."""
+    _run("models", "ModelsConfig", overrides, config)
+
+
+@cli.command()
+def promote(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A registered model.")],
+    version: Annotated[str, typer.Argument(metavar="VERSION", help="Which of its versions.")],
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+) -> None:
+    """A registered version to production: what `models:/NAME@production` in a server's settings means."""
+    _run("promote", "PromoteConfig", [f"name={name}", f"version={version}", *(overrides or ())], config)
+
+
+@cli.command()
 def index(overrides: Overrides = None, config: ConfigFile = None, address: Address = None) -> None:
     """A folder of documents to a searchable index."""
     _run("index", "IndexConfig", overrides, config, address=address)

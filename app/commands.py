@@ -18,8 +18,10 @@ from app.config import (
     IndexConfig,
     InspectConfig,
     MergeConfig,
+    ModelsConfig,
     PrepareConfig,
     PretrainConfig,
+    PromoteConfig,
     QuantizeConfig,
     ServeConfig,
     TrainConfig,
@@ -27,6 +29,7 @@ from app.config import (
 )
 from app.config.methods import name_of
 from app.ray_cluster import connected, dashboard_url
+from app.training_display import show_pretrained, show_promoted, show_trained, show_versions, training_progress
 
 Address = str | None
 
@@ -53,8 +56,8 @@ def pretrain(config: PretrainConfig, *, address: Address, resume: bool) -> None:
         on_ray(address, workers=config.workers, spare_cpus=0),
         training_progress("pretrain", config.steps) as show,
     ):
-        summary = run(config, resume=resume, on_metrics=show)
-    console.table("Pretrained", summary)
+        summary = run(config, resume=resume, on_metrics=show, warn=_warn)
+    show_pretrained(config.output, summary)
 
 
 def train(config: TrainConfig, *, address: Address, resume: bool) -> None:
@@ -122,6 +125,18 @@ def quantize(config: QuantizeConfig) -> None:
     with console.console.status("reading") as status:
         result = run(config, progress=status.update)
     show_quantized(config, result)
+
+
+def models(config: ModelsConfig) -> None:
+    from app.tracking.registry import list_versions
+
+    show_versions(list_versions(config.tracking.uri))
+
+
+def promote(config: PromoteConfig) -> None:
+    from app.tracking.registry import promote as run
+
+    show_promoted(config, run(config))
 
 
 def index(config: IndexConfig, *, address: Address) -> None:
@@ -270,18 +285,8 @@ def run_train(job: Any, *, resume: bool = False) -> dict[str, Any]:
         f"ZeRO-{config.deepspeed.zero_stage}"
     )
     with training_progress("train", job.total_steps) as show:
-        summary = fine_tune(job, resume=resume, on_metrics=show)
-    console.table(
-        f"Trained → {summary['result']}",
-        {
-            "training loss": _change(summary["loss_first"], summary["loss_last"]),
-            "held-out loss": _change(summary["eval_loss_before"], summary["eval_loss_after"]),
-            "held-out perplexity": _change(summary["perplexity_before"], summary["perplexity_after"]),
-            "tokens per second": summary["tokens_per_s"],
-            "computed in": summary["precision"],
-            "peak memory per worker": f"{(summary['peak_worker_bytes'] or 0) / 2**30:.2f} GiB",
-        },
-    )
+        summary = fine_tune(job, resume=resume, on_metrics=show, warn=_warn)
+    show_trained(config, summary)
     return summary
 
 
@@ -345,25 +350,6 @@ def serving(config: ServeConfig, *, on_own_cluster: bool) -> Iterator[str]:
             stop_application()
 
 
-@contextmanager
-def training_progress(title: str, total: int) -> Iterator[Callable[[dict[str, Any]], None]]:
-    with console.progress(title, unit="steps") as advance:
-
-        def show(metrics: dict[str, Any]) -> None:
-            note = f"loss {metrics['loss']:.3f}" if "loss" in metrics else ""
-            if "kernels" in metrics:
-                kernels = ", ".join(f"{name} by {version}" for name, version in metrics["kernels"].items())
-                console.say(f"computing in {metrics['precision']}; {kernels}", style="dim")
-            if "eval_loss" in metrics:
-                console.say(
-                    f"step {metrics['step']:>6,}  {note:12}  held-out loss {metrics['eval_loss']:.3f}  "
-                    f"perplexity {metrics['perplexity']:,.1f}"
-                )
-            advance(metrics["step"], total, note)
-
-        yield show
-
-
 def show_answer(answer: Any) -> None:
     console.say(answer["text"])
     for number, source in enumerate(answer.get("sources", ()), start=1):
@@ -389,5 +375,5 @@ def _counts(reasons: dict[str, int]) -> str:
     return f"{sum(reasons.values()):,}" + (f" — {listed}" if listed else "")
 
 
-def _change(before: float | None, after: float | None) -> str | None:
-    return None if before is None or after is None else f"{before:,.3f} → {after:,.3f}"
+def _warn(text: str) -> None:
+    console.say(text, style="yellow")

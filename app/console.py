@@ -37,24 +37,27 @@ class _RateColumn(ProgressColumn):
         return Text(f"{rate:,.1f} {self.unit}/s" if rate else "", style="cyan")
 
 
+class _LeftColumn(TimeRemainingColumn):
+    """`3:12 left`, in the least space."""
+
+    def __init__(self) -> None:
+        super().__init__(compact=True, elapsed_when_finished=True)
+
+    def render(self, task: Task) -> Text:
+        shown = super().render(task)
+        return shown if task.finished else Text.assemble(shown, " left")
+
+
 @contextmanager
-def progress(title: str, *, unit: str) -> Iterator[Advance]:
-    """A progress bar with rate and time left; where no terminal is, a line at every tenth."""
+def progress(title: str, *, unit: str, is_compact: bool = False) -> Iterator[Advance]:
+    """A progress bar with rate and time left; where no terminal is, a line at every tenth.
+
+    `is_compact` leaves the room of a narrow terminal to the note.
+    """
     if not console.is_terminal:
         yield _plain_progress(title, unit)
         return
-    bar = Progress(
-        SpinnerColumn(),
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        _RateColumn(unit),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-    )
+    bar = Progress(*(_compact_columns() if is_compact else _columns(unit)), console=console)
     with bar:
         task = bar.add_task(title, total=None, note="", first=0, first_s=0.0)
         has_begun = False
@@ -67,6 +70,31 @@ def progress(title: str, *, unit: str) -> Iterator[Advance]:
             bar.update(task, completed=done, total=total, note=note)
 
         yield advance
+
+
+def _columns(unit: str) -> tuple[ProgressColumn, ...]:
+    return (
+        SpinnerColumn(),
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        _RateColumn(unit),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+
+
+def _compact_columns() -> tuple[ProgressColumn, ...]:
+    bar_width = max(4, min(30, console.width - 73))  # what the others take of a line, with six digits of steps
+    return (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=bar_width),
+        MofNCompleteColumn(),
+        TextColumn("[cyan]{task.fields[note]}"),
+        _LeftColumn(),
+    )
 
 
 def _plain_progress(title: str, unit: str) -> Advance:
@@ -118,6 +146,14 @@ def in_bytes(size: int) -> str:
         if size >= factor:
             return f"{size / factor:.1f} {unit}"
     return f"{size} B"
+
+
+def short_number(value: float) -> str:
+    """`982`, `12.3k`, `1.2M`."""
+    for unit, factor in (("M", 1e6), ("k", 1e3)):
+        if value >= factor:
+            return f"{value / factor:.1f}{unit}"
+    return f"{value:.0f}"
 
 
 def heading(text: str) -> None:

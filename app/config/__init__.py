@@ -33,8 +33,10 @@ from app.config.schema import (
     RetrieverConfig,
     ServeConfig,
     TrainConfig,
+    TrainingWorkersConfig,
     WorkersConfig,
 )
+from app.config.tracking import ModelsConfig, PromoteConfig, StoreConfig, TrackingConfig
 from app.config.transfer import DeltasConfig, DescribeConfig, ExportConfig, ImportConfig, MergeConfig, QuantizeConfig
 
 __all__ = [
@@ -73,7 +75,12 @@ __all__ = [
     "RedisCacheConfig",
     "RetrieverConfig",
     "ServeConfig",
+    "ModelsConfig",
+    "PromoteConfig",
+    "StoreConfig",
+    "TrackingConfig",
     "TrainConfig",
+    "TrainingWorkersConfig",
     "WorkersConfig",
     "load_config",
     "validate",

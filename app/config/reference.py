@@ -4,7 +4,7 @@ import typing
 
 from pydantic.fields import FieldInfo
 
-from app.config import data, schema, transfer
+from app.config import data, schema, tracking, transfer
 from app.config.base import Config
 
 COMMANDS: dict[str, type[Config]] = {
@@ -19,6 +19,8 @@ COMMANDS: dict[str, type[Config]] = {
     "pacos export": transfer.ExportConfig,
     "pacos import": transfer.ImportConfig,
     "pacos quantize": transfer.QuantizeConfig,
+    "pacos models": tracking.ModelsConfig,
+    "pacos promote": tracking.PromoteConfig,
     "pacos index": schema.IndexConfig,
     "pacos serve": schema.ServeConfig,
     "pacos ask": schema.AskConfig,

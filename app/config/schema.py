@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from app.config.base import AttentionBackend, Config, Fraction, LocalPath, ModelName, Positive, Precision, Seed
 from app.config.methods import LoraConfig, MethodConfig
+from app.config.tracking import RegisteredName, StoreConfig, TrackingConfig
 
 # --- parts shared by several jobs ---------------------------------------------------------------
 
@@ -23,6 +24,11 @@ class WorkersConfig(Config):
     """GPUs that each worker reserves; above 0 the workers train on them with NCCL, else on CPU with gloo."""
     threads: Positive = 1
     """Compute threads of each worker (OMP_NUM_THREADS)."""
+
+
+class TrainingWorkersConfig(WorkersConfig):
+    price_per_hour: Annotated[float, Field(ge=0)] | None = None
+    """Of one worker, in any currency; the run then says what it cost."""
 
 
 class OptimizerConfig(Config):
@@ -79,7 +85,8 @@ class PretrainConfig(Config):
     validation_fraction: Fraction = 0.05
     eval_every: Positive = 200
     """Steps between evaluations on held-out text; a checkpoint follows each."""
-    workers: WorkersConfig = WorkersConfig(count=1, cpus=2, threads=2)
+    workers: TrainingWorkersConfig = TrainingWorkersConfig(count=1, cpus=2, threads=2)
+    tracking: TrackingConfig = TrackingConfig()
     seed: Seed = 0
 
     @model_validator(mode="after")
@@ -127,12 +134,21 @@ class TrainConfig(Config):
     keep_checkpoints: Positive = 2
     max_failures: Annotated[int, Field(ge=0)] = 2
     """How often lost workers are replaced, each time from the last checkpoint."""
+    samples: Annotated[int, Field(ge=0)] = 3
+    """Held-out prompts that are answered greedily before training and after it, for the report."""
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
-    workers: WorkersConfig = WorkersConfig()
+    workers: TrainingWorkersConfig = TrainingWorkersConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    register_as: RegisteredName | None = None
+    """Name in MLflow's model registry under which the finished run's delta becomes the next version."""
     seed: Seed = 0
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
+        if self.register_as is not None and self.tracking.uri == "none":
+            raise ValueError(f"register_as={self.register_as!r} needs an MLflow, and tracking.uri='none' has none")
+        if self.register_as is not None and self.method.type == "full":
+            raise ValueError(f"register_as={self.register_as!r}: method.type='full' leaves no delta to register")
         _check_batch(self.batch_size, self.workers)
         return self
 
@@ -178,7 +194,10 @@ class IndexConfig(Config):
 class GeneratorConfig(Config):
     model: str = "embedded"
     deltas: dict[str, str] = {}
-    """Fine-tuned variants by name: a request for model `pacos:NAME` is answered with the delta in that folder."""
+    """Fine-tuned variants by name: a request for model `pacos:NAME` is answered with the delta in that folder, or with
+    that of the model registry: `models:/NAME@production`, `models:/NAME/3`."""
+    tracking: StoreConfig = StoreConfig()
+    """Of the model registry."""
     precision: Literal["fp32", "bf16"] = "fp32"
     max_batch_size: Positive = 16
     """Sequences that are generated together; each reserves KV cache for a whole context."""

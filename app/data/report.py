@@ -1,31 +1,18 @@
-"""The page that `pacos inspect` writes: self-contained HTML with plots. Knows how things look, not what they mean."""
+"""The page that `pacos inspect` writes about prepared data."""
 
-import base64
+import functools
 import html
-import io
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from app import pages
 from app.atomic import write_text
 from app.config.data import InspectConfig
 from app.data.inspection import Inspection, Sample
 from app.data.shards import REPORT
-
-_STYLE = """
-:root { color-scheme: light dark; --dim: #8a8f98; --line: #d0d7de; --loss: #1f6feb22 }
-@media (prefers-color-scheme: dark) { :root { --dim: #767d88; --line: #30363d; --loss: #388bfd33 } }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem }
-table { border-collapse: collapse } td { padding: .2rem 1.2rem .2rem 0; vertical-align: top }
-td:first-child { color: var(--dim) }
-figure { display: inline-block; width: 31%; min-width: 18rem; margin: .8rem 1% 0 0 }
-img { max-width: 100%; background: #fff; border: 1px solid var(--line); border-radius: 6px }
-pre { white-space: pre-wrap; border: 1px solid var(--line); border-radius: 6px; padding: .8rem; margin: .4rem 0 }
-.dim { color: var(--dim) } .loss { background: var(--loss) } .note { color: var(--dim); font-size: .85rem }
-"""
 
 
 def write_report(inspection: Inspection, config: InspectConfig) -> Path:
@@ -57,46 +44,28 @@ def _page(inspection: Inspection) -> str:
     }
     left_out = {**_counted("dropped", values["rejected"]), **_counted("repaired", values["repaired"])}
     plots = [_lengths_plot, _loss_plot, _rows_plot] if inspection.row_capacity else [_lengths_plot, _loss_plot]
-    return "\n".join(
-        [
-            "<!doctype html><html lang='en'><meta charset='utf-8'>",
-            "<meta name='viewport' content='width=device-width, initial-scale=1'>",
-            f"<title>Prepared data</title><style>{_STYLE}</style><body>",
-            f"<h1>Prepared data</h1><p class='note'>{html.escape(str(inspection.manifest.folder))}</p>",
-            _table(about),
-            "<h2>Splits</h2>",
-            _table(splits),
-            f"<h2>{inspection.split.capitalize()}</h2>",
-            _table(inspection.figures()),
-            *(_figure(plot, inspection) for plot in plots),
-            "<h2>Dropped and repaired</h2>",
-            _table(left_out) if left_out else "<p>Nothing.</p>",
-            "<h2>Samples</h2><p class='note'>Marked: in the loss. Grey: what the model only reads.</p>",
-            *map(_sample, inspection.samples),
-            "</body></html>\n",
-        ]
-    )
+    parts = [
+        pages.table(about),
+        pages.heading("Splits"),
+        pages.table(splits),
+        pages.heading(inspection.split.capitalize()),
+        pages.table(inspection.figures()),
+        pages.figures(*(functools.partial(plot, inspection=inspection) for plot in plots)),
+        pages.heading("Dropped and repaired"),
+        pages.table(left_out) if left_out else "<p>Nothing.</p>",
+        pages.heading("Samples", note="Marked: in the loss. Grey: what the model only reads."),
+        *map(_sample, inspection.samples),
+    ]
+    return pages.page("Prepared data", note=str(inspection.manifest.folder), parts=parts)
 
 
 def _counted(action: str, reasons: dict[str, int]) -> dict[str, object]:
     return {f"{action}: {reason}": f"{count:,}" for reason, count in reasons.items()}
 
 
-def _table(rows: dict[str, Any]) -> str:
-    cells = (
-        f"<tr><td>{html.escape(name)}<td>{html.escape(_text(value)).replace(chr(10), '<br>')}</tr>"
-        for name, value in rows.items()
-    )
-    return f"<table>{''.join(cells)}</table>"
-
-
-def _text(value: object) -> str:
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
 def _sample(sample: Sample) -> str:
     parts: Iterable[str] = (
-        f"<span class='{'loss' if part.in_loss else 'dim'}'>{html.escape(part.text)}</span>" for part in sample.parts
+        f"<span class='{'mark' if part.in_loss else 'dim'}'>{html.escape(part.text)}</span>" for part in sample.parts
     )
     note = f"{sample.num_tokens} tokens, {sample.loss_tokens} in the loss"
     trip = "the text encodes to the same ids" if sample.round_trips else "THE TEXT ENCODES TO OTHER IDS"
@@ -104,23 +73,6 @@ def _sample(sample: Sample) -> str:
 
 
 # --- plots ---
-
-
-def _figure(plot: Callable[[Any, Inspection], None], inspection: Inspection) -> str:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(4.6, 3), layout="constrained")
-    plot(axes, inspection)
-    title = html.escape(axes.get_title(), quote=True)
-    axes.grid(axis="y", alpha=0.3)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=130)
-    pyplot.close(figure)
-    encoded = base64.b64encode(image.getvalue()).decode()
-    return f"<figure><img src='data:image/png;base64,{encoded}' alt='{title}'></figure>"
 
 
 def _lengths_plot(axes: Any, inspection: Inspection) -> None:

@@ -4,10 +4,9 @@ OUTPUT/config.json        the resolved configuration
 OUTPUT/metrics.jsonl      loss, learning rate, … of every step
 OUTPUT/checkpoints/       to resume from
 OUTPUT/delta/             the result (`model/` after full fine-tuning)
-OUTPUT/loss.png
+OUTPUT/report.html, loss.png, result.json, samples.json, mlflow.json, worker_hours.json
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 from app.assets import model_folder
-from app.atomic import replaced_folder, write_text
+from app.atomic import replaced_folder
 from app.config.methods import name_of
 from app.config.schema import TrainConfig
 from app.data.batches import Batch, batches_by_length
@@ -37,12 +36,15 @@ from app.models.checkpoints import (
     write_provenance,
 )
 from app.models.decoder import Decoder
+from app.tracking.run import check_tracking
 from app.training import loop
 from app.training.compatibility import check_fits
 from app.training.deepspeed import DeepSpeedOptimizer
 from app.training.loop import Metrics
 from app.training.optimizer import trained_parameters
-from app.training.run_log import RunLog, open_run
+from app.training.recording import log_warning, recorded
+from app.training.run_log import RunLog
+from app.training.samples import sample_after, sample_before
 from app.training.trainer import check_attention, run_on_workers, train_on_worker
 from app.training.workers import rank, world_size
 
@@ -74,7 +76,7 @@ def plan_job(config: TrainConfig) -> Job:
     """Check everything that can be checked before a worker starts.
 
     Raises:
-        UserError: data, model and method do not fit together.
+        UserError: data, model and method do not fit together, or the tracking server does not answer.
     """
     manifest = read_manifest(config.data)
     check_fits(manifest, data=config.data, model=config.model, method=config.method)
@@ -88,6 +90,7 @@ def plan_job(config: TrainConfig) -> Job:
         apply_method(model, config.method)
     model.attention = config.attention
     check_attention(model, workers=config.workers, precision=config.precision, is_packed=_is_packed(manifest))
+    check_tracking(config.tracking, output=config.output)
     return Job(
         config,
         manifest,
@@ -98,35 +101,42 @@ def plan_job(config: TrainConfig) -> Job:
 
 
 def fine_tune(
-    job: Job, *, resume: bool = False, on_metrics: Callable[[Metrics], None] = lambda metrics: None
+    job: Job,
+    *,
+    resume: bool = False,
+    on_metrics: Callable[[Metrics], None] = lambda metrics: None,
+    warn: Callable[[str], None] = log_warning,
 ) -> dict[str, Any]:
     """Train on the cluster; Ray is initialised. Returns a summary, which also stands in `result.json`.
 
+    `warn` is told what went wrong beside the training, which goes on.
+
     Raises:
-        UserError: the output folder holds a run and `resume` is false, or none that can be resumed.
+        UserError: the output folder holds a run and `resume` is false, or none that can be resumed; or MLflow does not
+            answer.
     """
     from app.training.feeding import FeedConfig
 
     config, output = job.config, Path(job.config.output)
     inputs = f"{job.manifest.content_hash()} {weights_hash(model_folder(config.model))}"
-    log = RunLog(output, start_step=open_run(config, inputs=inputs, resume=resume))
+    title = f"{name_of(config.method)} on {config.model}"
+    with recorded(config, inputs=inputs, resume=resume, title=title, on_metrics=on_metrics, warn=warn) as recording:
+        run_on_workers(
+            _worker,
+            {"job": job},
+            workers=config.workers,
+            output=output,
+            max_failures=config.max_failures,
+            on_metrics=recording.add,
+            feeding=FeedConfig(job.feed, checkpoints=job.checkpoints),
+        )
+        delta = None if config.method.type == "full" else job.result
+        return recording.finish(_figures(job, recording.log), delta=delta, register_as=config.register_as)
 
-    def record(metrics: Metrics) -> None:
-        log.add(metrics)
-        on_metrics(metrics)
 
-    run_on_workers(
-        _worker,
-        {"job": job},
-        workers=config.workers,
-        output=output,
-        max_failures=config.max_failures,
-        on_metrics=record,
-        feeding=FeedConfig(job.feed, checkpoints=job.checkpoints),
-    )
-    log.plot(output / "loss.png", title=f"{name_of(config.method)} on {config.model}")
+def _figures(job: Job, log: RunLog) -> dict[str, Any]:
     steps = [row for row in log.rows if "step_s" in row][1:]  # the first step warms caches up
-    summary = {
+    return {
         "steps": job.total_steps,
         "trained_parameters": job.trained_count,
         "loss_first": log.first("loss"),
@@ -141,8 +151,6 @@ def fine_tune(
         "peak_worker_bytes": log.last("peak_worker_bytes"),
         "result": str(job.result),
     }
-    write_text(output / "result.json", json.dumps(summary, indent=2) + "\n")
-    return summary
 
 
 def _worker(payload: dict[str, Any]) -> None:
@@ -152,7 +160,10 @@ def _worker(payload: dict[str, Any]) -> None:
     job: Job = payload["job"]
     config = job.config
     torch.set_num_threads(config.workers.threads)
-    model = load_decoder(model_folder(config.model))
+    folder = model_folder(config.model)
+    model = load_decoder(folder)
+    if rank() == 0:
+        sample_before(model, config, job.manifest, folder=folder)
     torch.manual_seed(config.seed)  # every worker draws the same initial weights
     apply_method(model, config.method)
     model.attention = config.attention
@@ -184,6 +195,7 @@ def _worker(payload: dict[str, Any]) -> None:
         send=payload["send"],
     )
     if rank() == 0:
+        sample_after(model, config, job.manifest, folder=folder)
         _write_result(job, model, metrics)
 
 

@@ -4,7 +4,7 @@ OUTPUT/config.json        the resolved configuration
 OUTPUT/metrics.jsonl      loss and, on held-out text, bits per byte
 OUTPUT/checkpoints/       to resume from
 OUTPUT/model/             the model of the lowest held-out loss so far, as a Hugging Face GPT-2 folder
-OUTPUT/loss.png
+OUTPUT/report.html, loss.png, result.json, mlflow.json, worker_hours.json
 """
 
 import hashlib
@@ -18,16 +18,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from app.atomic import replaced_folder, write_text
+from app.atomic import replaced_folder
 from app.config.schema import PretrainConfig
 from app.data.batches import Batch
 from app.data.corpus import TokenStream, read_documents, split_documents
 from app.data.tokenization import TOKENIZER_FILES, Tokenizer, save_tokenizer, train_tokenizer
 from app.models.checkpoints import MODEL_FILES, save_decoder
 from app.models.decoder import Decoder, DecoderConfig
+from app.tracking.run import check_tracking
 from app.training.loop import Metrics, Plan
 from app.training.muon import MuonOptimizer
-from app.training.run_log import RunLog, open_run
+from app.training.recording import log_warning, recorded
 from app.training.trainer import check_attention, run_on_workers, train_on_worker
 from app.training.workers import rank, world_size
 
@@ -46,29 +47,34 @@ class Corpus:
 
 
 def pretrain(
-    config: PretrainConfig, *, resume: bool = False, on_metrics: Callable[[Metrics], None] = lambda metrics: None
+    config: PretrainConfig,
+    *,
+    resume: bool = False,
+    on_metrics: Callable[[Metrics], None] = lambda metrics: None,
+    warn: Callable[[str], None] = log_warning,
 ) -> dict[str, Any]:
     """Train on the cluster; Ray is initialised. Returns a summary, which also stands in `result.json`.
 
+    `warn` is told what went wrong beside the training, which goes on.
+
     Raises:
-        UserError: a source cannot be read, or the output folder's state does not fit `resume`.
+        UserError: a source cannot be read, the output folder's state does not fit `resume`, or MLflow does not answer.
     """
     check_sources(config)
     output = Path(config.output)
     inputs = "".join(hashlib.sha256(Path(source).read_bytes()).hexdigest() for source in config.sources)
-    log = RunLog(output, start_step=open_run(config, inputs=inputs, resume=resume))
-
-    def record(metrics: Metrics) -> None:
-        log.add(metrics)
-        on_metrics(metrics)
-
-    run_on_workers(
-        _worker, {"config": config}, workers=config.workers, output=output, max_failures=2, on_metrics=record
-    )
-    log.plot(output / "loss.png", title=f"pretraining, {config.num_layers} layers of width {config.width}")
-    summary = json.loads((output / "model" / _FIGURES).read_text()) | {"result": str(output / "model")}
-    write_text(output / "result.json", json.dumps(summary, indent=2) + "\n")
-    return summary
+    title = f"pretraining, {config.num_layers} layers of width {config.width}"
+    with recorded(config, inputs=inputs, resume=resume, title=title, on_metrics=on_metrics, warn=warn) as recording:
+        run_on_workers(
+            _worker,
+            {"config": config},
+            workers=config.workers,
+            output=output,
+            max_failures=2,
+            on_metrics=recording.add,
+        )
+        figures = json.loads((output / "model" / _FIGURES).read_text())
+        return recording.finish({**figures, "result": str(output / "model")})
 
 
 def check_sources(config: PretrainConfig) -> None:
@@ -82,6 +88,7 @@ def check_sources(config: PretrainConfig) -> None:
     with torch.device("meta"):
         model = new_model(config, vocab_size=config.vocab_size)
     check_attention(model, workers=config.workers, precision=config.precision, is_packed=False)
+    check_tracking(config.tracking, output=config.output)
 
 
 def _worker(payload: dict[str, Any]) -> None:

@@ -19,8 +19,11 @@ _MAY_CHANGE = {
     "micro_batch_size",
     "gradient_checkpointing",
     "attention",
+    "tracking",
+    "register_as",
 }
-"""Settings that a resumed run may change: how it is spread over the cluster and its memory, not what it computes."""
+"""Settings that a resumed run may change: how it is spread over the cluster, its memory, and where it is recorded; not
+what it computes."""
 
 
 def open_run(config: Config, *, inputs: str, resume: bool) -> int:

@@ -4,6 +4,7 @@ Used by fine-tuning and by pretraining: `run_on_workers` in the driver, `train_o
 handling is Ray's: lost workers are replaced and the function starts again from its newest checkpoint.
 """
 
+import os
 import signal
 import sys
 import threading
@@ -68,6 +69,7 @@ def run_on_workers(
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.util.queue import Queue
 
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # else the dashboard's Train tab stays empty
     queue = Queue(actor_options={"num_cpus": 0})
     trainer = TorchTrainer(
         _without_retrying_divergence(function),
@@ -160,8 +162,9 @@ def train_on_worker(
     saved: Metrics = {}
 
     def report(metrics: Metrics) -> None:
+        of_all = worker_memory() if "eval_loss" in metrics else {}  # collective, and evaluations are on all workers
         if rank() == 0:
-            send({**metrics, "peak_worker_bytes": peak_memory_bytes()})
+            send({**metrics, **of_all, "workers": world_size(), "peak_worker_bytes": peak_memory_bytes()})
 
     def save(step: int, metrics: Metrics) -> None:
         state = Checkpoint(step, optimizer.weights(), optimizer.moments())  # collective
@@ -201,6 +204,20 @@ def peak_memory_bytes() -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def worker_memory() -> dict[str, list[float]]:
+    """Peak bytes of each worker, by rank: of its process, and on a GPU there; every worker must call this."""
+    on_gpu = torch.cuda.is_available() and dist.is_initialized() and dist.get_backend() == "nccl"
+    device = torch.device("cuda" if on_gpu else "cpu")
+
+    def of_all(mine: int) -> list[float]:
+        return sum_over_workers(*(mine if other == rank() else 0 for other in range(world_size())), device=device)
+
+    memory = {"worker_bytes": of_all(peak_memory_bytes())}
+    if on_gpu:
+        memory["worker_gpu_bytes"] = of_all(torch.cuda.max_memory_allocated())
+    return memory
 
 
 def _worker_environment(workers: WorkersConfig) -> dict[str, str]:

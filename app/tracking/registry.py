@@ -1,0 +1,203 @@
+"""MLflow's model registry: deltas by name and version, and the alias that serving reads.
+
+Of the store's files only a delta's two are fetched, safetensors and JSON, and only if they hash to what was
+registered. Nothing is unpickled, and no code of MLflow's model flavours runs.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from app.atomic import replaced_folder
+from app.config.methods import name_of
+from app.config.tracking import PromoteConfig
+from app.errors import UserError
+from app.methods.delta import DELTA_FILES, read_delta
+from app.tracking.run import TrackedRun
+from app.tracking.store import local_folder, open_store, told_as_mistakes, tracking_uri
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.tracking import MlflowClient
+
+SCHEME = "models:/"
+_HASH = "delta_hash"
+
+
+@dataclass(frozen=True)
+class Version:
+    """One line of `pacos models`."""
+
+    name: str
+    version: int
+    aliases: tuple[str, ...]
+    tags: Mapping[str, str]
+    """`method`, `base`, `eval_loss`, `perplexity`, …"""
+
+
+def register(run: TrackedRun, name: str, *, delta_folder: Path, figures: Mapping[str, Any]) -> str:
+    """The finished run's delta, already among its artifacts, as the next version of `name`; returns `NAME/VERSION`.
+
+    A run that is resumed after its end does not make a second version of the same delta.
+    """
+    client, delta = run.client, read_delta(delta_folder)
+    if not _exists(client, name):
+        client.create_registered_model(name)
+    for version in client.search_model_versions(f"name='{name}'"):
+        if version.run_id == run.run_id and version.tags.get(_HASH) == delta.hash:
+            return f"{name}/{version.version}"
+    template = delta.metadata.get("template")
+    tags = {
+        _HASH: delta.hash,
+        "method": name_of(delta.method),
+        "base": delta.metadata["base"],
+        "base_hash": delta.metadata["base_hash"],
+        "tokenizer_hash": delta.metadata["tokenizer_hash"],
+        "template": template["type"] if template else "",
+        **{key: f"{value:.6g}" for key, value in figures.items() if isinstance(value, int | float)},
+    }
+    source = f"{client.get_run(run.run_id).info.artifact_uri}/{delta_folder.name}"
+    made = client.create_model_version(name, source=source, run_id=run.run_id, tags=tags)
+    return f"{name}/{made.version}"
+
+
+def _exists(client: "MlflowClient", name: str) -> bool:
+    return bool(client.search_registered_models(f"name='{name}'", max_results=1))
+
+
+def promote(config: PromoteConfig) -> int | None:
+    """Move the alias; returns the version that had it.
+
+    Raises:
+        UserError: there is no such name or version.
+    """
+    uri = tracking_uri(config.tracking.uri)
+    client = open_store(uri)
+    with told_as_mistakes(uri):
+        versions = _versions(client, config.name)
+        if str(config.version) not in versions:
+            raise UserError(f"version={config.version}: {config.name!r} has {_listed(versions)}")
+        before = _aliases(client, config.name).get(config.alias)
+        client.set_registered_model_alias(config.name, config.alias, str(config.version))
+    return None if before is None else int(before)
+
+
+def list_versions(uri: str) -> list[Version]:
+    """All that is registered, by name, the newest version first.
+
+    Raises:
+        UserError: the store is not there.
+    """
+    uri = tracking_uri(uri)
+    client = open_store(uri)
+    with told_as_mistakes(uri):
+        return [
+            Version(name, int(version.version), tuple(sorted(_pointing_at(aliases, version))), version.tags)
+            for name in _names(client)
+            for aliases in [_aliases(client, name)]
+            for version in sorted(_versions(client, name).values(), key=lambda found: -int(found.version))
+        ]
+
+
+def is_reference(delta: str) -> bool:
+    return delta.startswith(SCHEME)
+
+
+def pinned(reference: str, *, uri: str) -> str:
+    """`models:/NAME@ALIAS` as the `models:/NAME/VERSION` that it means now.
+
+    Raises:
+        UserError: there is no such name, alias or version.
+    """
+    found = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", reference)
+    if found is None:
+        raise UserError(f"{reference!r} is neither models:/NAME@ALIAS nor models:/NAME/VERSION")
+    name, alias, version = found.groups()
+    uri = tracking_uri(uri)
+    client = open_store(uri)
+    with told_as_mistakes(uri):
+        versions = _versions(client, name)
+        if alias is not None:
+            aliases = _aliases(client, name)
+            if alias not in aliases:
+                known = ", ".join(sorted(aliases)) or "none"
+                raise UserError(
+                    f"{reference!r}: {name!r} has no alias {alias!r} (it has {known}); "
+                    f"`pacos promote {name} VERSION` sets production"
+                )
+            version = aliases[alias]
+        if version not in versions:
+            raise UserError(f"{reference!r}: {name!r} has {_listed(versions)}")
+    return f"{SCHEME}{name}/{version}"
+
+
+def fetch(reference: str, *, uri: str) -> Path:
+    """The folder with the delta that `models:/NAME/VERSION` is, on this machine, proved to be what was registered.
+
+    Raises:
+        UserError: it cannot be had, or is not what was registered.
+    """
+    reference, uri = pinned(reference, uri=uri), tracking_uri(uri)
+    name, _, version = reference.removeprefix(SCHEME).rpartition("/")
+    client = open_store(uri)
+    with told_as_mistakes(uri):
+        expected = client.get_model_version(name, version).tags.get(_HASH)
+        if not expected:
+            raise UserError(f"{reference!r} was not registered by a training run of pacos")
+        source = client.get_model_version_download_uri(name, version)
+    folder = local_folder(source)
+    if folder is None:
+        with told_as_mistakes(uri):
+            folder = _downloaded(source, expected, uri=uri)
+    if (found := read_delta(folder).hash) != expected:
+        raise UserError(
+            f"{reference!r}: the delta in {str(folder)!r} has changed since it was registered ({_HASH}={found[:16]!r}, "
+            f"not {expected[:16]!r}); register it anew, or restore it"
+        )
+    return folder
+
+
+def _downloaded(source: str, delta_hash: str, *, uri: str) -> Path:
+    """In the cache by content, so that a version is fetched once."""
+    import mlflow.artifacts
+
+    if not re.fullmatch("[0-9a-f]{64}", delta_hash):  # it becomes a folder's name
+        raise UserError(f"{source}: {_HASH}={delta_hash!r} is no hash")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "pacos" / "deltas" / delta_hash
+    if not folder.is_dir():
+        with replaced_folder(folder, contents=DELTA_FILES) as staging:
+            for file in DELTA_FILES:
+                mlflow.artifacts.download_artifacts(f"{source}/{file}", dst_path=str(staging), tracking_uri=uri)
+    return folder
+
+
+def _versions(client: "MlflowClient", name: str) -> dict[str, "ModelVersion"]:
+    """By number. Raises `UserError` where there is no such model."""
+    if not _exists(client, name):
+        known = ", ".join(_names(client)) or "none"
+        raise UserError(f"no model {name!r} is registered; there are: {known}")
+    return {str(version.version): version for version in client.search_model_versions(f"name='{name}'")}
+
+
+def _aliases(client: "MlflowClient", name: str) -> dict[str, str]:
+    """Versions by alias; searching does not fill these in."""
+    return {alias: str(version) for alias, version in client.get_registered_model(name).aliases.items()}
+
+
+def _pointing_at(aliases: Mapping[str, str], version: "ModelVersion") -> list[str]:
+    return [alias for alias, number in aliases.items() if number == str(version.version)]
+
+
+def _names(client: "MlflowClient") -> list[str]:
+    return sorted(model.name for model in client.search_registered_models(max_results=1000))
+
+
+def _listed(versions: Mapping[str, Any]) -> str:
+    if not versions:
+        return "no versions"
+    numbers = ", ".join(sorted(versions, key=int))
+    return f"{'versions' if len(versions) > 1 else 'version'} {numbers}"
