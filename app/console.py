@@ -1,6 +1,7 @@
 """What people see in the terminal: progress with rates and time left, tables, samples. Knows Rich and no job."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -98,17 +99,28 @@ def _compact_columns() -> tuple[ProgressColumn, ...]:
 
 
 def _plain_progress(title: str, unit: str) -> Advance:
-    shown = -1
+    shown, first, started = -1, 0, 0.0
 
     def advance(done: int, total: int | None, note: str = "") -> None:
-        nonlocal shown
+        nonlocal shown, first, started
+        if not started:
+            first, started = done, time.monotonic()
         tenth = 10 * done // total if total else 0
         if tenth > shown:
             shown = tenth
-            console.print(f"{title}: {done:,}/{total:,} {unit}  {note}".rstrip())
+            seconds = (time.monotonic() - started) * (total - done) / (done - first) if total and done > first else 0
+            left = f"{_clock(seconds)} left" if seconds else ""
+            console.print("  ".join(filter(None, (f"{title}: {done:,}/{total:,} {unit}", note, left))))
             sys.stdout.flush()
 
     return advance
+
+
+def _clock(seconds: float) -> str:
+    """`3:12`, `1:05:00`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def table(title: str, rows: Mapping[str, object]) -> None:

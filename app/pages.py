@@ -24,6 +24,7 @@ img { width: 100%; display: block; background: #fff; border: 1px solid var(--lin
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); gap: 0 .8rem }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--line); border-radius: 6px }
 pre { padding: .8rem; margin: .4rem 0; font-size: .85rem }
+.block { border-bottom: 1px solid var(--line); padding: .6rem 0 1rem }
 summary { cursor: pointer; margin-top: 2rem; font-size: 1.1rem; font-weight: bold }
 .dim { color: var(--dim) } .mark { background: var(--mark) } .note { color: var(--dim); font-size: .85rem }
 """
@@ -82,6 +83,11 @@ def columns(texts: Mapping[str, str]) -> str:
         for name, text in texts.items()
     )
     return f"<div class='columns'>{''.join(cells)}</div>"
+
+
+def block(part: str) -> str:
+    """A part set off from the next by a line."""
+    return f"<div class='block'>{part}</div>"
 
 
 def figures(*draws: Draw) -> str:

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from app import console
@@ -83,20 +84,28 @@ def show_versions(versions: "list[Version]") -> None:
     if not versions:
         console.say("nothing is registered; `pacos train … register_as=NAME` registers a run's delta")
         return
-    console.grid(
-        "Registered models",
-        ("model", "version", "alias", "method", "held-out loss", "perplexity", "cost", "base"),
-        [
-            (
-                version.name,
-                str(version.version),
-                ", ".join(version.aliases),
-                *(version.tags.get(key, "") for key in ("method", "eval_loss", "perplexity", "cost", "base")),
-            )
-            for version in versions
-        ],
-        right=(1, 4, 5, 6),
-        last=False,
+    for name, of_name in groupby(versions, key=lambda version: version.name):
+        console.grid(
+            name,
+            ("version", "alias", "method", "loss", "perplexity", "cost", "base"),
+            [_version_row(version) for version in of_name],
+            right=(0, 3, 4, 5),
+            last=False,
+        )
+
+
+def _version_row(version: "Version") -> tuple[str, ...]:
+    def figure(key: str, form: str) -> str:
+        return form.format(float(version.tags[key])) if key in version.tags else ""
+
+    return (
+        str(version.version),
+        ", ".join(version.aliases),
+        version.tags.get("method", ""),
+        figure("eval_loss", "{:.3f}"),
+        figure("perplexity", "{:,.1f}"),
+        figure("cost", "{:,.3g}"),
+        version.tags.get("base", ""),
     )
 
 

@@ -11,7 +11,9 @@ from app.errors import UserError
 from app.serving.cache import CacheDeployment
 from app.serving.generator import GeneratorDeployment
 from app.serving.ingress import IngressDeployment
+from app.serving.registered_deltas import with_pinned_deltas
 from app.serving.retriever import RetrieverDeployment
+from app.tracking.registry import is_reference
 
 # Serve's default of 5 requests at once would leave the batching engine with nothing to batch.
 _MAX_ONGOING = 1000
@@ -27,10 +29,11 @@ def build(args: dict[str, Any]) -> Application:
     Threads are set by `generator.threads`.
 
     Raises:
-        UserError: an unknown key, a wrong value, or a relative path.
+        UserError: an unknown key, a wrong value, a relative path, or a delta that is not registered.
     """
     config = validate(ApplicationConfig, args)
     _check_absolute(config)
+    config = config.model_copy(update={"generator": with_pinned_deltas(config.generator)})
     # The engine's own queue refuses first, with a reason; Serve's limit is for what never reaches it.
     capacity = (1 + len(config.generator.deltas)) * (config.generator.max_batch_size + config.generator.max_queue)
     gpus = 1 if config.generator.device == "cuda" else 0
@@ -67,7 +70,8 @@ def build(args: dict[str, Any]) -> Application:
 
 def _check_absolute(config: ApplicationConfig) -> None:
     """Replicas run in another working directory, often on another machine, than whoever wrote a relative path."""
-    paths = {f"generator.deltas.{name}": folder for name, folder in config.generator.deltas.items()}
+    deltas = config.generator.deltas.items()
+    paths = {f"generator.deltas.{name}": folder for name, folder in deltas if not is_reference(folder)}
     if config.retriever.index is not None:
         paths["retriever.index"] = config.retriever.index
     if config.generator.model.startswith("."):

@@ -70,8 +70,10 @@ def stop_application() -> None:
 
 def with_absolute_paths(config: ServeConfig) -> ServeConfig:
     """`config` as the replicas need it, who run in another directory."""
+    from app.tracking.registry import is_reference
+
     generator, retriever = config.generator, config.retriever
-    deltas = {name: _absolute(folder) for name, folder in generator.deltas.items()}
+    deltas = {name: d if is_reference(d) else _absolute(d) for name, d in generator.deltas.items()}
     is_folder = generator.model != "embedded" and Path(generator.model).expanduser().is_dir()
     model = _absolute(generator.model) if is_folder else generator.model
     index = None if retriever.index is None else _absolute(retriever.index)
@@ -87,16 +89,18 @@ def check_folders(config: ServeConfig) -> None:
     """A wrong folder is told at once, rather than after Serve's third attempt to start a replica. Needs no Ray.
 
     Raises:
-        UserError: a model, delta or index folder is missing, or is not what it should be.
+        UserError: a model, delta or index folder is missing, or is not what it should be; or a delta is not registered.
     """
     from app.assets import model_folder
     from app.data.tokenization import load_tokenizer
     from app.methods.delta import read_delta
     from app.models.checkpoints import read_config
     from app.retrieval.folder import read_manifest
+    from app.serving.registered_deltas import delta_folder
 
     config = with_absolute_paths(config)
-    folders = {f"generator.deltas.{name}": folder for name, folder in config.generator.deltas.items()}
+    deltas = {name: str(delta_folder(delta, config.generator)) for name, delta in config.generator.deltas.items()}
+    folders = {f"generator.deltas.{name}": folder for name, folder in deltas.items()}
     if config.retriever.index is not None:
         folders["retriever.index"] = config.retriever.index
     for key, folder in folders.items():
@@ -106,7 +110,7 @@ def check_folders(config: ServeConfig) -> None:
         model = model_folder(config.generator.model)
         read_config(model)
         load_tokenizer(model)
-    for folder in config.generator.deltas.values():
+    for folder in deltas.values():
         read_delta(Path(folder))
     if config.retriever.index is not None:
         read_manifest(Path(config.retriever.index))

@@ -25,6 +25,7 @@ from app.methods.delta import Delta, check_base, fold_delta, read_delta
 from app.models.checkpoints import load_decoder, read_provenance, weights_hash
 from app.models.decoder import Decoder
 from app.serving.messages import GenerateRequest, ModelInfo, Piece, Prompt, PromptInfo, RagPrompt
+from app.serving.registered_deltas import delta_folder
 from app.serving.streams import merge
 from app.serving.text_stream import TextStream
 
@@ -33,15 +34,15 @@ def load_models(config: GeneratorConfig, *, name: str) -> dict[str, "ServedModel
     """The base model as `name`, and each delta applied to a copy of it as `name:DELTA`.
 
     Raises:
-        UserError: a folder is missing or damaged, or a delta was trained on another base or tokenizer.
+        UserError: a folder is missing or damaged, or a delta is not registered, or trained on another base or tokenizer.
     """
     folder = model_folder(config.model)
     tokenizer = load_tokenizer(folder)
     base_hash = weights_hash(folder)
     template = _template(read_provenance(folder))
     models = {name: _serve(name, load_decoder(folder), tokenizer, template, base_hash, config)}
-    for delta_name, delta_folder in config.deltas.items():
-        model, delta = _load_with_delta(folder, Path(delta_folder), base_hash, tokenizer)
+    for delta_name, source in config.deltas.items():
+        model, delta = _load_with_delta(folder, delta_folder(source, config), base_hash, tokenizer)
         template = _template(delta.metadata)
         full_name = f"{name}:{delta_name}"
         models[full_name] = _serve(full_name, model, tokenizer, template, base_hash + delta.hash, config)
@@ -70,11 +71,11 @@ def _serve(
     return ServedModel(info, EngineFront(engine, name=f"engine {name}"), tokenizer, template)
 
 
-def _load_with_delta(folder: Path, delta_folder: Path, base_hash: str, tokenizer: Tokenizer) -> tuple[Decoder, Delta]:
-    delta = read_delta(delta_folder)
+def _load_with_delta(folder: Path, trained: Path, base_hash: str, tokenizer: Tokenizer) -> tuple[Decoder, Delta]:
+    delta = read_delta(trained)
     check_base(
         delta,
-        str(delta_folder),
+        str(trained),
         base_hash=base_hash,
         tokenizer_hash=tokenizer.fingerprint(),
     )

@@ -34,17 +34,26 @@ class WorkerHours:
         self._price = price_per_hour
         self._workers = workers
         self._clock = clock
+        self._has_ended = False
         self._counted_at = self._written_at = clock()
         before = json.loads(self._file.read_text()) if resume and self._file.exists() else []
         self._sessions: list[dict[str, Any]] = [*before, {"worker_hours": 0.0, "price_per_hour": self._price}]
 
     def count(self, workers: int | None = None) -> None:
         """Count the time since the last call, with as many workers as that one named; now there are `workers`."""
+        if self._has_ended:
+            return
         now = self._clock()
         self._sessions[-1]["worker_hours"] += self._workers * (now - self._counted_at) / 3600
         self._counted_at, self._workers = now, workers or self._workers
         if now - self._written_at > _WRITE_EVERY_S:
             self.write()
+
+    def end(self) -> None:
+        """Count the rest; the workers are gone. Calling it again changes nothing."""
+        self.count()
+        self._has_ended = True
+        self.write()
 
     def write(self) -> None:
         self._written_at = self._clock()

@@ -55,8 +55,7 @@ def recorded(
         with tracked_run(tracker, name=name, output=output, settings=settings, resume=resume, warn=warn) as run:
             yield Recording(title, output, settings, log, hours, run, on_metrics)
     finally:
-        hours.count()
-        hours.write()
+        hours.end()
 
 
 @dataclass
@@ -82,8 +81,8 @@ class Recording:
 
         `delta` is the result's folder, which goes to MLflow, and under `register_as` into its registry.
         """
-        self.hours.count()
-        tokens = sum(row.get("tokens", 0) for row in self.log.rows)
+        self.hours.end()
+        tokens = int(sum(row.get("tokens", 0) for row in self.log.rows))
         summary = {**figures, "tokens": tokens, **self.hours.figures(tokens=tokens)}
         if self.run is not None:
             summary |= self._in_mlflow(self.run, summary, delta=delta, register_as=register_as)

@@ -50,7 +50,7 @@ def _page(report: Report) -> str:
         parts.append(
             pages.heading("Samples", note="Held-out prompts, answered greedily by the model before training and after.")
         )
-        parts += map(_sample, report.samples)
+        parts += [_sample(number, sample) for number, sample in enumerate(report.samples, start=1)]
     parts.append(pages.folded("Settings", pages.table(report.settings)))
     return pages.page(report.title, note=str(report.output), parts=parts)
 
@@ -62,7 +62,7 @@ def _tiles(summary: dict[str, Any]) -> dict[str, str | None]:
         "held-out perplexity": _change(summary, "perplexity", "{:,.1f}"),
         "bits per byte": _shown(summary.get("bits_per_byte"), "{:.3f}"),
         "tokens per second": _shown(summary.get("tokens_per_s"), "{:,.0f}"),
-        "peak memory of a worker": _shown(summary.get("peak_worker_bytes"), "{:.2f} GiB", scale=2**-30),
+        "a worker's peak memory": _shown(summary.get("peak_worker_bytes"), "{:.2f} GiB", scale=2**-30),
         "worker-hours": _shown(summary.get("worker_hours"), "{:,.3g}"),
         "cost": _shown(cost, "{:,.4g}"),
         "cost per million tokens": _shown(summary.get("cost_per_million_tokens"), "{:,.4g}"),
@@ -100,9 +100,9 @@ def _facts(report: Report) -> dict[str, object]:
     }
 
 
-def _sample(sample: BeforeAndAfter) -> str:
+def _sample(number: int, sample: BeforeAndAfter) -> str:
     texts = {"before": sample.before, "after": sample.after or "", "reference": sample.reference}
-    return pages.columns({"prompt": sample.prompt}) + pages.columns(texts)
+    return pages.block(pages.columns({f"prompt {number}": sample.prompt}) + pages.columns(texts))
 
 
 # --- plots ---
@@ -128,14 +128,14 @@ def _gradient_plot(axes: Any, rows: Sequence[Metrics]) -> None:
 
 
 def _throughput_plot(axes: Any, rows: Sequence[Metrics]) -> None:
-    steps = [(row["step"], row["tokens"] / row["step_s"]) for row in rows if row.get("step_s")]
+    steps = [(row["step"], row["tokens"] / row["step_s"]) for row in _warm(rows)]
     if steps:
         axes.plot(*zip(*steps, strict=True), color="tab:green", linewidth=0.9)
     axes.set(title="Throughput", xlabel="step", ylabel="tokens per second", ylim=(0, None))
 
 
 def _step_time_plot(axes: Any, rows: Sequence[Metrics]) -> None:
-    _line(axes, rows, "step_s", color="tab:purple")
+    _line(axes, _warm(rows), "step_s", color="tab:purple")
     axes.set(title="Time of a step", xlabel="step", ylabel="seconds", ylim=(0, None))
 
 
@@ -149,6 +149,11 @@ def _memory_plot(axes: Any, rows: Sequence[Metrics]) -> None:
     axes.set(title="Peak memory of each worker", xlabel="step", ylabel="GiB", ylim=(0, None))
     if 0 < len(axes.lines) <= 8:
         axes.legend()
+
+
+def _warm(rows: Sequence[Metrics]) -> list[Metrics]:
+    """Without the first step, which warms caches up, and would set the scale."""
+    return [row for row in rows if row.get("step_s")][1:]
 
 
 def _line(axes: Any, rows: Sequence[Metrics], key: str, **style: Any) -> None:

@@ -1,0 +1,33 @@
+"""Deltas that a server's settings name by the model registry: `models:/NAME@ALIAS`, `models:/NAME/VERSION`.
+
+An alias is looked up once, when the application is built, so that all its replicas, those of a later hour too, answer
+with the same version. A promotion takes effect at the next start.
+"""
+
+from pathlib import Path
+
+from app.config import GeneratorConfig, StoreConfig
+from app.tracking.registry import fetch, is_reference, pinned
+from app.tracking.store import tracking_uri
+
+
+def with_pinned_deltas(config: GeneratorConfig) -> GeneratorConfig:
+    """`config` with a version in place of each alias, and the registry's own address in place of `auto`.
+
+    Raises:
+        UserError: a name, alias or version is not registered, or the registry does not answer.
+    """
+    if not any(map(is_reference, config.deltas.values())):
+        return config
+    uri = tracking_uri(config.tracking.uri)
+    deltas = {name: pinned(delta, uri=uri) if is_reference(delta) else delta for name, delta in config.deltas.items()}
+    return config.model_copy(update={"deltas": deltas, "tracking": StoreConfig(uri=uri)})
+
+
+def delta_folder(delta: str, config: GeneratorConfig) -> Path:
+    """Where one of `config.deltas` is on this machine; it is fetched if need be.
+
+    Raises:
+        UserError: it cannot be had, or is not what was registered.
+    """
+    return fetch(delta, uri=config.tracking.uri) if is_reference(delta) else Path(delta)
