@@ -34,7 +34,7 @@ def load_models(config: GeneratorConfig, *, name: str) -> dict[str, "ServedModel
     """The base model as `name`, and each delta applied to a copy of it as `name:DELTA`.
 
     Raises:
-        UserError: a folder is missing or damaged, or a delta is not registered, or trained on another base or tokenizer.
+        UserError: a folder is missing or damaged, or a delta is not registered, or of another base or tokenizer.
     """
     folder = model_folder(config.model)
     tokenizer = load_tokenizer(folder)
