@@ -25,7 +25,19 @@ def run(*args: str, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess:
 def test_help_names_every_command_and_imports_nothing_heavy() -> None:
     result = run(sys.executable, "-X", "importtime", "-m", "app.cli", "--help")
     assert result.returncode == 0
-    for command in ("prepare", "inspect", "pretrain", "train", "evaluate", "index", "serve", "ask", "quickstart"):
+    for command in (
+        "prepare",
+        "inspect",
+        "pretrain",
+        "train",
+        "evaluate",
+        "models",
+        "promote",
+        "ask",
+        "index",
+        "serve",
+        "quickstart",
+    ):
         assert command in result.stdout
     imported = {line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines()}
     assert not imported & {"torch", "ray", "numpy", "transformers", "pydantic", "omegaconf", "fastapi"}
@@ -53,6 +65,9 @@ def test_every_job_script_answers_help(script: str) -> None:
         (["train", "data=absent", "output=/tmp/never"], ["absent", "pacos prepare"]),
         (["ask", "question=Hi", "url=http://127.0.0.1:9"], ["127.0.0.1:9", "pacos serve"]),
         (["evaluate", "data=absent"], ["absent", "pacos prepare"]),
+        (["promote", "alpaca", "first"], ["version='first'"]),
+        (["promote", "alpaca", "1", "tracking.uri=sqlite:////tmp/never.db"], ["/tmp/never.db", "no such file"]),
+        (["models", "tracking.uri=none"], ["turns MLflow off"]),
     ],
 )
 def test_a_users_mistake_is_one_message_and_exit_code_2(args: list[str], parts: list[str], tmp_path: Path) -> None:

@@ -28,6 +28,13 @@ def test_a_relative_path_stops_the_deployment(args):
         build(args)
 
 
+def test_a_delta_that_is_not_registered_stops_the_deployment(tmp_path):
+    store = f"sqlite:///{tmp_path}/none.db"
+    args = {"generator": {"deltas": {"a": "models:/alpaca@production"}, "tracking": {"uri": store}}}
+    with pytest.raises(UserError, match="no such file; name the MLflow"):
+        build(args)
+
+
 def test_the_shipped_serve_config_is_valid_to_its_last_key():
     from ray.serve.config import AutoscalingConfig
     from ray.serve.schema import ServeDeploySchema

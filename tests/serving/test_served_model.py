@@ -5,11 +5,14 @@ import time
 
 import pytest
 
-from app.config import ApplicationConfig
+from app.config import ApplicationConfig, PromoteConfig, TrackingConfig
 from app.data.prompts import AlpacaTemplate, PacosTemplate
 from app.errors import UserError
 from app.serving.generator import GeneratorDeployment
 from app.serving.messages import Completion, GenerateRequest, Piece, RagPrompt, Refusal, Started
+from app.serving.registered_deltas import with_pinned_deltas
+from app.tracking.registry import promote, register
+from app.tracking.run import open_tracker, tracked_run
 
 
 def config(model_dir, **generator):
@@ -109,6 +112,37 @@ def test_a_delta_of_another_base_is_refused(model_dir, delta_dir, tmp_path):
     (other / "delta.json").write_text(json.dumps(metadata | {"base_hash": "0" * 64}))
     with pytest.raises(UserError, match="base_hash='0000000000000000'"):
         GeneratorDeployment(config(model_dir, deltas={"tuned": str(other)}))
+
+
+def test_a_registered_delta_is_served_as_its_folder_is(generator, model_dir, delta_dir, tmp_path, tracking_store):
+    tracker = open_tracker(TrackingConfig(), output=str(tmp_path))
+    with tracked_run(tracker, name="served", output=tmp_path, settings={}, resume=False, warn=pytest.fail) as run:
+        copy = shutil.copytree(delta_dir, tmp_path / "delta")
+        assert run.keep(copy)
+        assert register(run, "served", delta_folder=copy, figures={}) == "served/1"
+    promote(PromoteConfig(name="served", version=1))
+    settings = config(model_dir, deltas={"tuned": "models:/served@production"})
+    settings = settings.model_copy(update={"generator": with_pinned_deltas(settings.generator)})
+    assert settings.generator.deltas == {"tuned": "models:/served/1"}
+    registered = GeneratorDeployment(settings)
+    try:
+        answers = [
+            complete(which, request("An adult alpaca", model="pacos:tuned")) for which in (generator, registered)
+        ]
+        assert answers[0].choices[0].text == answers[1].choices[0].text
+        assert answers[0].model_hash == answers[1].model_hash, "one content, one key in the cache"
+    finally:
+        registered.__del__()
+
+
+def test_a_registered_delta_of_another_base_is_refused(delta_dir, tmp_path, tiny_model, tracking_store):
+    tracker = open_tracker(TrackingConfig(), output=str(tmp_path))
+    with tracked_run(tracker, name="other", output=tmp_path, settings={}, resume=False, warn=pytest.fail) as run:
+        copy = shutil.copytree(delta_dir, tmp_path / "delta")
+        run.keep(copy)
+        register(run, "other-base", delta_folder=copy, figures={})
+    with pytest.raises(UserError, match="does not belong to the model"):
+        GeneratorDeployment(config(tiny_model, deltas={"tuned": "models:/other-base/1"}))
 
 
 @pytest.mark.parametrize(

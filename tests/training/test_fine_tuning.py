@@ -5,16 +5,20 @@ import shutil
 import signal
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 import torch
 
-from app.config import EvaluateConfig, PrepareConfig, TrainConfig, load_config
+from app.config import EvaluateConfig, PrepareConfig, PromoteConfig, TrainConfig, load_config
 from app.data.prepare import prepare
 from app.data.shards import read_manifest
 from app.errors import UserError
 from app.methods.delta import apply_delta, read_delta
 from app.models.checkpoints import load_decoder
+from app.ray_cluster import dashboard_url
+from app.tracking.registry import fetch, list_versions, promote
+from app.tracking.store import open_store
 from app.training.evaluate import evaluate
 from app.training.fine_tuning import fine_tune, plan_job
 from app.training.loop import Metrics
@@ -56,7 +60,8 @@ def losses(metrics: list[Metrics]) -> dict[int, float]:
 def unbroken(small_data: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory):
     """One whole run, which the others are compared with."""
     output = tmp_path_factory.mktemp("runs") / "unbroken"
-    summary, seen = train(config(small_data, tiny_model, output))
+    recorded = ["tracking.experiment=unbroken", "register_as=unbroken", "workers.price_per_hour=3.6", "samples=2"]
+    summary, seen = train(config(small_data, tiny_model, output, *recorded))
     return output, summary, seen
 
 
@@ -71,6 +76,66 @@ def test_a_run_lowers_the_loss_and_leaves_all_its_files(unbroken) -> None:
     assert json.loads((output / "config.json").read_text())["method"]["rank"] == 4
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((output / "result.json").read_text()) == summary
+
+
+def test_two_workers_make_one_mlflow_run_with_everything_in_it(unbroken, tracking_store: str) -> None:
+    output, summary, seen = unbroken
+    client = open_store(tracking_store)
+    experiment = client.get_experiment_by_name("unbroken")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.run_id == summary["mlflow_run"] == json.loads((output / "mlflow.json").read_text())["run_id"]
+    assert run.info.status == "FINISHED"
+    assert run.data.params["method.rank"] == "4" and run.data.params["workers.count"] == "2"
+    losses_there = {m.step: m.value for m in client.get_metric_history(run.info.run_id, "loss")}
+    assert losses_there == pytest.approx(losses(seen))
+    assert run.data.metrics["cost"] == pytest.approx(summary["cost"])
+    kept = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert kept >= {"config.json", "loss.png", "report.html", "result.json", "delta"}
+
+
+def test_a_registered_run_is_served_once_it_is_promoted(unbroken, tracking_store: str) -> None:
+    assert unbroken[1]["registered"] == "unbroken/1"
+    promote(PromoteConfig(name="unbroken", version=1))
+    served = fetch("models:/unbroken@production", uri="auto")
+    assert read_delta(served).hash == read_delta(unbroken[0] / "delta").hash
+    assert served != unbroken[0] / "delta"
+    (version,) = [version for version in list_versions("auto") if version.name == "unbroken"]
+    assert float(version.tags["eval_loss"]) == pytest.approx(unbroken[1]["eval_loss_after"], rel=1e-4)
+
+
+def test_the_summary_says_what_the_run_cost(unbroken) -> None:
+    _, summary, seen = unbroken
+    assert summary["tokens"] == sum(row.get("tokens", 0) for row in seen) > 0
+    spent_s = sum(row.get("step_s", 0) for row in seen)
+    assert summary["worker_hours"] * 3600 > 2 * spent_s, "both workers, from their start"
+    assert summary["cost"] == pytest.approx(3.6 * summary["worker_hours"])
+    assert summary["cost_per_million_tokens"] == pytest.approx(summary["cost"] / summary["tokens"] * 1e6)
+
+
+def test_the_report_shows_answers_before_and_after_and_the_memory_of_each_worker(unbroken) -> None:
+    output, summary, seen = unbroken
+    samples = json.loads((output / "samples.json").read_text())
+    assert len(samples) == 2
+    assert all(sample["prompt"].startswith("Instruction:") and sample["reference"] for sample in samples)
+    assert any(sample["before"] != sample["after"] for sample in samples)
+    evaluations = [row for row in seen if "eval_loss" in row]
+    assert all(len(row["worker_bytes"]) == 2 and min(row["worker_bytes"]) > 2**20 for row in evaluations)
+    page = (output / "report.html").read_text()
+    assert page.count("<img src='data:image/png;base64,") == 6
+    assert "http" not in page.replace(f"{summary['mlflow_run']}", ""), "it is self-contained"
+    for text in (f"{summary['eval_loss_after']:.3f}", "unbroken/1", "optimizer.learning_rate", "cost per million"):
+        assert text in page
+
+
+def test_the_dashboards_train_tab_shows_the_run(unbroken) -> None:
+    from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
+
+    headers = get_auth_headers_if_auth_enabled({})
+    response = httpx.get(f"{dashboard_url()}/api/train/v2/runs/v1", headers=headers, timeout=60, trust_env=False)
+    assert response.status_code == 200, response.text
+    runs = response.json()["train_runs"]
+    finished = [run for run in runs if run["status"] == "FINISHED"]
+    assert finished and len(finished[-1]["run_attempts"][-1]["workers"]) == 2
 
 
 @torch.no_grad()
@@ -134,13 +199,15 @@ def test_a_stopped_run_resumes_with_another_number_of_workers_and_zero_stage(
         if path.name > "step-00000006":
             shutil.rmtree(path)
     shutil.rmtree(output / "delta")
-    changes = ["workers.count=1", "deepspeed.zero_stage=0"]
+    changes = ["workers.count=1", "deepspeed.zero_stage=0", "samples=2"]
     summary, seen = train(config(small_data, tiny_model, output, *changes), resume=True)
     assert list(losses(seen)) == [7, 8]
     # the same records, but dropout falls otherwise on one worker than on two
     assert losses(seen)[8] == pytest.approx(losses(unbroken[2])[8], abs=0.1)
     assert summary["eval_loss_after"] == pytest.approx(unbroken[1]["eval_loss_after"], abs=0.1)
     assert (output / "delta/delta.json").exists()
+    assert summary["mlflow_run"] == unbroken[1]["mlflow_run"], "it goes on in the same run"
+    assert summary["worker_hours"] > unbroken[1]["worker_hours"], "the hours of both sessions"
 
 
 def test_packed_rows_train_and_another_number_of_workers_sees_the_same_rows(
@@ -189,14 +256,14 @@ def test_a_run_folder_is_not_overwritten_and_a_resumed_run_not_changed(
     unbroken, small_data: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match="pass --resume"):
-        train(config(small_data, tiny_model, unbroken[0]))
+        train(config(small_data, tiny_model, unbroken[0], "samples=2"))
     with pytest.raises(UserError, match="no run to resume"):
         train(config(small_data, tiny_model, tmp_path / "new"), resume=True)
     (unbroken[0] / "inputs.sha256").write_text("other\n")
     with pytest.raises(UserError, match="has changed since it was started"):
-        train(config(small_data, tiny_model, unbroken[0]), resume=True)
+        train(config(small_data, tiny_model, unbroken[0], "samples=2"), resume=True)
     with pytest.raises(UserError, match="batch_size: the run was started with 8, not 4"):
-        train(config(small_data, tiny_model, unbroken[0], "batch_size=4"), resume=True)
+        train(config(small_data, tiny_model, unbroken[0], "batch_size=4", "samples=2"), resume=True)
 
 
 def test_what_does_not_fit_together_is_told_before_anything_starts(

@@ -9,6 +9,7 @@ from app.config import PretrainConfig
 from app.data.tokenization import load_tokenizer
 from app.errors import UserError
 from app.models.checkpoints import load_decoder
+from app.tracking.store import open_store
 from app.training.loop import Metrics
 from app.training.pretraining import pretrain
 
@@ -36,7 +37,9 @@ def config(source: Path, output: Path) -> PretrainConfig:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_text_becomes_a_tokenizer_and_a_model(ray_cluster: None, small_source: Path, tmp_path: Path) -> None:
+def test_text_becomes_a_tokenizer_and_a_model(
+    ray_cluster: None, tracking_store: str, small_source: Path, tmp_path: Path
+) -> None:
     seen: list[Metrics] = []
     summary = pretrain(config(small_source, tmp_path / "run"), on_metrics=seen.append)
     losses = [row["eval_loss"] for row in seen if "eval_loss" in row]
@@ -52,7 +55,10 @@ def test_text_becomes_a_tokenizer_and_a_model(ray_cluster: None, small_source: P
         ids = torch.tensor([tokenizer.encode("An adult alpaca")])
         theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
         torch.testing.assert_close(model.head(model(ids)), theirs, atol=1e-4, rtol=0)
-    assert (tmp_path / "run/loss.png").exists()
+    assert (tmp_path / "run/loss.png").exists() and "Throughput" in (tmp_path / "run/report.html").read_text()
+    run = open_store(tracking_store).get_run(summary["mlflow_run"])
+    assert run.info.status == "FINISHED" and run.data.metrics["eval_loss"] == pytest.approx(losses[-1])
+    assert summary["tokens"] == STEPS * 4 * 32 and summary["worker_hours"] > 0
 
 
 def test_a_source_that_is_not_there_is_told_before_anything_starts(tmp_path: Path) -> None:
