@@ -135,7 +135,7 @@ def test_the_dashboards_train_tab_shows_the_run(unbroken) -> None:
     assert response.status_code == 200, response.text
     runs = response.json()["train_runs"]
     finished = [run for run in runs if run["status"] == "FINISHED"]
-    assert finished and len(finished[-1]["run_attempts"][-1]["workers"]) == 2
+    assert finished and len(finished[-1]["attempts"][-1]["workers"]) == 2
 
 
 @torch.no_grad()
