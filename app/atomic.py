@@ -9,6 +9,8 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from app.errors import UserError
 
 
@@ -40,6 +42,19 @@ def replaced_folder(folder: Path, *, contents: Collection[str]) -> Iterator[Path
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         shutil.rmtree(retired, ignore_errors=True)
+
+
+@contextmanager
+def told_if_unwritable(path: Path) -> Iterator[None]:
+    """For the block, which writes `path`, errors of the disk as one that names it.
+
+    Raises:
+        UserError: the path cannot be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{str(path)!r} cannot be written: {error}; free space, or mend the access") from None
 
 
 def check_apart(output: Path, *inputs: Path) -> None:

@@ -171,11 +171,9 @@ def _run(command: str, schema: str, overrides: list[str] | None, file: str | Non
     module = importlib.import_module("app.quickstart" if command == "quickstart" else "app.commands")
     try:
         getattr(module, command)(settings, **options)
-    except KeyboardInterrupt:
-        print(
-            "stopped" + ("; --resume goes on from the newest checkpoint" if "resume" in options else ""),
-            file=sys.stderr,
-        )
+    except KeyboardInterrupt as stop:
+        remedy = "; --resume goes on from the newest checkpoint" if "resume" in options else ""
+        print(str(stop) or f"stopped{remedy}", file=sys.stderr)
         sys.exit(130)
 
 

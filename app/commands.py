@@ -9,6 +9,7 @@ from typing import Any
 
 from app import console
 from app.config import (
+    AnyWorkersConfig,
     AskConfig,
     DeltasConfig,
     DescribeConfig,
@@ -25,7 +26,6 @@ from app.config import (
     QuantizeConfig,
     ServeConfig,
     TrainConfig,
-    WorkersConfig,
 )
 from app.config.methods import name_of
 from app.ray_cluster import connected, dashboard_url
@@ -281,13 +281,20 @@ def run_train(job: Any, *, resume: bool = False) -> dict[str, Any]:
     config: TrainConfig = job.config
     console.say(
         f"{name_of(config.method)} trains {job.trained_count:,} weights beside {job.total_count:,}; "
-        f"{job.total_steps:,} steps of {config.batch_size} rows on {config.workers.count} workers, "
+        f"{job.total_steps:,} steps of {config.batch_size} rows on {_worker_count(config)}, "
         f"ZeRO-{config.deepspeed.zero_stage}"
     )
     with training_progress("train", job.total_steps) as show:
         summary = fine_tune(job, resume=resume, on_metrics=show, warn=_warn)
     show_trained(config, summary)
     return summary
+
+
+def _worker_count(config: TrainConfig) -> str:
+    least, most = config.workers.least, config.workers.most
+    if least < most:
+        return f"{least} to {most} workers"
+    return f"{most} worker{'s' if most > 1 else ''}"
 
 
 def run_evaluate(config: EvaluateConfig) -> Any:
@@ -323,12 +330,12 @@ def run_index(config: IndexConfig) -> None:
 
 
 @contextmanager
-def on_ray(address: Address, *, workers: WorkersConfig | None = None, spare_cpus: float = 1) -> Iterator[bool]:
-    """Ray with room for `workers`, and beside them for the tasks that read their data or for the deployments.
+def on_ray(address: Address, *, workers: AnyWorkersConfig | None = None, spare_cpus: float = 1) -> Iterator[bool]:
+    """Ray with room for the least of `workers`, and beside them for tasks that read their data or for deployments.
 
     Yields whether the cluster ends with the block.
     """
-    count = workers.count if workers else 0
+    count = workers.least if workers else 0
     cpus, gpus = (workers.cpus, workers.gpus) if workers else (0.0, 0.0)
     with connected(address, min_cpus=count * cpus + spare_cpus, min_gpus=count * gpus) as is_own:
         if url := dashboard_url():

@@ -1,5 +1,9 @@
-"""The one exception that means: the user can fix this. Entry points print it without a traceback and exit 2."""
+"""What ends a command without a traceback: a mistake that the user can mend (exit code 2), or Ctrl-C (130)."""
 
 
 class UserError(Exception):
     """A mistake in input, configuration or environment; the message names what, its value and the remedy."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, after what was under way has been saved; the message says what, and how to go on."""

@@ -40,7 +40,7 @@ def quickstart(config: QuickstartConfig, *, address: str | None) -> None:
         with _stage("Prepare: records to token shards", durations):
             commands.run_prepare(PrepareConfig(source=(config.instructions,), output=str(data), model=training.model))
         with _stage("Evaluate the base model", durations):
-            before = EvaluateConfig(data=str(data), model=training.model, samples=1, workers=training.workers)
+            before = EvaluateConfig(data=str(data), model=training.model, samples=1, workers=training.workers.fixed)
             commands.run_evaluate(before)
         with _stage("Train: LoRA with Ray Train and DeepSpeed", durations):
             summary = commands.run_train(plan_job(training))

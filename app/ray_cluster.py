@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from app.config.schema import WorkersConfig
+from app.config.schema import WorkerResources
 from app.errors import UserError
 
 ANSWER_WITHIN_S = 8.0
@@ -79,7 +79,7 @@ def _connect(address: str | None, min_cpus: float) -> None:
         raise UserError(f"address={address!r}: {_first_line(error)}; start one with `ray start --head`") from None
 
 
-def thread_environment(workers: WorkersConfig) -> dict[str, str]:
+def thread_environment(workers: WorkerResources) -> dict[str, str]:
     """Environment variables that keep a worker process to its share of threads."""
     return {"OMP_NUM_THREADS": str(workers.threads), "TOKENIZERS_PARALLELISM": "false"}
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from app.cli import main
+from app.errors import Interrupted
 
 REPOSITORY = Path(__file__).parent.parent
 PACOS = str(Path(sys.executable).parent / "pacos")
@@ -94,18 +95,25 @@ def test_a_cluster_that_does_not_answer_is_told_within_ten_seconds(small_source:
     assert "Traceback" not in nobody.stderr
 
 
+@pytest.mark.parametrize(
+    ("stop", "told"),
+    [
+        (KeyboardInterrupt(), "stopped; --resume goes on from the newest checkpoint\n"),
+        (Interrupted("stopped after step 5 of 9, which is saved"), "stopped after step 5 of 9, which is saved\n"),
+    ],
+)
 def test_an_interrupted_run_says_how_to_go_on(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    stop: BaseException, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*args: object, **options: object) -> None:
-        raise KeyboardInterrupt
+        raise stop
 
     monkeypatch.setattr("app.commands.train", interrupted)
     monkeypatch.setattr(sys, "argv", ["pacos", "data=somewhere", "output=elsewhere"])
     with pytest.raises(SystemExit) as ended:
         main("train")
     assert ended.value.code == 130
-    assert "--resume goes on" in capsys.readouterr().err
+    assert capsys.readouterr().err == told
 
 
 @pytest.mark.ray

@@ -37,12 +37,20 @@ def _source(name: str) -> str:
     return name if is_hub_name and not Path(name).exists() else _absolute(name)
 
 
+def _storage(name: str) -> str:
+    if name.startswith("file://"):
+        return _absolute(name.removeprefix("file://"))
+    return name if "://" in name else _absolute(name)
+
+
 def _is_data_file(name: str) -> bool:
     return name.removesuffix(".gz").endswith((*DATA_SUFFIXES, ".txt", ".md"))
 
 
 LocalPath = Annotated[str, AfterValidator(_absolute)]
 """A file or folder; a relative one is taken from the directory that the configuration is read in."""
+StorageName = Annotated[str, AfterValidator(_storage)]
+"""A folder, or a URI of an object store."""
 ModelName = Annotated[str, AfterValidator(_absolute_folder)]
 """`embedded`, a folder, or a Hugging Face name."""
 SourceName = Annotated[str, AfterValidator(_source)]

@@ -6,18 +6,42 @@ torch or Ray. A field's docstring is its documentation.
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from app.config.base import AttentionBackend, Config, Fraction, LocalPath, ModelName, Positive, Precision, Seed
+from app.config.base import (
+    AttentionBackend,
+    Config,
+    Fraction,
+    LocalPath,
+    ModelName,
+    Positive,
+    Precision,
+    Seed,
+    StorageName,
+)
 from app.config.methods import LoraConfig, MethodConfig
 from app.config.tracking import RegisteredName, StoreConfig, TrackingConfig
 
 # --- parts shared by several jobs ---------------------------------------------------------------
 
 
-class WorkersConfig(Config):
-    count: Positive = 2
-    """Ray Train worker processes."""
+def _fixed_count(count: object) -> object:
+    if isinstance(count, list | tuple):
+        raise ValueError("this job takes one number of workers; a pair [least, most] is for `pacos train`")
+    return count
+
+
+def _count_or_range(count: object) -> object:
+    numbers = count if isinstance(count, list | tuple) else [count]
+    is_whole = all(isinstance(number, int) and not isinstance(number, bool) and number > 0 for number in numbers)
+    if not is_whole or len(numbers) not in (1, 2) or list(numbers) != sorted(numbers):
+        raise ValueError("give a number of workers from 1, or a pair [least, most]")
+    return tuple(numbers) if len(numbers) == 2 else numbers[0]
+
+
+class WorkerResources(Config):
+    """What each worker of a job takes."""
+
     cpus: Annotated[float, Field(gt=0)] = 1
     """Logical CPUs that each worker reserves on the cluster."""
     gpus: Annotated[float, Field(ge=0)] = 0
@@ -26,9 +50,53 @@ class WorkersConfig(Config):
     """Compute threads of each worker (OMP_NUM_THREADS)."""
 
 
-class TrainingWorkersConfig(WorkersConfig):
+class PricedWorkers(Config):
     price_per_hour: Annotated[float, Field(ge=0)] | None = None
     """Of one worker, in any currency; the run then says what it cost."""
+
+
+class WorkersConfig(WorkerResources):
+    count: Annotated[int, BeforeValidator(_fixed_count), Field(gt=0)] = 2
+    """Worker processes."""
+
+    @property
+    def least(self) -> int:
+        return self.count
+
+    @property
+    def most(self) -> int:
+        return self.count
+
+
+class TrainingWorkersConfig(WorkersConfig, PricedWorkers):
+    """Of training with a fixed number of workers."""
+
+
+class ElasticWorkersConfig(WorkerResources, PricedWorkers):
+    """Of jobs that go on with however many workers the cluster holds."""
+
+    count: Annotated[int | tuple[int, int], BeforeValidator(_count_or_range)] = 2
+    """Ray Train worker processes; `[1, 4]` takes as many as there is room for, and follows the cluster."""
+
+    @property
+    def is_elastic(self) -> bool:
+        return self.least < self.most
+
+    @property
+    def least(self) -> int:
+        return self.count if isinstance(self.count, int) else self.count[0]
+
+    @property
+    def most(self) -> int:
+        return self.count if isinstance(self.count, int) else self.count[1]
+
+    @property
+    def fixed(self) -> WorkersConfig:
+        """For another job beside this one: the least, for which there is room."""
+        return WorkersConfig(count=self.least, cpus=self.cpus, gpus=self.gpus, threads=self.threads)
+
+
+AnyWorkersConfig = WorkersConfig | ElasticWorkersConfig
 
 
 class OptimizerConfig(Config):
@@ -131,13 +199,18 @@ class TrainConfig(Config):
     """Steps between evaluations on held-out records."""
     save_every: Positive = 100
     """Steps between checkpoints; what a crash costs at most."""
-    keep_checkpoints: Positive = 2
+    checkpoints: StorageName | None = None
+    """Folder or URI for checkpoints (s3://, gs://, hdfs://, whatever pyarrow reaches); none keeps them in `output`."""
+    keep_last: Positive = 2
+    """How many of the newest checkpoints are kept."""
+    keep_best: Annotated[int, Field(ge=0)] = 1
+    """How many are kept for their held-out loss, of those whose step `eval_every` has evaluated."""
     max_failures: Annotated[int, Field(ge=0)] = 2
     """How often lost workers are replaced, each time from the last checkpoint."""
     samples: Annotated[int, Field(ge=0)] = 3
     """Held-out prompts that are answered greedily before training and after it, for the report."""
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
-    workers: TrainingWorkersConfig = TrainingWorkersConfig()
+    workers: ElasticWorkersConfig = ElasticWorkersConfig()
     tracking: TrackingConfig = TrackingConfig()
     register_as: RegisteredName | None = None
     """Name in MLflow's model registry under which the finished run's delta becomes the next version."""
@@ -280,6 +353,6 @@ class QuickstartConfig(Config):
     rag_question: str = "How long does the pregnancy of an alpaca last?"
 
 
-def _check_batch(batch_size: int, workers: WorkersConfig) -> None:
-    if batch_size < workers.count:
-        raise ValueError(f"batch_size={batch_size} leaves some of workers.count={workers.count} without a row")
+def _check_batch(batch_size: int, workers: AnyWorkersConfig) -> None:
+    if batch_size < workers.most:
+        raise ValueError(f"batch_size={batch_size} leaves some of workers.count={workers.most} without a row")

@@ -63,6 +63,10 @@ class Feed:
         """Whole batches; which rows are left over changes from epoch to epoch."""
         return sum(rows for _, rows in self.shards) // self.batch_size
 
+    def position(self, step: int) -> dict[str, int]:
+        """Where the data stands after `step` steps: whole epochs, and rows read of all."""
+        return {"epoch": step // self.steps_per_epoch, "rows": step * self.batch_size}
+
     def windows(self, start_step: int = 0) -> Iterator[Window]:
         """The windows from the one that holds `start_step` (from 0) to the last, cut to the steps that are due."""
         per_window = self.window_rows // self.batch_size
@@ -111,13 +115,20 @@ class Feed:
             yield collate(ids, masks, lengths, pad_to=self.pad_to)
             start += count
 
-    def dataset(self, *, start_step: int, workers: int) -> Any:
-        """A Ray Data dataset of the packets from `start_step` on: window after window, a block for each worker."""
+    def dataset(self, *, start_step: int, workers: int, reading_cpus: float = 1) -> Any:
+        """A Ray Data dataset of the packets from `start_step` on: window after window, a block for each worker.
+
+        `reading_cpus` is what each task that reads a window reserves.
+        """
         import ray.data
 
         windows = [{"window": list(window)} for window in self.windows(start_step)]
         dataset = ray.data.from_items(windows, override_num_blocks=len(windows)).map_batches(
-            _read_packets, batch_size=None, batch_format="pyarrow", fn_kwargs={"feed": self, "workers": workers}
+            _read_packets,
+            batch_size=None,
+            batch_format="pyarrow",
+            fn_kwargs={"feed": self, "workers": workers},
+            num_cpus=reading_cpus,
         )
         dataset.context.execution_options.preserve_order = True
         # Blocks are cut at this size, at rows: each packet becomes one, which a worker gets as a whole.

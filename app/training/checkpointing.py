@@ -1,21 +1,25 @@
-"""A training checkpoint: trained weights, AdamW's moments and the step, as safetensors and JSON in one folder.
+"""A training checkpoint: trained weights, the optimizer's moments and where the run stands, as files in one folder.
 
-Frozen weights are not in it (the base is), and nothing in it depends on the number of workers.
+Safetensors and JSON, no pickle. Frozen weights are not in it (the base is), and nothing in it depends on the number of
+workers. Where such folders lie, and which are kept, is `checkpoint_store.py`'s.
 """
 
+import hashlib
 import json
-import shutil
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from app.atomic import replaced_folder
 from app.errors import UserError
 
-_STATE, _WEIGHTS, _MOMENTS = _FILES = ("state.json", "weights.safetensors", "moments.safetensors")
+STATE_FILE, _WEIGHTS, _MOMENTS = CHECKPOINT_FILES = ("state.json", "weights.safetensors", "moments.safetensors")
+"""The state comes last in time: it says the others' sizes and hashes, so where it stands they are whole."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +27,20 @@ class Checkpoint:
     step: int
     weights: dict[str, Tensor]
     moments: dict[str, Tensor]
+    state: Mapping[str, Any] = field(default_factory=dict)
+    """What else `state.json` says; `trainer.py` writes and checks it."""
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Fill `folder`, which exists. Whoever calls this makes the folder appear as a whole."""
+    """Fill `folder`, which exists, down to the disk. Whoever calls this makes the folder appear as a whole."""
     save_file(checkpoint.weights, folder / _WEIGHTS)
     save_file(checkpoint.moments, folder / _MOMENTS)
-    (folder / _STATE).write_text(json.dumps({"step": checkpoint.step}) + "\n")
+    files = {name: _fingerprint(folder / name) for name in (_WEIGHTS, _MOMENTS)}
+    state = {"step": checkpoint.step, **checkpoint.state, "files": files}
+    (folder / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    for name in CHECKPOINT_FILES:  # a rename may reach the disk before the content does
+        with (folder / name).open("rb") as stream:
+            os.fsync(stream.fileno())
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -39,11 +50,15 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         UserError: a file is missing or damaged.
     """
     try:
-        state = json.loads((folder / _STATE).read_text())
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        for name, expected in state["files"].items():
+            if _fingerprint(folder / name) != expected:
+                raise ValueError(f"{name} is not what was written")
         return Checkpoint(
             step=state["step"],
             weights=load_file(folder / _WEIGHTS),
             moments=load_file(folder / _MOMENTS),
+            state={name: value for name, value in state.items() if name not in ("step", "files")},
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(
@@ -51,25 +66,6 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         ) from None
 
 
-def save_step(folder: Path, checkpoint: Checkpoint, *, keep: int) -> None:
-    """Write `folder/step-…` in one rename, then remove all but the newest `keep`."""
-    with replaced_folder(folder / f"step-{checkpoint.step:08d}", contents=_FILES) as staging:
-        write_checkpoint(staging, checkpoint)
-    for old in _complete(folder)[:-keep]:
-        shutil.rmtree(old)
-
-
-def latest_step(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint in `folder`, None where there is none."""
-    complete = _complete(folder)
-    return read_checkpoint(complete[-1]) if complete else None
-
-
-def latest_step_number(folder: Path) -> int:
-    """The step of the newest checkpoint in `folder`, 0 where there is none."""
-    complete = _complete(folder)
-    return int(complete[-1].name.removeprefix("step-")) if complete else 0
-
-
-def _complete(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-*") if (path / _STATE).is_file())
+def _fingerprint(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}

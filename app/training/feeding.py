@@ -1,14 +1,13 @@
 """How Ray Train gets a run's rows to its workers: a feed, split among as many workers as there are this time."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from ray.train import DataConfig
 
 from app.data.batches import Batch
 from app.data.feed import Feed
-from app.training.checkpointing import latest_step_number
+from app.training.checkpoint_store import CheckpointStore
 from app.training.workers import world_size
 
 
@@ -17,13 +16,19 @@ class FeedConfig(DataConfig):
 
     name = "train"
 
-    def __init__(self, feed: Feed, *, checkpoints: Path) -> None:
+    def __init__(self, feed: Feed, *, checkpoints: CheckpointStore, is_elastic: bool) -> None:
         super().__init__()
         self.feed = feed
         self.checkpoints = checkpoints
+        self.is_elastic = is_elastic
 
     def configure(self, datasets: dict[str, Any], world_size: int, *args: Any, **options: Any) -> list[dict[str, Any]]:
-        dataset = self.feed.dataset(start_step=latest_step_number(self.checkpoints), workers=world_size)
+        dataset = self.feed.dataset(
+            start_step=self.checkpoints.latest_step(),
+            workers=world_size,
+            # An elastic worker group takes every CPU that there is; reading must not wait for one.
+            reading_cpus=0 if self.is_elastic else 1,
+        )
         # Each packet is one row and goes to the worker with the fewest so far: of every window, each worker gets one.
         return [{self.name: split} for split in dataset.streaming_split(world_size, equal=True)]
 

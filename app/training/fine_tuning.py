@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from app.assets import model_folder
-from app.atomic import replaced_folder
+from app.atomic import replaced_folder, told_if_unwritable
 from app.config.methods import name_of
 from app.config.schema import TrainConfig
 from app.data.batches import Batch, batches_by_length
@@ -24,7 +24,7 @@ from app.data.shards import COLUMNS, Manifest, read_manifest
 from app.data.tokenization import TOKENIZER_FILES, copy_tokenizer
 from app.errors import UserError
 from app.methods import apply_method, without_training_parts
-from app.methods.delta import DELTA_FILES, Delta, write_delta
+from app.methods.delta import DELTA_FILES, Delta, load_trained, write_delta
 from app.methods.description import describe
 from app.models.checkpoints import (
     MODEL_FILES,
@@ -38,11 +38,13 @@ from app.models.checkpoints import (
 from app.models.decoder import Decoder
 from app.tracking.run import check_tracking
 from app.training import loop
+from app.training.checkpoint_store import CheckpointStore
 from app.training.compatibility import check_fits
 from app.training.deepspeed import DeepSpeedOptimizer
 from app.training.loop import Metrics
 from app.training.optimizer import trained_parameters
 from app.training.recording import log_warning, recorded
+from app.training.run_lock import locked
 from app.training.run_log import RunLog
 from app.training.samples import sample_after, sample_before
 from app.training.trainer import check_attention, run_on_workers, train_on_worker
@@ -64,8 +66,8 @@ class Job:
         return self.feed.total_steps
 
     @property
-    def checkpoints(self) -> Path:
-        return Path(self.config.output) / "checkpoints"
+    def checkpoints(self) -> CheckpointStore:
+        return CheckpointStore(self.config.checkpoints or Path(self.config.output) / "checkpoints")
 
     @property
     def result(self) -> Path:
@@ -112,23 +114,35 @@ def fine_tune(
     `warn` is told what went wrong beside the training, which goes on.
 
     Raises:
-        UserError: the output folder holds a run and `resume` is false, or none that can be resumed; or MLflow does not
-            answer.
+        UserError: the output folder holds a run and `resume` is false, or none that can be resumed, or one that runs;
+            or MLflow does not answer.
+        Interrupted: a signal came; the step that ran then is saved.
     """
     from app.training.feeding import FeedConfig
 
     config, output = job.config, Path(job.config.output)
     inputs = f"{job.manifest.content_hash()} {weights_hash(model_folder(config.model))}"
     title = f"{name_of(config.method)} on {config.model}"
-    with recorded(config, inputs=inputs, resume=resume, title=title, on_metrics=on_metrics, warn=warn) as recording:
+    with (
+        locked(output),
+        recorded(
+            config,
+            inputs=inputs,
+            checkpoints=job.checkpoints,
+            resume=resume,
+            title=title,
+            on_metrics=on_metrics,
+            warn=warn,
+        ) as recording,
+    ):
         run_on_workers(
             _worker,
-            {"job": job},
+            {"job": job, "inputs": inputs},
             workers=config.workers,
             output=output,
             max_failures=config.max_failures,
             on_metrics=recording.add,
-            feeding=FeedConfig(job.feed, checkpoints=job.checkpoints),
+            feeding=FeedConfig(job.feed, checkpoints=job.checkpoints, is_elastic=config.workers.is_elastic),
         )
         delta = None if config.method.type == "full" else job.result
         return recording.finish(_figures(job, recording.log), delta=delta, register_as=config.register_as)
@@ -189,14 +203,18 @@ def _worker(payload: dict[str, Any]) -> None:
             resume=checkpoint,
         ),
         checkpoints=job.checkpoints,
-        keep_checkpoints=config.keep_checkpoints,
+        keep_last=config.keep_last,
+        keep_best=config.keep_best,
+        about=lambda step: {**job.feed.position(step), "seed": config.seed, "inputs": payload["inputs"]},
         batches=lambda start_step: worker_batches(job.feed, start_step=start_step),
         validation=lambda: validation,
-        send=payload["send"],
+        channel=payload["channel"],
     )
     if rank() == 0:
-        sample_after(model, config, job.manifest, folder=folder)
-        _write_result(job, model, metrics)
+        trained = _trained_model(job)
+        sample_after(trained, config, job.manifest, folder=folder)
+        with told_if_unwritable(job.result):
+            _write_result(job, trained, metrics)
 
 
 def _micro_batches(config: TrainConfig) -> int:
@@ -221,10 +239,19 @@ def _validation_batches(job: Job) -> list[Batch]:
     return list(batches_by_length(mine, size=size))
 
 
+def _trained_model(job: Job) -> Decoder:
+    """The model with the weights of the last step's checkpoint: on the workers themselves they may lie in parts."""
+    model = load_decoder(model_folder(job.config.model))
+    apply_method(model, job.config.method)
+    checkpoint = job.checkpoints.latest()
+    assert checkpoint is not None and checkpoint.step == job.total_steps  # the last step is always saved
+    load_trained(model, checkpoint.weights)
+    return model
+
+
 def _write_result(job: Job, model: Decoder, metrics: Metrics) -> None:
     """The trained delta, or the whole model after full fine-tuning, in one rename."""
     config = job.config
-    model.to("cpu")
     if config.method.type == "full":
         with replaced_folder(job.result, contents=(*MODEL_FILES, *TOKENIZER_FILES, PROVENANCE_FILE)) as staging:
             save_decoder(staging, model)

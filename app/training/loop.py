@@ -57,16 +57,20 @@ def run(
     validation: Callable[[], Iterable[Batch]],
     report: Callable[[Metrics], None],
     save: Callable[[int, Metrics], None],
-) -> None:
-    """Train from `start_step` to `plan.total_steps`.
+    should_stop: Callable[[], bool] = lambda: False,
+    loss_scale: float | None = None,
+) -> int:
+    """Train from `start_step` to `plan.total_steps`; returns the last step made.
 
     `batches` yields this worker's part of the steps from `start_step` on; every worker must get as many. `report`
-    and `save` are called on every worker, `save(step, metrics)` with the metrics of that step.
+    and `save` are called on every worker, `save(step, metrics)` with the metrics of that step. Where `should_stop()` is
+    true on any worker, all save the step that runs and stop. fp16 starts with
+    `loss_scale`.
     """
     device = next(model.parameters()).device
     model.train()
     precision = resolve_precision(plan.precision, device)
-    scale = LossScale() if precision == "fp16" else None
+    scale = LossScale(loss_scale or LossScale.START) if precision == "fp16" else None
     kernels = {
         "attention": training_attention(model, device=device, precision=precision, is_packed=plan.is_packed),
         "cross_entropy": cross_entropy.version_on(device),
@@ -85,7 +89,7 @@ def run(
         token_count, num_tokens = sum_over_workers(batch.loss_tokens, batch.num_tokens, device=device)
         factor = scale.value if scale else 1.0
         nll = _backward(model, optimizer, batch.to(device), plan=plan, token_count=token_count, scale=factor)
-        (nll_sum,) = sum_over_workers(nll, device=device)
+        nll_sum, num_stopping = sum_over_workers(nll, float(should_stop()), device=device)
         _check_finite(nll_sum, "loss", step)
         gradient_norm = optimizer.step(rate, scale=factor)
         metrics: Metrics = {
@@ -105,8 +109,11 @@ def run(
         if plan.is_due(step, plan.eval_every):
             metrics |= evaluate(model, validation(), precision=plan.precision)
         report(metrics)
-        if plan.is_due(step, plan.save_every):
+        if num_stopping or plan.is_due(step, plan.save_every):
             save(step, metrics)
+        if num_stopping:
+            return step
+    return plan.total_steps
 
 
 def _backward(

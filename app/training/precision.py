@@ -54,9 +54,9 @@ class LossScale:
     It is doubled after `GROWTH_STEPS` steps without an overflow, and halved at one, whose step is left out.
     """
 
-    GROWTH_STEPS = 2000
+    START, GROWTH_STEPS = 2.0**16, 2000
 
-    def __init__(self, value: float = 2.0**16) -> None:
+    def __init__(self, value: float = START) -> None:
         self.value = value
         self._steps = 0
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from app.atomic import replaced_folder
+from app.atomic import replaced_folder, told_if_unwritable
 from app.config.schema import PretrainConfig
 from app.data.batches import Batch
 from app.data.corpus import TokenStream, read_documents, split_documents
@@ -26,9 +26,11 @@ from app.data.tokenization import TOKENIZER_FILES, Tokenizer, save_tokenizer, tr
 from app.models.checkpoints import MODEL_FILES, save_decoder
 from app.models.decoder import Decoder, DecoderConfig
 from app.tracking.run import check_tracking
+from app.training.checkpoint_store import CheckpointStore
 from app.training.loop import Metrics, Plan
 from app.training.muon import MuonOptimizer
 from app.training.recording import log_warning, recorded
+from app.training.run_lock import locked
 from app.training.trainer import check_attention, run_on_workers, train_on_worker
 from app.training.workers import rank, world_size
 
@@ -58,16 +60,29 @@ def pretrain(
     `warn` is told what went wrong beside the training, which goes on.
 
     Raises:
-        UserError: a source cannot be read, the output folder's state does not fit `resume`, or MLflow does not answer.
+        UserError: a source cannot be read, or the output folder's state does not fit `resume`, or a run holds it, or
+            MLflow does not answer.
+        Interrupted: a signal came; the step that ran then is saved.
     """
     check_sources(config)
     output = Path(config.output)
     inputs = "".join(hashlib.sha256(Path(source).read_bytes()).hexdigest() for source in config.sources)
     title = f"pretraining, {config.num_layers} layers of width {config.width}"
-    with recorded(config, inputs=inputs, resume=resume, title=title, on_metrics=on_metrics, warn=warn) as recording:
+    with (
+        locked(output),
+        recorded(
+            config,
+            inputs=inputs,
+            checkpoints=_checkpoints(config),
+            resume=resume,
+            title=title,
+            on_metrics=on_metrics,
+            warn=warn,
+        ) as recording,
+    ):
         run_on_workers(
             _worker,
-            {"config": config},
+            {"config": config, "inputs": inputs},
             workers=config.workers,
             output=output,
             max_failures=2,
@@ -100,6 +115,8 @@ def _worker(payload: dict[str, Any]) -> None:
     output = Path(config.output)
 
     def keep_if_best(metrics: Metrics) -> None:
+        if "eval_loss" not in metrics:  # saved because of Ctrl-C
+            return
         file = output / "model" / _FIGURES
         best = json.loads(file.read_text())["eval_loss"] if file.exists() else math.inf
         if metrics["eval_loss"] < best:
@@ -109,13 +126,27 @@ def _worker(payload: dict[str, Any]) -> None:
         model,
         plan=plan(config),
         make_optimizer=lambda model, checkpoint: MuonOptimizer(model, config.optimizer, resume=checkpoint),
-        checkpoints=output / "checkpoints",
-        keep_checkpoints=1,
+        checkpoints=_checkpoints(config),
+        keep_last=1,
+        about=lambda step: {**_position(corpus, config, step), "seed": config.seed, "inputs": payload["inputs"]},
         batches=lambda start_step: training_batches(corpus, config, start_step=start_step),
         validation=lambda: validation_batches(corpus, config),
-        send=payload["send"],
+        channel=payload["channel"],
         on_save=keep_if_best,
     )
+
+
+def _checkpoints(config: PretrainConfig) -> CheckpointStore:
+    return CheckpointStore(Path(config.output) / "checkpoints")
+
+
+def _position(corpus: Corpus, config: PretrainConfig, step: int) -> dict[str, int]:
+    """Where the data stands after `step` steps: whole epochs, and rows read of all."""
+    return {"epoch": step // _steps_per_epoch(corpus, config), "rows": step * config.batch_size}
+
+
+def _steps_per_epoch(corpus: Corpus, config: PretrainConfig) -> int:
+    return max(1, corpus.train.rows_per_epoch // config.batch_size)
 
 
 def write_model(folder: Path, model: Decoder, corpus: Corpus, metrics: Metrics) -> None:
@@ -127,7 +158,8 @@ def write_model(folder: Path, model: Decoder, corpus: Corpus, metrics: Metrics) 
         "train_tokens": corpus.train.num_tokens,
         "validation_tokens": corpus.validation.num_tokens,
     }
-    with replaced_folder(folder, contents=(_FIGURES, *MODEL_FILES, *TOKENIZER_FILES)) as staging:
+    contents = (_FIGURES, *MODEL_FILES, *TOKENIZER_FILES)
+    with told_if_unwritable(folder), replaced_folder(folder, contents=contents) as staging:
         save_decoder(staging, model, dtype=torch.bfloat16)
         save_tokenizer(corpus.tokenizer, staging)
         (staging / _FIGURES).write_text(json.dumps(figures, indent=2) + "\n")
@@ -185,7 +217,7 @@ def plan(config: PretrainConfig) -> Plan:
 def training_batches(corpus: Corpus, config: PretrainConfig, *, start_step: int) -> Iterator[Batch]:
     """This worker's rows of every step from `start_step` on, epoch after epoch."""
     stream, step = corpus.train, start_step
-    steps_per_epoch = max(1, stream.rows_per_epoch // config.batch_size)
+    steps_per_epoch = _steps_per_epoch(corpus, config)
     while True:
         epoch, first = divmod(step, steps_per_epoch)
         rows = stream.epoch(epoch, seed=config.seed)

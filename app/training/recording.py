@@ -15,6 +15,7 @@ from app.atomic import write_text
 from app.config.schema import PretrainConfig, TrainConfig
 from app.tracking.registry import register
 from app.tracking.run import TrackedRun, Warn, flattened, open_tracker, tracked_run
+from app.training.checkpoint_store import CheckpointStore
 from app.training.cost import WorkerHours
 from app.training.loop import Metrics
 from app.training.report import Report, write_report
@@ -34,6 +35,7 @@ def recorded(
     config: TrainConfig | PretrainConfig,
     *,
     inputs: str,
+    checkpoints: CheckpointStore,
     resume: bool,
     title: str,
     on_metrics: OnMetrics,
@@ -46,9 +48,9 @@ def recorded(
     """
     output = Path(config.output)
     tracker = open_tracker(config.tracking, output=config.output)  # first: it may fail, and then no folder is begun
-    log = RunLog(output, start_step=open_run(config, inputs=inputs, resume=resume))
+    log = RunLog(output, start_step=open_run(config, inputs=inputs, checkpoints=checkpoints, resume=resume))
     workers = config.workers
-    hours = WorkerHours(output, workers=workers.count, price_per_hour=workers.price_per_hour, resume=resume)
+    hours = WorkerHours(output, workers=workers.least, price_per_hour=workers.price_per_hour, resume=resume)
     name = config.tracking.run_name or output.name
     settings = config.model_dump(mode="json")
     try:

@@ -7,14 +7,17 @@ from typing import Any
 from app.atomic import write_text
 from app.config.base import Config
 from app.errors import UserError
-from app.training.checkpointing import latest_step
+from app.training.checkpoint_store import CheckpointStore
 from app.training.loop import Metrics
+from app.training.run_lock import LOCK_FILE
 
 _MAY_CHANGE = {
     "workers",
     "deepspeed",
     "max_failures",
-    "keep_checkpoints",
+    "checkpoints",
+    "keep_last",
+    "keep_best",
     "output",
     "micro_batch_size",
     "gradient_checkpointing",
@@ -26,13 +29,14 @@ _MAY_CHANGE = {
 what it computes."""
 
 
-def open_run(config: Config, *, inputs: str, resume: bool) -> int:
+def open_run(config: Config, *, inputs: str, checkpoints: CheckpointStore, resume: bool) -> int:
     """Create `config.output` for a new run, or check that it holds this run; returns the step to go on from.
 
     `inputs` is a hash of what the run reads: a path may be the same when what lies there is not.
 
     Raises:
-        UserError: the folder holds a run and `resume` is false; or true, and it holds none, or another one.
+        UserError: the folder or `checkpoints` holds a run and `resume` is false; or true, and it holds none, or
+            another one; or one of them cannot be reached.
     """
     resolved = config.model_dump(mode="json")
     output = Path(resolved["output"])
@@ -40,20 +44,37 @@ def open_run(config: Config, *, inputs: str, resume: bool) -> int:
     if resume:
         if not stored.exists():
             raise UserError(f"output={str(output)!r} holds no run to resume; leave --resume out to start one")
-        # read as a configuration, so that a setting that came later counts at its default
-        before = type(config).model_validate(json.loads(stored.read_text()))
-        _refuse_changes(before.model_dump(mode="json"), resolved)
+        before = _stored_settings(type(config), stored)
+        _refuse_changes(before, resolved)
         if stored_inputs.read_text().strip() != inputs:
             raise UserError(
                 f"the data or the model that the run in {str(output)!r} reads has changed since it was started"
             )
-        checkpoint = latest_step(output / "checkpoints")
-        return checkpoint.step if checkpoint else 0
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        step = checkpoints.latest_step()
+        if not step and before.get("checkpoints") != resolved.get("checkpoints"):
+            raise UserError(
+                f"checkpoints={checkpoints.place!r} holds no checkpoint; the run's were elsewhere, move them"
+            )
+        return step
+    if output.exists() and (not output.is_dir() or any(entry.name != LOCK_FILE for entry in output.iterdir())):
         raise UserError(f"output={str(output)!r} is not empty; pass --resume to go on, or name another folder")
+    if step := checkpoints.latest_step():
+        raise UserError(
+            f"checkpoints={checkpoints.place!r} holds step {step} of another run; name a place for this one alone"
+        )
     write_text(stored_inputs, inputs + "\n")
     write_text(stored, json.dumps(resolved, indent=2) + "\n")
     return 0
+
+
+def _stored_settings(kind: type[Config], file: Path) -> dict[str, Any]:
+    """Read as a configuration, so that a setting that came later counts at its default."""
+    try:
+        return kind.model_validate(json.loads(file.read_text())).model_dump(mode="json")
+    except ValueError as error:
+        raise UserError(
+            f"{str(file)!r} cannot be read ({error}); was the run started by another version? Start it anew"
+        ) from None
 
 
 def _refuse_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -74,12 +95,19 @@ class RunLog:
         self._rewrite()
 
     def add(self, metrics: Metrics) -> None:
+        """
+        Raises:
+            UserError: the file cannot be written.
+        """
         if self.rows and metrics["step"] <= self.rows[-1]["step"]:
             self.rows = [row for row in self.rows if row["step"] < metrics["step"]]
             self._rewrite()
         self.rows.append(metrics)
-        with self._file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(metrics) + "\n")
+        try:
+            with self._file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(metrics) + "\n")
+        except OSError as error:
+            raise UserError(f"{str(self._file)!r} cannot be written: {error.strerror}") from None
 
     def last(self, key: str) -> Any:
         """The newest value of `key`."""

@@ -1,40 +1,46 @@
 """The loop on a Ray Train worker group, with its metrics streamed back to the driver.
 
 Used by fine-tuning and by pretraining: `run_on_workers` in the driver, `train_on_worker` in each worker. Failure
-handling is Ray's: lost workers are replaced and the function starts again from its newest checkpoint.
+handling is Ray's: lost workers are replaced and the function starts again from its newest checkpoint. What no new
+attempt would mend ends the run: a mistake of the user's, a loss that diverges, Ctrl-C.
 """
 
 import os
-import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from app import console
 from app.config.base import Precision
-from app.config.schema import WorkersConfig
+from app.config.schema import AnyWorkersConfig, WorkerResources
 from app.data.batches import Batch
-from app.errors import UserError
+from app.errors import Interrupted, UserError
 from app.methods.delta import load_trained
 from app.models.decoder import Decoder
 from app.ray_cluster import thread_environment
 from app.training import loop
-from app.training.checkpointing import Checkpoint, latest_step, save_step
+from app.training.checkpoint_store import CheckpointStore
+from app.training.checkpointing import Checkpoint
+from app.training.interruption import Stopped, interruptible
 from app.training.loop import Metrics
 from app.training.optimizer import Optimizer
-from app.training.precision import resolve_precision
+from app.training.precision import resolve_precision, store_frozen
+from app.training.run_lock import lock_text
 from app.training.workers import rank, sum_over_workers, world_size
 
 WorkerFunction = Callable[[dict[str, Any]], None]
+SEEN_WITHIN_S = 5.0
+"""A shared file system may show a new file to other nodes a little later."""
 
 
-def check_attention(model: Decoder, *, workers: WorkersConfig, precision: Precision, is_packed: bool) -> None:
+def check_attention(model: Decoder, *, workers: AnyWorkersConfig, precision: Precision, is_packed: bool) -> None:
     """Try the attention kernel before any worker starts; on GPUs only a worker can tell.
 
     Raises:
@@ -50,30 +56,34 @@ def run_on_workers(
     function: WorkerFunction,
     payload: dict[str, Any],
     *,
-    workers: WorkersConfig,
+    workers: AnyWorkersConfig,
     output: Path,
     max_failures: int,
     on_metrics: Callable[[Metrics], None],
     feeding: Any = None,
 ) -> None:
-    """Run `function({**payload, "send": …})` on every worker until all return.
+    """Run `function({**payload, "channel": …})` on every worker until all return.
 
-    The function sends metrics with `payload["send"](metrics)`; `on_metrics` gets them here, in order. `feeding` is a
-    `FeedConfig`, for workers that read `worker_batches`.
+    The function sends metrics through the channel; `on_metrics` gets them here, in order. `feeding` is a `FeedConfig`,
+    for workers that read `worker_batches`. `output`'s lock is held.
 
     Raises:
         UserError: a worker failed for a reason that the user can mend.
+        Interrupted: a signal came, and the workers have saved.
+        KeyboardInterrupt: a second one came.
         TrainingFailedError: workers failed for another reason, more than `max_failures` times.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.util.queue import Queue
+
+    from app.training.channel import Channel
+    from app.training.ending import EndRun
 
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # else the dashboard's Train tab stays empty
-    queue = Queue(actor_options={"num_cpus": 0})
+    channel = Channel()
     trainer = TorchTrainer(
-        _without_retrying_divergence(function),
-        train_loop_config={**payload, "send": queue.put},
+        _on_shared_storage(function),
+        train_loop_config={**payload, "channel": channel, "output": output, "lock": lock_text(output)},
         torch_config=TorchConfig(backend="nccl" if workers.gpus else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=workers.count,
@@ -86,46 +96,89 @@ def run_on_workers(
             storage_path=str(output / "ray"),
             failure_config=FailureConfig(max_failures=max_failures),
             worker_runtime_env={"env_vars": _worker_environment(workers)},
+            callbacks=[EndRun(channel)],
         ),
         datasets={feeding.name: feeding.feed} if feeding else None,
         dataset_config=feeding,
     )
     try:
-        with _draining(queue, on_metrics), _interrupt_handler_kept():
-            trainer.fit()
-    except SystemExit:  # how Ray Train ends a run after Ctrl-C
-        raise KeyboardInterrupt from None
+        _fit(trainer, channel, on_metrics)
     except Exception as error:
-        mistake = _user_mistake(error)
-        if mistake is None:
+        ending = _ending(error, output)
+        if ending is None:
             raise
-        raise mistake from None
+        raise ending from None
     finally:
-        queue.shutdown()
+        channel.close()
 
 
-@contextmanager
-def _interrupt_handler_kept() -> Iterator[None]:
-    """Ray Train takes Ctrl-C over, to abort the run, and never gives it back."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.getsignal(signal.SIGINT)
+def _fit(trainer: Any, channel: Any, on_metrics: Callable[[Metrics], None]) -> None:
+    """`trainer.fit()`, metrics handed on meanwhile.
+
+    In a thread of its own, where Ray Train leaves signals alone: it would end the run without a checkpoint. Where
+    `on_metrics` fails, as it does on a full disk, the run is stopped, and the failure raised.
+    """
+    fit_errors: list[Exception] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except Exception as error:
+            fit_errors.append(error)
+
+    thread = threading.Thread(target=fit, name="fit", daemon=True)
+    failure: Exception | None = None
+    is_running, has_asked = True, False
+    with interruptible(lambda: console.say("stopping after this step; Ctrl-C again ends at once")) as is_interrupted:
+        thread.start()
+        while is_running:
+            thread.join(0.2)
+            is_running = thread.is_alive()
+            failure = failure or _hand_on(channel, on_metrics)
+            if not has_asked and (failure or is_interrupted()):
+                channel.ask_to_stop()
+                has_asked = True
+    for error in filter(None, (failure, *fit_errors)):
+        raise error
+
+
+def _ending(error: Exception, output: Path) -> BaseException | None:
+    """What Ray Train's `error` means to the user, where it is no fault of ours."""
+    cause = getattr(error, "controller_failure", None)
+    if isinstance(cause, Stopped):
+        return Interrupted(
+            f"stopped after step {cause.step} of {cause.total_steps}, which is saved; --resume goes on from there"
+        )
+    if isinstance(cause, UserError | FloatingPointError):
+        return UserError(str(cause))
+    if isinstance(cause, OSError):
+        return UserError(f"{str(output / 'ray')!r}: Ray Train's own records cannot be written: {cause}")
+    return None
+
+
+def _hand_on(channel: Any, on_metrics: Callable[[Metrics], None]) -> Exception | None:
+    """Give what was sent to `on_metrics`; returns what it raised."""
     try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
+        for metrics in channel.take():
+            on_metrics(metrics)
+    except Exception as error:
+        return error
+    return None
 
 
-def _without_retrying_divergence(function: WorkerFunction) -> WorkerFunction:
-    """`function`, ending quietly where the loss diverges, which it does on every worker: Ray would retry an error."""
+def _on_shared_storage(function: WorkerFunction) -> WorkerFunction:
+    """`function`, on workers that see the folder whose lock the driver holds."""
 
     def run(payload: dict[str, Any]) -> None:
-        try:
-            function(payload)
-        except FloatingPointError as error:
-            if rank() == 0:
-                payload["send"](error)
+        deadline = time.monotonic() + SEEN_WITHIN_S
+        while lock_text(payload["output"]) != payload["lock"]:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"a worker on {socket.gethostname()} does not see the run in output={str(payload['output'])!r}; "
+                    "output must lie on storage that all nodes share"
+                )
+            time.sleep(0.5)
+        function(payload)
 
     return run
 
@@ -135,11 +188,13 @@ def train_on_worker(
     *,
     plan: loop.Plan,
     make_optimizer: Callable[[Decoder, Checkpoint | None], Optimizer],
-    checkpoints: Path,
-    keep_checkpoints: int,
+    checkpoints: CheckpointStore,
+    keep_last: int,
+    keep_best: int = 0,
+    about: Callable[[int], Mapping[str, Any]],
     batches: Callable[[int], Iterator[Batch]],
     validation: Callable[[], Iterable[Batch]],
-    send: Callable[[Metrics], None],
+    channel: Any,
     on_save: Callable[[Metrics], None] = lambda metrics: None,
 ) -> Metrics:
     """Train `model`'s trainable weights from the newest checkpoint, if any, to the plan's end; ends on the device.
@@ -147,34 +202,44 @@ def train_on_worker(
     Returns the metrics of the last step, none where the checkpoint was of the last step already.
 
     `make_optimizer(model, checkpoint)` is called with the model on its device;
-    `batches(start_step)` yields this worker's batches. Only rank 0 sends metrics, writes checkpoints, and then calls
-    `on_save`.
+    `batches(start_step)` yields this worker's batches. `about(step)` is what identifies the run and its place in the
+    data after that step: it is written into the checkpoint, and one that says something else is refused. Only rank 0
+    sends metrics through `channel`, writes checkpoints, and then calls `on_save`.
+
+    Raises:
+        Stopped: the driver asked to stop; the last step is saved.
+        UserError: a checkpoint cannot be read or written, or is of another run.
     """
     import ray.train.torch
 
-    checkpoint = latest_step(checkpoints)
+    should_stop = channel.watch()
+    checkpoint = checkpoints.latest()
     if checkpoint is not None:
+        _check_continues(checkpoint, about(checkpoint.step), place=checkpoints.place)
         load_trained(model, checkpoint.weights)
     model.to(ray.train.torch.get_device())
+    store_frozen(model, plan.precision)
     optimizer = make_optimizer(model, checkpoint)
     start_step = checkpoint.step if checkpoint else 0
-    _check_agreed(start_step, checkpoints)
+    _check_agreed(start_step, checkpoints.place)
     saved: Metrics = {}
 
     def report(metrics: Metrics) -> None:
         of_all = worker_memory() if "eval_loss" in metrics else {}  # collective, and evaluations are on all workers
         if rank() == 0:
-            send({**metrics, **of_all, "workers": world_size(), "peak_worker_bytes": peak_memory_bytes()})
+            channel.send({**metrics, **of_all, "workers": world_size(), "peak_worker_bytes": peak_memory_bytes()})
 
     def save(step: int, metrics: Metrics) -> None:
-        state = Checkpoint(step, optimizer.weights(), optimizer.moments())  # collective
+        figures = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
+        state = {**about(step), "workers": world_size(), "metrics": figures}
+        made = Checkpoint(step, optimizer.weights(), optimizer.moments(), state)  # collective
         saved.update(metrics)
         if rank() == 0:
-            save_step(checkpoints, state, keep=keep_checkpoints)
+            checkpoints.save(made, keep_last=keep_last, keep_best=keep_best)
             on_save(metrics)
-        ray.train.report({key: value for key, value in metrics.items() if isinstance(value, (int, float))})
+        ray.train.report(figures)
 
-    loop.run(
+    last_step = loop.run(
         model,
         optimizer,
         plan=plan,
@@ -183,18 +248,31 @@ def train_on_worker(
         validation=validation,
         report=report,
         save=save,
+        should_stop=should_stop,
+        loss_scale=checkpoint.state["metrics"].get("loss_scale") if checkpoint else None,
     )
+    if last_step < plan.total_steps:
+        raise Stopped(last_step, plan.total_steps)
     return saved
 
 
-def _check_agreed(start_step: int, checkpoints: Path) -> None:
+def _check_continues(checkpoint: Checkpoint, expected: Mapping[str, Any], *, place: str) -> None:
+    """Refuse a checkpoint that is not of this run, or stands elsewhere in its data."""
+    for name, value in expected.items():
+        if checkpoint.state.get(name) != value:
+            raise UserError(
+                f"the checkpoint of step {checkpoint.step} in {place!r} is of another run: its {name} is "
+                f"{checkpoint.state.get(name)!r}, here {value!r}"
+            )
+
+
+def _check_agreed(start_step: int, place: str) -> None:
     """Refuse to start where workers found different checkpoints, as they do without shared storage."""
     device = torch.device("cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu")
     (total,) = sum_over_workers(start_step, device=device)
     if total != start_step * world_size():
         raise UserError(
-            f"the workers do not see the same checkpoints in {str(checkpoints)!r}; output must lie on storage that all "
-            "nodes share"
+            f"the workers do not see the same checkpoints in {place!r}; it must lie on storage that all nodes share"
         )
 
 
@@ -220,7 +298,7 @@ def worker_memory() -> dict[str, list[float]]:
     return memory
 
 
-def _worker_environment(workers: WorkersConfig) -> dict[str, str]:
+def _worker_environment(workers: WorkerResources) -> dict[str, str]:
     environment = {
         **thread_environment(workers),
         "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin take the cores that other workers need
@@ -228,46 +306,3 @@ def _worker_environment(workers: WorkersConfig) -> dict[str, str]:
     if not workers.gpus:
         environment["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed guesses from what is installed
     return environment
-
-
-@contextmanager
-def _draining(queue: Any, on_metrics: Callable[[Metrics], None]) -> Iterator[None]:
-    """Hand the queue's items to `on_metrics` from a thread of its own; on leaving, what is still in it.
-
-    Raises on leaving what a worker sent as an exception, or what `on_metrics` raised.
-    """
-    finished = threading.Event()
-    failures: list[Exception] = []
-
-    def drain() -> None:
-        while not failures:
-            was_finished = finished.is_set()
-            try:
-                for item in queue.get_nowait_batch(queue.size()):
-                    if isinstance(item, Exception):
-                        raise item
-                    on_metrics(item)
-            except Exception as error:
-                failures.append(error)
-            if was_finished:
-                return
-            time.sleep(0.2)
-
-    thread = threading.Thread(target=drain, name="metrics", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        finished.set()
-        thread.join()
-    if failures:
-        raise failures[0]
-
-
-def _user_mistake(error: Exception) -> UserError | None:
-    """A worker's own error where it is one that the user can mend."""
-    for failure in getattr(error, "worker_failures", {0: error}).values():
-        cause = getattr(failure, "_base_exc", failure)  # Ray Train's wrapper keeps the worker's exception there
-        if isinstance(cause, UserError | FloatingPointError):
-            return UserError(str(cause))
-    return None

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from app.config import AskConfig, PretrainConfig, ServeConfig, TrainConfig, load_config
+from app.config import AskConfig, EvaluateConfig, IndexConfig, PretrainConfig, ServeConfig, TrainConfig, load_config
 from app.errors import UserError
 
 REQUIRED = ["data=d", "output=o"]
@@ -48,6 +48,10 @@ def test_configs_are_frozen() -> None:
         ("method.type=lor", ["method.type='lor'", "'lora'"]),
         ("method=5", ["method=5", "rank"]),
         ("batch_size=1", ["batch_size=1", "leaves some of workers.count=2 without a row"]),
+        ("workers.count=[1,32]", ["batch_size=16", "leaves some of workers.count=32 without a row"]),
+        ("workers.count=[3,2]", ["workers.count=[3, 2]", "a pair [least, most]"]),
+        ("workers.count=[1,2,3]", ["workers.count=[1, 2, 3]", "a pair [least, most]"]),
+        ("workers.count=0", ["workers.count=0", "from 1"]),
         ("precision=fp8", ["precision='fp8'", "'bf16'"]),
         ("seed", ["'seed'", "key=value"]),
         ("data=${nothing}", ["nothing"]),
@@ -58,6 +62,24 @@ def test_configs_are_frozen() -> None:
 def test_a_mistake_is_told_with_key_value_and_remedy(override: str, parts: list[str]) -> None:
     message = explain(override)
     assert all(part in message for part in parts), message
+
+
+def test_workers_are_a_number_or_for_training_a_pair() -> None:
+    workers = load_config(TrainConfig, overrides=[*REQUIRED, "workers.count=[1,4]"]).workers
+    assert (workers.count, workers.least, workers.most, workers.is_elastic) == ((1, 4), 1, 4, True)
+    fixed = load_config(TrainConfig, overrides=[*REQUIRED, "workers.count=3"]).workers
+    assert (fixed.count, fixed.least, fixed.most, fixed.is_elastic) == (3, 3, 3, False)
+    for job in (EvaluateConfig, PretrainConfig, IndexConfig):
+        with pytest.raises(UserError, match=r"workers.count=\[1, 4\]: this job takes one number of workers; a pair"):
+            load_config(job, overrides=["workers.count=[1,4]"])
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [("s3://bucket/run", "s3://bucket/run"), ("file:///tmp/x", "/tmp/x"), ("here", str(Path("here").absolute()))],
+)
+def test_checkpoints_go_to_a_folder_or_a_store(given: str, read: str) -> None:
+    assert load_config(TrainConfig, overrides=[*REQUIRED, f"checkpoints={given}"]).checkpoints == read
 
 
 def test_text_is_taken_as_it_stands() -> None:

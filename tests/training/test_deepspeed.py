@@ -24,7 +24,8 @@ from app.methods import apply_method
 from app.methods.delta import load_trained
 from app.models.checkpoints import load_decoder
 from app.training import deepspeed, loop
-from app.training.checkpointing import Checkpoint, read_checkpoint, save_step
+from app.training.checkpoint_store import CheckpointStore
+from app.training.checkpointing import Checkpoint, read_checkpoint
 from app.training.deepspeed import DeepSpeedOptimizer
 from app.training.optimizer import PlainOptimizer
 from app.training.workers import rank, world_size
@@ -70,7 +71,7 @@ def train(model_folder: Path, method: str, output: Path, *, zero_stage: int | No
     def save(step: int, metrics: loop.Metrics) -> None:
         state = Checkpoint(step, optimizer.weights(), optimizer.moments())
         if rank() == 0:
-            save_step(output, state, keep=2)
+            CheckpointStore(output).save(state, keep_last=2)
 
     loop.run(
         model,

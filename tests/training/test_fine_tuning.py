@@ -1,8 +1,10 @@
 """`pacos train` on the session's Ray cluster: two workers, DeepSpeed, gloo."""
 
 import json
+import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import httpx
@@ -13,15 +15,18 @@ import torch
 from app.config import EvaluateConfig, PrepareConfig, PromoteConfig, TrainConfig, load_config
 from app.data.prepare import prepare
 from app.data.shards import read_manifest
-from app.errors import UserError
+from app.errors import Interrupted, UserError
 from app.methods.delta import apply_delta, read_delta
 from app.models.checkpoints import load_decoder
 from app.ray_cluster import dashboard_url
 from app.tracking.registry import fetch, list_versions, promote
 from app.tracking.store import open_store
+from app.training.checkpointing import CHECKPOINT_FILES, read_checkpoint
 from app.training.evaluate import evaluate
 from app.training.fine_tuning import fine_tune, plan_job
+from app.training.interruption import ONE_WISH_S
 from app.training.loop import Metrics
+from app.training.run_lock import locked
 
 pytestmark = pytest.mark.ray
 
@@ -151,7 +156,7 @@ def test_the_delta_reproduces_the_held_out_loss(unbroken, small_data: Path, tiny
             delta=str(output / "delta"),
             samples=2,
             output=str(output / "evaluation.json"),
-            workers=config(small_data, tiny_model, output).workers,
+            workers=config(small_data, tiny_model, output).workers.fixed,
         )
     )
     assert result.loss == pytest.approx(summary["eval_loss_after"], rel=1e-5)
@@ -160,33 +165,110 @@ def test_the_delta_reproduces_the_held_out_loss(unbroken, small_data: Path, tiny
     assert json.loads((output / "evaluation.json").read_text())["loss"] == result.loss
 
 
-def test_a_killed_worker_is_replaced_and_the_losses_continue(
-    small_data: Path, tiny_model: Path, tmp_path: Path
-) -> None:
+def training_workers() -> list[psutil.Process]:
+    ours = psutil.Process().children(recursive=True)  # never those of another job on this machine
+    return [process for process in ours if "RayTrainWorker" in " ".join(_command_line(process))]
+
+
+def _command_line(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:  # gone since
+        return []
+
+
+def long_config(data: Path, model: Path, output: Path, *overrides: str) -> TrainConfig:
+    return config(data, model, output, "max_steps=80", "epochs=8", "save_every=10", "eval_every=40", *overrides)
+
+
+@pytest.fixture(scope="module")
+def killed(small_data: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Metrics]]:
+    """A run of which a worker was killed, in the middle of a step after the twelfth."""
+    output = tmp_path_factory.mktemp("runs") / "killed"
     seen: list[Metrics] = []
     killed: list[int] = []
 
     def kill_after_step_12(metrics: Metrics) -> None:
         seen.append(metrics)
         if metrics["step"] >= 12 and not killed:
-            ours = psutil.Process().children(recursive=True)  # never those of another job on this machine
-            workers = [process for process in ours if "RayTrainWorker" in " ".join(process.cmdline())]
-            killed.append(workers[0].pid)
-            workers[0].kill()
+            worker = training_workers()[0]
+            killed.append(worker.pid)
+            worker.kill()
 
-    settings = config(small_data, tiny_model, tmp_path / "run", "max_steps=80", "epochs=8", "save_every=10")
-    settings = settings.model_copy(update={"eval_every": 40})
-    fine_tune(plan_job(settings), on_metrics=kill_after_step_12)
-    steps = [row["step"] for row in seen if "loss" in row]
+    fine_tune(plan_job(long_config(small_data, tiny_model, output)), on_metrics=kill_after_step_12)
     assert killed
+    return output, seen
+
+
+def test_a_killed_worker_is_replaced_and_the_losses_continue(killed: tuple[Path, list[Metrics]]) -> None:
+    output, seen = killed
+    steps = [row["step"] for row in seen if "loss" in row]
     assert sorted(set(steps)) == list(range(1, 81))
     again = [step for step in set(steps) if steps.count(step) > 1]
     assert len(again) <= 10, "what a crash costs is at most the steps since the last checkpoint"
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in lines] == list(range(81))
     for step in again:
         first, second = [row["loss"] for row in seen if row["step"] == step]
         assert second == pytest.approx(first, abs=1e-5)
+
+
+def test_ctrl_c_saves_the_step_that_runs_and_the_losses_continue(
+    killed: tuple[Path, list[Metrics]], small_data: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    settings = long_config(small_data, tiny_model, tmp_path / "run", "save_every=80")
+    job, before = plan_job(settings), []
+
+    def interrupt_after_step_5(metrics: Metrics) -> None:
+        before.append(metrics)
+        if metrics["step"] == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Interrupted, match=r"stopped after step \d+ of 80, which is saved; --resume goes on") as stopped:
+        fine_tune(job, on_metrics=interrupt_after_step_5)
+    assert signal.getsignal(signal.SIGINT) is INTERRUPT_HANDLER, "Ctrl-C is ours again"
+    last = max(losses(before))
+    assert f"after step {last} of" in str(stopped.value) and job.checkpoints.steps() == [last]
+    assert not (tmp_path / "run/delta").exists()
+    _, after = train(settings, resume=True)
+    assert list(losses(after)) == list(range(last + 1, 81))
+    whole = losses(killed[1])
+    for step, loss in {**losses(before), **losses(after)}.items():
+        assert loss == pytest.approx(whole[step], abs=1e-4)
+
+
+def test_a_second_ctrl_c_ends_at_once_and_leaves_no_worker(small_data: Path, tiny_model: Path, tmp_path: Path) -> None:
+    def interrupt_twice(metrics: Metrics) -> None:
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(1.2 * ONE_WISH_S)
+        signal.raise_signal(signal.SIGINT)
+
+    job = plan_job(long_config(small_data, tiny_model, tmp_path / "run"))
+    with pytest.raises(KeyboardInterrupt) as ended:
+        fine_tune(job, on_metrics=interrupt_twice)
+    assert not isinstance(ended.value, Interrupted)
+    deadline = time.monotonic() + 60
+    while training_workers():
+        assert time.monotonic() < deadline, "the workers are there still"
+        time.sleep(0.5)
+
+
+def test_checkpoints_hold_trained_weights_and_where_the_run_stands(unbroken) -> None:
+    output, summary, seen = unbroken
+    folders = sorted((output / "checkpoints").iterdir())
+    assert [folder.name for folder in folders] == ["step-00000006", "step-00000008"]
+    for folder, step in zip(folders, (6, 8), strict=True):
+        assert {file.name for file in folder.iterdir()} == set(CHECKPOINT_FILES), "safetensors and JSON, no pickle"
+        trained_bytes = 4 * summary["trained_parameters"]
+        sizes = [(folder / name).stat().st_size for name in ("weights.safetensors", "moments.safetensors")]
+        assert trained_bytes <= sizes[0] <= trained_bytes + 4096, "no frozen weight"
+        assert 2 * trained_bytes <= sizes[1] <= 2 * trained_bytes + 8192
+        checkpoint = read_checkpoint(folder)
+        assert all(tensor.numel() for tensor in (checkpoint.weights | checkpoint.moments).values())
+        (row,) = (row for row in seen if row["step"] == step)
+        state = checkpoint.state
+        assert (state["epoch"], state["rows"], state["seed"], state["workers"]) == (0, 8 * step, 0, 2)
+        assert state["metrics"]["loss"] == row["loss"] and state["metrics"]["learning_rate"] == row["learning_rate"]
 
 
 def test_a_stopped_run_resumes_with_another_number_of_workers_and_zero_stage(
@@ -221,7 +303,10 @@ def test_packed_rows_train_and_another_number_of_workers_sees_the_same_rows(
     assert plan_job(config(data, tiny_model, output)).feed.steps_per_epoch < 6, "it goes through an epoch's end"
     assert unbroken["eval_loss_after"] < unbroken["eval_loss_before"]
     shutil.rmtree(output / "checkpoints/step-00000006")
+    half = tmp_path / "half"
+    shutil.copytree(output, half)
     resumed, again = train(config(data, tiny_model, output, *no_dropout, "workers.count=1"), resume=True)
+    _, of_three = train(config(data, tiny_model, half, *no_dropout, "workers.count=3"), resume=True)
     seen_by_evaluate = evaluate(
         EvaluateConfig(data=str(data), model=str(tiny_model), split="train", samples=3, workers={"cpus": 0.5})
     )
@@ -231,7 +316,33 @@ def test_packed_rows_train_and_another_number_of_workers_sees_the_same_rows(
         assert "Instruction:" not in sample.reference
     for step in (4, 5, 6):
         assert losses(again)[step] == pytest.approx(losses(seen)[step], abs=1e-4)
+        assert losses(of_three)[step] == pytest.approx(losses(seen)[step], abs=1e-4)
     assert resumed["eval_loss_after"] == pytest.approx(unbroken["eval_loss_after"], abs=1e-4)
+
+
+def test_a_store_that_goes_away_ends_the_run_at_once_and_the_run_goes_on_when_it_is_back(
+    s3, small_data: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Rank 0 alone fails, while the other worker waits for it; Ray would start the workers again."""
+    place = f"checkpoints={s3.uri('run')}"
+    settings = long_config(small_data, tiny_model, tmp_path / "run", place, "workers.count=[1,2]")
+    seen: list[Metrics] = []
+
+    def stop_server_after_step_15(metrics: Metrics) -> None:
+        seen.append(metrics)
+        if metrics["step"] == 15:
+            s3.stop()
+
+    job = plan_job(settings)
+    with pytest.raises(UserError, match="cannot be .* in 's3://bucket/run"):
+        fine_tune(job, on_metrics=stop_server_after_step_15)
+    assert len(losses(seen)) == len([row for row in seen if "loss" in row]), "no step came twice"
+    s3.start()
+    kept = job.checkpoints.latest_step()
+    assert kept in (10, 20, 30)
+    _, after = train(settings, resume=True)
+    assert list(losses(after)) == list(range(kept + 1, 81))
+    assert 80 in job.checkpoints.steps() and not (tmp_path / "run/checkpoints").exists()
 
 
 def test_full_fine_tuning_leaves_a_whole_model(small_data: Path, tiny_model: Path, tmp_path: Path) -> None:
@@ -257,6 +368,12 @@ def test_a_run_folder_is_not_overwritten_and_a_resumed_run_not_changed(
 ) -> None:
     with pytest.raises(UserError, match="pass --resume"):
         train(config(small_data, tiny_model, unbroken[0], "samples=2"))
+    with pytest.raises(UserError, match="holds step 8 of another run"):
+        train(config(small_data, tiny_model, tmp_path / "other", f"checkpoints={unbroken[0] / 'checkpoints'}"))
+    with pytest.raises(UserError, match="holds no checkpoint; the run's were elsewhere"):
+        train(config(small_data, tiny_model, unbroken[0], f"checkpoints={tmp_path / 'empty'}"), resume=True)
+    with locked(unbroken[0]), pytest.raises(UserError, match=f"is in use by process {os.getpid()} on"):
+        train(config(small_data, tiny_model, unbroken[0]), resume=True)
     with pytest.raises(UserError, match="no run to resume"):
         train(config(small_data, tiny_model, tmp_path / "new"), resume=True)
     (unbroken[0] / "inputs.sha256").write_text("other\n")

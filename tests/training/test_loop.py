@@ -2,7 +2,9 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+import signal
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,9 @@ from app.methods.delta import load_trained
 from app.models.checkpoints import load_decoder
 from app.models.decoder import Decoder
 from app.training import loop
-from app.training.checkpointing import Checkpoint, latest_step, save_step
+from app.training.checkpoint_store import CheckpointStore
+from app.training.checkpointing import Checkpoint
+from app.training.interruption import ONE_WISH_S, interruptible
 from app.training.loss import masked_nll
 from app.training.muon import MuonOptimizer
 from app.training.optimizer import PlainOptimizer, trained_parameters
@@ -47,14 +51,16 @@ def train(
     steps: int,
     folder: Path | None = None,
     until: int | None = None,
+    signalled_at: int | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
     dropout: float = 0.0,
     precision: Precision = "fp32",
 ) -> tuple[Decoder, list[loop.Metrics]]:
-    """`until` stops early, as a crash would; a folder with checkpoints is gone on from."""
+    """`until` stops early, as a crash would, `signalled_at` as Ctrl-C; a folder with checkpoints is gone on from."""
     model = load_decoder(tiny_model)
     torch.manual_seed(0)
     apply_method(model, LoraConfig(rank=4, dropout=dropout))
-    checkpoint = latest_step(folder) if folder else None
+    checkpoint = CheckpointStore(folder).latest() if folder else None
     if checkpoint:
         load_trained(model, checkpoint.weights)
     optimizer = PlainOptimizer(model, OPTIMIZER, resume=checkpoint)
@@ -65,10 +71,12 @@ def train(
         seen.append(metrics)
         if metrics["step"] == until:
             raise KeyboardInterrupt
+        if metrics["step"] == signalled_at:
+            signal.raise_signal(signal.SIGINT)
 
     def save(step: int, metrics: loop.Metrics) -> None:
         if folder:
-            save_step(folder, Checkpoint(step, optimizer.weights(), optimizer.moments()), keep=2)
+            CheckpointStore(folder).save(Checkpoint(step, optimizer.weights(), optimizer.moments()), keep_last=2)
 
     store_frozen(model, precision)
     plan = loop.Plan(
@@ -84,6 +92,7 @@ def train(
             validation=validation,
             report=report,
             save=save,
+            should_stop=should_stop,
         )
     return model, seen
 
@@ -108,6 +117,32 @@ def test_a_resumed_run_continues_the_unbroken_ones_losses_exactly(tiny_model: Pa
     assert {**losses(before), **losses(after)} == unbroken
 
 
+def test_a_signal_stops_a_plain_run_at_a_saved_step_and_a_resumed_one_goes_on(tiny_model: Path, tmp_path: Path) -> None:
+    unbroken = losses(train(tiny_model, steps=12, dropout=0.3)[1])
+    told: list[str] = []
+    with interruptible(lambda: told.append("once")) as is_interrupted:
+        _, before = train(
+            tiny_model, steps=12, folder=tmp_path, signalled_at=6, should_stop=is_interrupted, dropout=0.3
+        )
+    assert told == ["once"]
+    assert max(losses(before)) == 7 == CheckpointStore(tmp_path).latest_step(), "the step that runs is finished"
+    _, after = train(tiny_model, steps=12, folder=tmp_path, dropout=0.3)
+    assert min(losses(after)) == 8
+    assert {**losses(before), **losses(after)} == unbroken
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_second_signal_ends_at_once_and_the_old_handlers_come_back(number: int) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt), interruptible() as is_interrupted:
+        signal.raise_signal(number)
+        signal.raise_signal(number)  # at once, as `timeout` does: the same wish
+        assert is_interrupted()
+        time.sleep(1.2 * ONE_WISH_S)
+        signal.raise_signal(number)
+    assert signal.getsignal(number) is before
+
+
 def test_only_the_newest_checkpoints_are_kept(tiny_model: Path, tmp_path: Path) -> None:
     train(tiny_model, steps=12, folder=tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000008", "step-00000012"]
@@ -118,7 +153,7 @@ def test_a_checkpoint_that_lacks_a_file_is_told(tiny_model: Path, tmp_path: Path
     train(tiny_model, steps=4, folder=tmp_path)
     (tmp_path / "step-00000004" / file).unlink()
     with pytest.raises(UserError, match="step-00000004' is damaged.*remove that folder"):
-        latest_step(tmp_path)
+        CheckpointStore(tmp_path).latest()
 
 
 def test_evaluation_is_the_token_weighted_mean(tiny_model: Path) -> None:

@@ -1,17 +1,99 @@
+import threading
+from pathlib import Path
+
 import pytest
+from ray.train import ControllerError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
-from ray.train.v2.api.exceptions import WorkerGroupError
 
-from app.errors import UserError
-from app.training.trainer import _user_mistake
-
-
-@pytest.mark.parametrize("mistake", [UserError("model='x': no such folder"), FloatingPointError("the loss is nan")])
-def test_a_workers_error_that_the_user_can_mend_comes_without_ray_around_it(mistake: Exception) -> None:
-    failure = WorkerGroupError("a traceback", {1: UserExceptionWithTraceback(mistake, "a traceback")})
-    assert str(_user_mistake(failure)) == str(mistake)
+from app.atomic import told_if_unwritable
+from app.errors import Interrupted, UserError
+from app.training.ending import EndRun
+from app.training.interruption import Stopped
+from app.training.run_log import RunLog
+from app.training.trainer import _ending, _fit, _on_shared_storage
 
 
-def test_any_other_error_is_not_taken_for_one() -> None:
-    failure = WorkerGroupError("a traceback", {0: UserExceptionWithTraceback(KeyError("bug"), "a traceback")})
-    assert _user_mistake(failure) is None
+class Wire:
+    """A channel whose driver is there."""
+
+    def is_closed(self) -> bool:
+        return False
+
+
+def after_exceptions(*errors: Exception) -> None:
+    wrapped = {rank: UserExceptionWithTraceback(error, "a traceback") for rank, error in enumerate(errors)}
+    EndRun(Wire()).after_exception(None, wrapped)
+
+
+@pytest.mark.parametrize("mistake", [UserError("no such folder"), FloatingPointError("the loss is nan"), Stopped(3, 9)])
+def test_what_no_retry_mends_ends_the_run_whatever_befell_the_other_workers(mistake: Exception) -> None:
+    with pytest.raises(type(mistake)):
+        after_exceptions(RuntimeError("connection closed by peer"), mistake)
+
+
+def test_any_other_error_is_left_to_be_retried() -> None:
+    after_exceptions(KeyError("bug"), RuntimeError("connection closed by peer"))
+
+
+@pytest.mark.parametrize(
+    ("cause", "kind", "part"),
+    [
+        (UserError("no such folder"), UserError, "no such folder"),
+        (FloatingPointError("the loss is nan"), UserError, "the loss is nan"),
+        (OSError(28, "No space left on device"), UserError, "'/run/ray': Ray Train's own records cannot be written"),
+        (Stopped(3, 9), Interrupted, "stopped after step 3 of 9, which is saved"),
+    ],
+)
+def test_the_controllers_error_comes_without_ray_around_it(cause: Exception, kind: type, part: str) -> None:
+    ending = _ending(ControllerError(cause), Path("/run"))
+    assert type(ending) is kind and part in str(ending)
+
+
+def test_an_error_of_another_kind_keeps_its_traceback(tmp_path: Path) -> None:
+    assert _ending(RuntimeError("bug"), tmp_path) is None
+
+
+def test_a_worker_that_does_not_see_the_run_folder_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.training.trainer.SEEN_WITHIN_S", 0)
+    calls = []
+    function = _on_shared_storage(calls.append)
+    with pytest.raises(UserError, match="must lie on storage that all nodes share"):
+        function({"output": tmp_path, "lock": "mine"})
+    (tmp_path / ".lock").write_text("mine")
+    function({"output": tmp_path, "lock": "mine"})
+    assert len(calls) == 1
+
+
+def test_where_metrics_cannot_be_recorded_the_run_is_stopped_and_that_is_told() -> None:
+    class Both:
+        """A channel, and a trainer that goes on until it is asked to stop."""
+
+        def __init__(self) -> None:
+            self.stop = threading.Event()
+            self.ask_to_stop = self.stop.set
+
+        def take(self) -> list[dict]:
+            return [{"step": 1}]
+
+        def fit(self) -> None:
+            assert self.stop.wait(60)
+            raise ControllerError(Stopped(3, 9))
+
+    def record(metrics: dict) -> None:
+        raise UserError("metrics.jsonl cannot be written")
+
+    both = Both()
+    with pytest.raises(UserError, match=r"metrics.jsonl cannot be written"):
+        _fit(both, both, record)
+    assert both.stop.is_set()
+
+
+def test_a_full_disk_under_metrics_or_result_is_told(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, start_step=0)
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"metrics.jsonl' cannot be written: No space left on device"):
+        log.add({"step": 1})
+    full = Path("/dev/full")
+    with pytest.raises(UserError, match="'/dev/full' cannot be written: .*No space left"), told_if_unwritable(full):
+        full.write_text("too much")

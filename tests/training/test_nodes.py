@@ -1,0 +1,121 @@
+"""Clusters of two nodes: one is lost while a run is on it; one does not share the run's folder.
+
+In processes of their own: the session's process has another cluster.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from app.config import TrainConfig, load_config
+from app.errors import UserError
+from app.ray_cluster import connected
+from app.training.fine_tuning import fine_tune, plan_job
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+REPOSITORY = Path(__file__).parent.parent.parent
+STEPS, SAVE_EVERY, LOST_AFTER = 80, 10, 25
+
+
+def in_a_process(function: str, *args: object) -> str:
+    """What the function of this file prints, on a cluster of its own."""
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10"}
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:  # short, for the sockets in it
+        result = subprocess.run(
+            [sys.executable, __file__, function, *map(str, args)],
+            env={**environment, "RAY_TMPDIR": folder},
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_a_run_goes_on_without_a_node_that_was_lost(small_data: Path, tiny_model: Path, tmp_path: Path) -> None:
+    printed = in_a_process("lose_a_node", small_data, tiny_model, tmp_path / "run")
+    seen = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    steps = [row["step"] for row in seen]
+    assert sorted(set(steps)) == list(range(1, STEPS + 1))
+    again = [step for step in set(steps) if steps.count(step) > 1]
+    assert len(again) <= SAVE_EVERY, "what it costs is at most the steps since the last checkpoint"
+    for step in again:
+        first, second = [row["loss"] for row in seen if row["step"] == step]
+        assert second == pytest.approx(first, abs=1e-4), "one worker computes what two did"
+    states = [json.loads(file.read_text()) for file in sorted((tmp_path / "run/checkpoints").glob("*/state.json"))]
+    workers = [state["workers"] for state in states]
+    assert len(workers) == STEPS // SAVE_EVERY and workers == sorted(workers, reverse=True)
+    assert workers[:2] == [2, 2] and workers[-1] == 1
+
+
+def test_a_node_that_does_not_share_the_runs_folder_is_told_at_the_start(
+    small_data: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("this process may not mount a file system of its own")
+    (tmp_path / "runs").mkdir()
+    printed = in_a_process("share_no_storage", small_data, tiny_model, tmp_path / "runs/run")
+    assert "does not see the run in output=" in printed and "storage that all nodes share" in printed
+    assert not (tmp_path / "runs/run/checkpoints").exists()
+
+
+def plan(data: str, model: str, output: str, *overrides: str) -> Any:
+    settings = [
+        f"data={data}", f"model={model}", f"output={output}", f"max_steps={STEPS}", "epochs=8", "batch_size=8",
+        f"save_every={SAVE_EVERY}", "keep_last=9", "eval_every=80", "precision=fp32", "method.dropout=0",
+    ]  # fmt: skip
+    return plan_job(load_config(TrainConfig, overrides=[*settings, *overrides]))
+
+
+def lose_a_node(data: str, model: str, output: str) -> None:
+    """Train on as many workers as there is room for; of two nodes of one CPU, one goes after step `LOST_AFTER`."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    node = cluster.add_node(num_cpus=1)
+
+    def show(metrics: dict) -> None:
+        if "loss" in metrics:
+            print(json.dumps({name: metrics[name] for name in ("step", "loss")}), flush=True)
+        if metrics["step"] >= LOST_AFTER and node in cluster.worker_nodes:
+            cluster.remove_node(node, allow_graceful=False)
+
+    with connected(cluster.address, min_cpus=2):
+        fine_tune(plan(data, model, output, "workers.count=[1,2]"), on_metrics=show)
+    cluster.shutdown()
+
+
+def share_no_storage(data: str, model: str, output: str) -> None:
+    """Train on three workers of two nodes, of which one has another disk where the run lies."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    start = f"{Path(sys.executable).parent / 'ray'} start --address={cluster.address} --num-cpus=2 --block"
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
+        node = subprocess.Popen(
+            ["unshare", "-rm", "sh", "-c", f"mount -t tmpfs none {Path(output).parent} && exec {start}"],
+            env={**os.environ, "RAY_TMPDIR": folder},
+            stdout=subprocess.DEVNULL,
+        )
+        try:
+            with connected(cluster.address):
+                while ray.cluster_resources()["CPU"] < 4:
+                    time.sleep(0.5)
+                fine_tune(plan(data, model, output, "workers.count=3"))
+        except UserError as error:
+            print(error)
+        finally:
+            node.terminate()
+            node.wait(60)
+            cluster.shutdown()
+
+
+if __name__ == "__main__":
+    {"lose_a_node": lose_a_node, "share_no_storage": share_no_storage}[sys.argv[1]](*sys.argv[2:])
