@@ -27,6 +27,9 @@ Address = Annotated[
     typer.Option("--address", metavar="HOST:PORT", help="Running Ray cluster; none starts a local one."),
 ]
 Format = Annotated[str, typer.Option("--format", metavar="NAME", help="Whose format: peft.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Tell memory, steps, tokens and time, from a trial of three steps; train not.")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in `output`.")]
 
 
@@ -56,10 +59,14 @@ def pretrain(
 
 @cli.command()
 def train(
-    overrides: Overrides = None, config: ConfigFile = None, address: Address = None, resume: Resume = False
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    address: Address = None,
+    resume: Resume = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Fine-tune a model on prepared shards."""
-    _run("train", "TrainConfig", overrides, config, address=address, resume=resume)
+    _run("train", "TrainConfig", overrides, config, address=address, resume=resume, dry_run=dry_run)
 
 
 @cli.command()

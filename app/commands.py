@@ -28,8 +28,10 @@ from app.config import (
     TrainConfig,
 )
 from app.config.methods import name_of
+from app.display.dry_run import show_forecast
+from app.display.evaluation import show_evaluations
+from app.display.training import show_pretrained, show_promoted, show_trained, show_versions, training_progress
 from app.ray_cluster import connected, dashboard_url
-from app.training_display import show_pretrained, show_promoted, show_trained, show_versions, training_progress
 
 Address = str | None
 
@@ -60,20 +62,23 @@ def pretrain(config: PretrainConfig, *, address: Address, resume: bool) -> None:
     show_pretrained(config.output, summary)
 
 
-def train(config: TrainConfig, *, address: Address, resume: bool) -> None:
+def train(config: TrainConfig, *, address: Address, resume: bool, dry_run: bool = False) -> None:
     from app.training.fine_tuning import plan_job
 
     job = plan_job(config)  # mistakes in data, model or method are told before Ray starts
+    if dry_run:
+        run_dry(job, resume=resume)
+        return
     with on_ray(address, workers=config.workers):
         run_train(job, resume=resume)
 
 
 def evaluate(config: EvaluateConfig, *, address: Address) -> None:
-    from app.training.evaluate import check_inputs
+    from app.training.evaluate import plan_evaluation
 
-    check_inputs(config)  # mistakes are told before Ray starts
+    plan = plan_evaluation(config)  # mistakes are told before Ray starts
     with on_ray(address, workers=config.workers):
-        run_evaluate(config)
+        run_evaluate(plan)
 
 
 def describe(config: DescribeConfig) -> None:
@@ -297,26 +302,25 @@ def _worker_count(config: TrainConfig) -> str:
     return f"{most} worker{'s' if most > 1 else ''}"
 
 
-def run_evaluate(config: EvaluateConfig) -> Any:
+def run_dry(job: Any, *, resume: bool) -> None:
+    """Tell what `run_train` would need and take."""
+    from app.training.dry_run import dry_run
+
+    with console.console.status("planning") as status:
+        forecast = dry_run(job, resume=resume, progress=status.update)
+    show_forecast(forecast)
+
+
+def run_evaluate(plan: Any) -> None:
+    """Run what `plan_evaluation` planned."""
     from app.training.evaluate import evaluate as run
+    from app.training.evaluate import plot_file
 
     with console.progress("evaluate", unit="records") as advance:
-        result = run(config, progress=advance)
-    console.table(
-        f"{config.model}{' + ' + config.delta if config.delta else ''} on {config.data} ({config.split})",
-        {
-            "records": result.records,
-            "response tokens": result.tokens,
-            "loss (nats per token)": result.loss,
-            "perplexity": result.perplexity,
-            "bits per byte": result.bits_per_byte,
-        },
-    )
-    for sample in result.samples:
-        console.say(f"\n{sample.prompt}", style="dim")
-        console.say(f"answer:    {sample.answer}")
-        console.say(f"reference: {sample.reference}", style="dim")
-    return result
+        results = run(plan, progress=advance)
+    show_evaluations(plan.config, results)
+    if plan.config.output and len(results) > 1:
+        console.say(f"Plot: {plot_file(plan.config)}")
 
 
 def run_index(config: IndexConfig) -> None:

@@ -22,6 +22,7 @@ from app.config import (
 )
 from app.errors import UserError
 from app.serving.launch import check_port_is_free
+from app.training.evaluate import plan_evaluation
 from app.training.fine_tuning import plan_job
 
 _MARKER = "made-by-quickstart.txt"
@@ -40,12 +41,15 @@ def quickstart(config: QuickstartConfig, *, address: str | None) -> None:
         with _stage("Prepare: records to token shards", durations):
             commands.run_prepare(PrepareConfig(source=(config.instructions,), output=str(data), model=training.model))
         with _stage("Evaluate the base model", durations):
-            before = EvaluateConfig(data=str(data), model=training.model, samples=1, workers=training.workers.fixed)
-            commands.run_evaluate(before)
+            before = EvaluateConfig(
+                data=str(data), model=training.model, answers=16, samples=1, workers=training.workers.fixed
+            )
+            commands.run_evaluate(plan_evaluation(before))
         with _stage("Train: LoRA with Ray Train and DeepSpeed", durations):
             summary = commands.run_train(plan_job(training))
         with _stage("Evaluate the tuned model", durations):
-            commands.run_evaluate(before.model_copy(update={"delta": summary["result"], "samples": 3}))
+            after = before.model_copy(update={"delta": summary["result"], "samples": 3})
+            commands.run_evaluate(plan_evaluation(after))
         with _stage("Index the documents", durations):
             commands.run_index(IndexConfig(documents=config.documents, output=str(index)))
         console.heading("Serve")

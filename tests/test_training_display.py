@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from app import console
-from app.training_display import training_progress
+from app.display.training import training_progress
 
 TOTAL = 12_000
 

@@ -227,21 +227,38 @@ class TrainConfig(Config):
 
 
 class EvaluateConfig(Config):
-    """`pacos evaluate`: loss and perplexity on held-out records, and a few generated answers."""
+    """`pacos evaluate`: a model or its deltas on held-out records: loss, perplexity, and answers beside references."""
 
     data: LocalPath
     model: ModelName = "embedded"
     delta: LocalPath | None = None
     """Folder of a trained delta to apply to the model; none evaluates the model alone."""
+    deltas: tuple[LocalPath, ...] = ()
+    """Folders of deltas to compare with each other and with the model alone: a table, and with `output` a plot."""
     split: Literal["validation", "test", "train"] = "validation"
     max_records: Positive | None = None
     batch_size: Positive = 16
     precision: Precision = "fp32"
     workers: WorkersConfig = WorkersConfig()
+    answers: Annotated[int, Field(ge=0)] = 50
+    """The split's first prompts, answered greedily and compared with their references: ROUGE-L, exact match."""
+    answer_tokens: Positive = 128
+    """Tokens of an answer at most."""
     samples: Annotated[int, Field(ge=0)] = 3
-    """Held-out prompts to answer greedily and print beside the reference."""
+    """Of these answers, how many are shown beside their references."""
     output: LocalPath | None = None
-    """JSON file to write the figures to."""
+    """JSON file to write the figures to; a comparison's plot goes beside it, as PNG."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "EvaluateConfig":
+        if self.delta and self.deltas:
+            raise ValueError("delta and deltas are both given; name all of them in deltas")
+        twice = [delta for delta in self.deltas if self.deltas.count(delta) > 1]
+        if twice:
+            raise ValueError(f"deltas names {twice[0]!r} twice")
+        if self.output and not self.output.endswith(".json"):
+            raise ValueError(f"output={self.output!r} must end in .json")
+        return self
 
 
 class IndexConfig(Config):

@@ -29,7 +29,7 @@ class RowAttention:
     """The decoder's `Context` in training: each row is a sequence, or, with `documents`, several end to end.
 
     A token sees those of its own document that are not later, and all of `prefix`, which stands before every document.
-    Made anew for each forward pass; all layers share its masks.
+    Made anew for each forward pass; all layers share its masks. `lengths` are those of the documents, if known.
     """
 
     def __init__(
@@ -38,13 +38,14 @@ class RowAttention:
         *,
         prefix: Sequence[KeysValues] | None = None,
         backend: AttentionBackend = "auto",
+        lengths: Sequence[int] | None = None,
     ) -> None:
         self.documents = documents
         self.prefix = prefix
         self.backend = backend
         self._lengths = None
         if documents is not None and documents.device.type == "cpu" and backend != "flex":
-            self._lengths = document_lengths(documents)
+            self._lengths = list(lengths) if lengths is not None else document_lengths(documents)
         self._masks: dict[int, Any] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ It trains and it serves. It knows tensors only: no text, no files, no techniques
 `head` turns the rows that are needed into logits, because most rows of a training batch or a prompt need none.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Protocol
@@ -165,6 +165,7 @@ class Decoder(nn.Module):
         *,
         positions: Tensor | None = None,
         documents: Tensor | None = None,
+        document_lengths: Sequence[int] | None = None,
         cache: Context | None = None,
         then: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
@@ -174,14 +175,14 @@ class Decoder(nn.Module):
 
         `positions` [batch, time] default to 0, 1, 2, …; a prefix shifts them. Without a cache attention is causal
         over the row, so padding belongs on the right; with `documents` [batch, time] it is so within each document
-        of the row, which then sees nothing of its neighbours. With a cache, the cache decides what each token sees,
-        and holds the prefix already.
+        of the row, which then sees nothing of its neighbours (`document_lengths` spares reading theirs from there).
+        With a cache, the cache decides what each token sees, and holds the prefix already.
         """
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)
         if cache is None:
             prefix = None if self.prefix is None else self.prefix(self)
-            cache = RowAttention(documents, prefix=prefix, backend=self.attention)
+            cache = RowAttention(documents, prefix=prefix, backend=self.attention, lengths=document_lengths)
         hidden = self.final_norm(self.run_blocks(self.token_embedding(ids), positions + self.prefix_length, cache))
         return then(hidden) if then is not None else hidden
 

@@ -89,9 +89,8 @@ def plan_job(config: TrainConfig) -> Job:
     with torch.device("meta"):
         model = empty_decoder(model_folder(config.model))
         total_count = describe(model).parameters
-        apply_method(model, config.method)
-    model.attention = config.attention
-    check_attention(model, workers=config.workers, precision=config.precision, is_packed=_is_packed(manifest))
+        set_up(model, config)
+    check_attention(model, workers=config.workers, precision=config.precision, is_packed=is_packed(manifest))
     check_tracking(config.tracking, output=config.output)
     return Job(
         config,
@@ -179,9 +178,7 @@ def _worker(payload: dict[str, Any]) -> None:
     if rank() == 0:
         sample_before(model, config, job.manifest, folder=folder)
     torch.manual_seed(config.seed)  # every worker draws the same initial weights
-    apply_method(model, config.method)
-    model.attention = config.attention
-    model.checkpoint_blocks = config.gradient_checkpointing
+    set_up(model, config)
     validation = _validation_batches(job)
     metrics = train_on_worker(
         model,
@@ -192,8 +189,8 @@ def _worker(payload: dict[str, Any]) -> None:
             optimizer=config.optimizer,
             precision=config.precision,
             seed=config.seed,
-            is_packed=_is_packed(job.manifest),
-            micro_batches=_micro_batches(config),
+            is_packed=is_packed(job.manifest),
+            micro_batches=micro_batches(config, workers=world_size()),
             label_smoothing=config.label_smoothing,
         ),
         make_optimizer=lambda model, checkpoint: DeepSpeedOptimizer(
@@ -217,13 +214,20 @@ def _worker(payload: dict[str, Any]) -> None:
             _write_result(job, trained, metrics)
 
 
-def _micro_batches(config: TrainConfig) -> int:
+def set_up(model: Decoder, config: TrainConfig) -> None:
+    """Make `model`, which may lie on the `meta` device, what the run trains, in place."""
+    apply_method(model, config.method)
+    model.attention = config.attention
+    model.checkpoint_blocks = config.gradient_checkpointing
+
+
+def micro_batches(config: TrainConfig, *, workers: int) -> int:
     """The same on every worker, also on one with a row less."""
-    rows = -(-config.batch_size // world_size())
+    rows = -(-config.batch_size // workers)
     return -(-rows // (config.micro_batch_size or rows))
 
 
-def _is_packed(manifest: Manifest) -> bool:
+def is_packed(manifest: Manifest) -> bool:
     return manifest.values["config"]["layout"]["type"] == "packed"
 
 

@@ -37,14 +37,15 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def store_frozen(model: nn.Module, precision: Precision) -> None:
-    """Store the frozen linear layers of `model` in the format that autocast would round them to at every step, in
-    place: half the memory, no copies, the same products."""
+def store_frozen(model: nn.Module, precision: Precision, device: torch.device) -> None:
+    """Store the frozen linear layers of `model` in the format that autocast would round them to on `device` at every
+    step, in place: half the memory, no copies, the same products."""
+    dtype = compute_dtype(precision, device)
     for module in model.modules():
         if isinstance(module, nn.Linear):
             for parameter in (module.weight, module.bias):
                 if parameter is not None and not parameter.requires_grad:
-                    parameter.data = parameter.data.to(compute_dtype(precision, parameter.device))
+                    parameter.data = parameter.data.to(dtype)
 
 
 class LossScale:

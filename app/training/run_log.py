@@ -56,8 +56,7 @@ def open_run(config: Config, *, inputs: str, checkpoints: CheckpointStore, resum
                 f"checkpoints={checkpoints.place!r} holds no checkpoint; the run's were elsewhere, move them"
             )
         return step
-    if output.exists() and (not output.is_dir() or any(entry.name != LOCK_FILE for entry in output.iterdir())):
-        raise UserError(f"output={str(output)!r} is not empty; pass --resume to go on, or name another folder")
+    check_is_new(output)
     if step := checkpoints.latest_step():
         raise UserError(
             f"checkpoints={checkpoints.place!r} holds step {step} of another run; name a place for this one alone"
@@ -65,6 +64,15 @@ def open_run(config: Config, *, inputs: str, checkpoints: CheckpointStore, resum
     write_text(stored_inputs, inputs + "\n")
     write_text(stored, json.dumps(resolved, indent=2) + "\n")
     return 0
+
+
+def check_is_new(output: Path) -> None:
+    """
+    Raises:
+        UserError: `output` holds something.
+    """
+    if output.exists() and (not output.is_dir() or any(entry.name != LOCK_FILE for entry in output.iterdir())):
+        raise UserError(f"output={str(output)!r} is not empty; pass --resume to go on, or name another folder")
 
 
 def _stored_settings(kind: type[Config], file: Path) -> dict[str, Any]:

@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from app.atomic import write_text
-from app.config.schema import EvaluateConfig, TrainConfig
+from app.config.schema import TrainConfig
 from app.data.shards import Manifest
 from app.data.tokenization import load_tokenizer
 from app.models.decoder import Decoder
-from app.training.evaluate import answer_samples
+from app.training.answers import answer, first_exchanges
 
 _FILE = "samples.json"
+MAX_TOKENS = 80
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ def read_samples(output: Path) -> list[BeforeAndAfter]:
 
 def _answers(model: Decoder, config: TrainConfig, manifest: Manifest, *, folder: Path) -> list[tuple[str, str, str]]:
     """Prompt, reference and greedy answer, by the model in memory; `folder` has its tokenizer."""
-    asked = EvaluateConfig(data=config.data, samples=config.samples)
-    answered = answer_samples(model, asked, manifest, load_tokenizer(folder))
+    exchanges = first_exchanges(manifest, "validation", config.samples)
+    answered = answer(model, load_tokenizer(folder), exchanges, max_tokens=MAX_TOKENS) if exchanges else []
     return [(sample.prompt, sample.reference, sample.answer) for sample in answered]
 
 

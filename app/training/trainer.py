@@ -217,8 +217,9 @@ def train_on_worker(
     if checkpoint is not None:
         _check_continues(checkpoint, about(checkpoint.step), place=checkpoints.place)
         load_trained(model, checkpoint.weights)
-    model.to(ray.train.torch.get_device())
-    store_frozen(model, plan.precision)
+    device = ray.train.torch.get_device()
+    model.to(device)
+    store_frozen(model, plan.precision, device)
     optimizer = make_optimizer(model, checkpoint)
     start_step = checkpoint.step if checkpoint else 0
     _check_agreed(start_step, checkpoints.place)

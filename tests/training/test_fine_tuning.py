@@ -22,7 +22,7 @@ from app.ray_cluster import dashboard_url
 from app.tracking.registry import fetch, list_versions, promote
 from app.tracking.store import open_store
 from app.training.checkpointing import CHECKPOINT_FILES, read_checkpoint
-from app.training.evaluate import evaluate
+from app.training.evaluate import evaluate, plan_evaluation
 from app.training.fine_tuning import fine_tune, plan_job
 from app.training.interruption import ONE_WISH_S
 from app.training.loop import Metrics
@@ -149,20 +149,19 @@ def test_the_delta_reproduces_the_held_out_loss(unbroken, small_data: Path, tiny
     delta = read_delta(output / "delta")
     assert delta.metadata["template"] == {"type": "pacos"}
     apply_delta(load_decoder(tiny_model), delta)
-    result = evaluate(
-        EvaluateConfig(
-            data=str(small_data),
-            model=str(tiny_model),
-            delta=str(output / "delta"),
-            samples=2,
-            output=str(output / "evaluation.json"),
-            workers=config(small_data, tiny_model, output).workers.fixed,
-        )
+    settings = EvaluateConfig(
+        data=str(small_data),
+        model=str(tiny_model),
+        delta=str(output / "delta"),
+        samples=2,
+        output=str(output / "evaluation.json"),
+        workers=config(small_data, tiny_model, output).workers.fixed,
     )
+    (result,) = evaluate(plan_evaluation(settings))
     assert result.loss == pytest.approx(summary["eval_loss_after"], rel=1e-5)
     assert len(result.samples) == 2
     assert all(sample.prompt.startswith("Instruction:") for sample in result.samples)
-    assert json.loads((output / "evaluation.json").read_text())["loss"] == result.loss
+    assert json.loads((output / "evaluation.json").read_text())["results"][0]["loss"] == result.loss
 
 
 def training_workers() -> list[psutil.Process]:
@@ -307,9 +306,10 @@ def test_packed_rows_train_and_another_number_of_workers_sees_the_same_rows(
     shutil.copytree(output, half)
     resumed, again = train(config(data, tiny_model, output, *no_dropout, "workers.count=1"), resume=True)
     _, of_three = train(config(data, tiny_model, half, *no_dropout, "workers.count=3"), resume=True)
-    seen_by_evaluate = evaluate(
-        EvaluateConfig(data=str(data), model=str(tiny_model), split="train", samples=3, workers={"cpus": 0.5})
+    on_training_rows = EvaluateConfig(
+        data=str(data), model=str(tiny_model), split="train", samples=3, workers={"cpus": 0.5}
     )
+    (seen_by_evaluate,) = evaluate(plan_evaluation(on_training_rows))
     assert seen_by_evaluate.records == read_manifest(str(data)).num_records("train")
     for sample in seen_by_evaluate.samples:  # of packed rows, one record each
         assert sample.prompt.count("Instruction:") == 1 and sample.prompt.endswith("Response:")

@@ -78,7 +78,7 @@ def train(
         if folder:
             CheckpointStore(folder).save(Checkpoint(step, optimizer.weights(), optimizer.moments()), keep_last=2)
 
-    store_frozen(model, precision)
+    store_frozen(model, precision, torch.device("cpu"))
     plan = loop.Plan(
         steps, eval_every=5, save_every=4, optimizer=OPTIMIZER, precision=precision, seed=7, is_packed=False
     )
@@ -214,7 +214,7 @@ def test_frozen_weights_are_stored_as_autocast_would_round_them(tiny_model: Path
         torch.manual_seed(0)
         apply_method(model, LoraConfig(rank=4))
         if is_stored:
-            store_frozen(model, "bf16")
+            store_frozen(model, "bf16", torch.device("cpu"))
         with autocast(torch.device("cpu"), "bf16"):
             sums.append(masked_nll(model, next(batches(0)))[0].item())
     assert sums[0] == sums[1]

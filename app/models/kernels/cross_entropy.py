@@ -113,7 +113,7 @@ def _accumulate(
     kernel = _kernel_for(rows.device)
     with_gradient = grad_rows is not None or grad_weight is not None
     loss = torch.zeros((), dtype=_loss_dtype(dtype), device=rows.device)
-    size = chunk_rows or _chunk_rows(len(rows), row_bytes=len(weight) * dtype.itemsize, device=device)
+    size = chunk_rows or chunk_rows_on(device, len(rows), row_bytes=len(weight) * dtype.itemsize)
     buffer = torch.empty(min(size, len(rows)), len(weight), dtype=dtype, device=rows.device)
     with torch.autocast(device, enabled=False):
         weight = weight.to(dtype)
@@ -137,7 +137,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += left @ right
 
 
-def _chunk_rows(num_rows: int, *, row_bytes: int, device: str) -> int:
+def chunk_rows_on(device: str, num_rows: int, *, row_bytes: int) -> int:
     """Rows of each of the fewest chunks of equal length that keep to the budget."""
     most = max(1, CHUNK_BYTES.get(device, OTHER_CHUNK_BYTES) // row_bytes)
     num_chunks = max(1, -(-num_rows // most))

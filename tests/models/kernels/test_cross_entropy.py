@@ -166,9 +166,9 @@ def test_without_gradients_only_the_loss_is_computed() -> None:
 
 def test_chunks_are_even_and_within_the_budget() -> None:
     budget = module.CHUNK_BYTES["cpu"]
-    assert module._chunk_rows(2000, row_bytes=budget // 1500, device="cpu") == 1000
-    assert module._chunk_rows(3, row_bytes=2 * budget, device="cpu") == 1
-    assert module._chunk_rows(0, row_bytes=8, device="cpu") == 1
+    assert module.chunk_rows_on("cpu", 2000, row_bytes=budget // 1500) == 1000
+    assert module.chunk_rows_on("cpu", 3, row_bytes=2 * budget) == 1
+    assert module.chunk_rows_on("cpu", 0, row_bytes=8) == 1
 
 
 def test_without_triton_a_gpu_gets_the_torch_version_and_says_so_once(monkeypatch, caplog) -> None:

@@ -1,0 +1,162 @@
+"""`pacos train --dry-run`: what it foretells, against the run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from app import commands
+from app.cli import main
+from app.config import TrainConfig, load_config
+from app.errors import UserError
+from app.training import dry_run as module
+from app.training.dry_run import batch_of, dry_run, shares_of
+from app.training.fine_tuning import fine_tune, plan_job
+from app.training.trial import Trial
+
+pytestmark = pytest.mark.ray  # the prepared data needs it; a dry run does not
+
+
+def config(data: Path, model: Path, output: Path, *overrides: str) -> TrainConfig:
+    settings = [f"data={data}", f"model={model}", f"output={output}", "precision=fp32", "workers.cpus=0.5"]
+    return load_config(TrainConfig, overrides=[*settings, *overrides])
+
+
+@pytest.fixture
+def no_trial(monkeypatch: pytest.MonkeyPatch) -> list[module.TrialWork]:
+    """Trials that are not run; returns what they would have computed."""
+    asked: list[module.TrialWork] = []
+
+    def run_trial(work: module.TrialWork) -> Trial:
+        asked.append(work)
+        return Trial(process_bytes=500, peak_bytes=10_000_000, step_s=2.0, evaluation_s=1.0)
+
+    monkeypatch.setattr(module, "run_trial", run_trial)
+    return asked
+
+
+@pytest.mark.parametrize(("batch_size", "workers"), [(8, 1), (8, 2), (7, 3)])
+def test_shares_are_what_the_feed_deals_out(
+    small_data: Path, tiny_model: Path, tmp_path: Path, batch_size: int, workers: int
+) -> None:
+    job = plan_job(
+        config(small_data, tiny_model, tmp_path / "o", f"batch_size={batch_size}", f"workers.count={workers}")
+    )
+    window = next(job.feed.windows())
+    rows = job.feed.read(window)
+    shares = iter(shares_of(job, rows))
+    dealt = [list(job.feed.batches(packet, workers=workers)) for packet in job.feed.packets(window, workers=workers)]
+    for step in range(window.num_steps):
+        for worker in range(workers):
+            share, batch = next(shares), dealt[worker][step]
+            assert share.positions == batch.input_ids.numel()
+            assert torch.equal(batch_of(job, rows, share).input_ids, batch.input_ids)
+            assert torch.equal(batch_of(job, rows, share).loss_mask, batch.loss_mask)
+    assert next(shares, None) is None
+
+
+def test_steps_epochs_tokens_and_time_follow_from_the_data(
+    small_data: Path, tiny_model: Path, tmp_path: Path, no_trial: list[module.TrialWork]
+) -> None:
+    settings = config(
+        small_data, tiny_model, tmp_path / "o", "batch_size=8", "epochs=3", "eval_every=20", "save_every=30"
+    )
+    job = plan_job(settings)
+    told = dry_run(job)
+    batches = [
+        batch
+        for window in job.feed.windows()
+        for packet in job.feed.packets(window, workers=2)
+        for batch in job.feed.batches(packet, workers=2)
+    ]
+    assert told.steps == job.total_steps == 3 * job.feed.steps_per_epoch
+    assert told.epochs == 3
+    assert told.tokens == pytest.approx(sum(batch.num_tokens for batch in batches), rel=0.05)
+    assert told.loss_tokens == pytest.approx(sum(batch.loss_tokens for batch in batches), rel=0.05)
+    assert told.evaluations == 1 + len({*range(20, told.steps + 1, 20), told.steps})
+    assert told.checkpoints == len({*range(30, told.steps + 1, 30), told.steps})
+    (work,) = no_trial
+    assert len(work.batches) == 3
+    assert work.batches[0].input_ids.numel() == max(batch.input_ids.numel() for batch in batches[: told.steps])
+    assert told.total_s == pytest.approx(
+        told.steps * told.step_s + told.evaluations * told.evaluation_s + told.checkpoints * told.checkpoint_s
+    )
+    crowded = module._crowding(settings)
+    mean = sum(batch.input_ids.numel() for batch in batches) / len(batches)
+    assert told.step_s == pytest.approx(2.0 * crowded * mean / work.batches[1].input_ids.numel(), rel=0.1)
+
+
+def test_what_the_trial_measured_beyond_arithmetic_is_expected_of_a_worker(
+    small_data: Path, tiny_model: Path, tmp_path: Path, no_trial: list[module.TrialWork]
+) -> None:
+    told = dry_run(plan_job(config(small_data, tiny_model, tmp_path / "o", "max_steps=1")))
+    assert told.expected_trial.total == 10_000_000
+    assert told.worker.allocator == told.expected_trial.allocator > 0
+    assert len(no_trial[0].batches) == 3, "a run of one step is tried thrice"
+
+
+def test_a_run_that_does_not_fit_is_not_tried_and_says_what_would_help(
+    small_data: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    no_trial: list[module.TrialWork],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(module, "_available_bytes", lambda config: 1_000_000)
+    job = plan_job(config(small_data, tiny_model, tmp_path / "o", "batch_size=32", "workers.count=2"))
+    commands.run_dry(job, resume=False)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert no_trial == []
+    for remedy in ("micro_batch_size=8", "gradient_checkpointing=true", "deepspeed.zero_stage=2", "no step was tried"):
+        assert remedy in shown
+
+
+def test_mistakes_are_told_as_a_run_would(small_data: Path, tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").write_text("")
+    with pytest.raises(UserError, match="is not empty; pass --resume"):
+        dry_run(plan_job(config(small_data, tiny_model, tmp_path / "full")))
+    diverging = config(small_data, tiny_model, tmp_path / "o", "optimizer.learning_rate=1e30", "method.type=full")
+    with pytest.raises(UserError, match="lower optimizer.learning_rate"):
+        dry_run(plan_job(diverging))
+
+
+def test_the_run_takes_what_the_dry_run_told(small_data: Path, tiny_model: Path, tmp_path: Path) -> None:
+    settings = config(
+        small_data, tiny_model, tmp_path / "run", "batch_size=160", "workers.count=1", "max_steps=3", "epochs=3"
+    )
+    job = plan_job(settings)
+    told = dry_run(job)
+    assert not (tmp_path / "run").exists(), "nothing is written"
+    assert told.trial is not None and told.total_s is not None and told.total_s > 0
+    measured = fine_tune(job)["peak_worker_bytes"]
+    assert told.worker.total == pytest.approx(measured, rel=0.2)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    # Each epoch leaves other rows over: what the first one holds stands for all.
+    assert told.tokens == pytest.approx(sum(line.get("tokens", 0) for line in lines), rel=0.01)
+
+
+def test_the_command_prints_settings_memory_and_time_and_writes_nothing(
+    small_data: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    settings = [f"data={small_data}", f"model={tiny_model}", f"output={tmp_path / 'run'}", "max_steps=4"]
+    pacos = str(Path(sys.executable).with_name("pacos"))
+    done = subprocess.run([pacos, "train", "--dry-run", *settings], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for part in ("learning_rate: 0.001", "frozen weights", "activations", "sum", "4 of 16 rows", "expected time"):
+        assert part in done.stdout
+    assert not (tmp_path / "run").exists()
+    assert "ray" not in done.stderr.lower()
+
+
+def test_the_option_reaches_the_command(monkeypatch: pytest.MonkeyPatch, small_data: Path, tmp_path: Path) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(commands, "train", lambda config, **options: asked.append(options["dry_run"]))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--dry-run", f"data={small_data}", f"output={tmp_path}"])
+    with pytest.raises(SystemExit) as end:
+        main("train")
+    assert end.value.code == 0 and asked == [True]
