@@ -55,6 +55,7 @@ class RowAttention:
                 return self._attend(layer, q, k, v)
             return self._attend_each_document(layer, q, k, v, self._lengths)
 
+    @torch.compiler.disable  # it would be compiled anew for every number of documents
     def _attend_each_document(self, layer: int, q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
         """One after the other, where a kernel's start costs nothing: a mask over whole rows would have the scores
         between documents computed too, which are most of them, to be thrown away.

@@ -201,6 +201,11 @@ class Decoder(nn.Module):
                 x = block(x, context, rotation)
         return x
 
+    def compile_blocks(self) -> None:
+        """Have `torch.compile` fuse what lies between the matrix products, at the first step and for any length."""
+        for block in self.blocks:
+            block.compile(dynamic=True)
+
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocab_size] of `hidden` [..., width]; the weights are the token embedding's (tied)."""
         return F.linear(hidden, self.token_embedding.weight)

@@ -179,6 +179,8 @@ def _worker(payload: dict[str, Any]) -> None:
         sample_before(model, config, job.manifest, folder=folder)
     torch.manual_seed(config.seed)  # every worker draws the same initial weights
     set_up(model, config)
+    if config.compile:
+        model.compile_blocks()
     validation = _validation_batches(job)
     metrics = train_on_worker(
         model,

@@ -21,6 +21,7 @@ from app.models.kernels import clamped_relu, cross_entropy
 from app.training.loss import masked_nll
 from app.training.optimizer import Optimizer
 from app.training.precision import LossScale, autocast, compute_dtype, resolve_precision
+from app.training.prefetch import one_ahead
 from app.training.schedule import learning_rate
 from app.training.workers import rank, sum_over_workers, world_size
 
@@ -64,8 +65,7 @@ def run(
 
     `batches` yields this worker's part of the steps from `start_step` on; every worker must get as many. `report`
     and `save` are called on every worker, `save(step, metrics)` with the metrics of that step. Where `should_stop()` is
-    true on any worker, all save the step that runs and stop. fp16 starts with
-    `loss_scale`.
+    true on any worker, all save the step that runs and stop. fp16 starts with `loss_scale`.
     """
     device = next(model.parameters()).device
     model.train()
@@ -80,6 +80,7 @@ def run(
     if start_step == 0:
         first = {"step": 0, "precision": precision, "kernels": kernels}
         report({**first, **evaluate(model, validation(), precision=plan.precision)})
+    batches = one_ahead(batches)
     for step in range(start_step + 1, plan.total_steps + 1):
         started = time.perf_counter()
         # Dropout draws from the step's own seed, so that a resumed run draws what an unbroken one would have.

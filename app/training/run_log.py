@@ -22,6 +22,7 @@ _MAY_CHANGE = {
     "micro_batch_size",
     "gradient_checkpointing",
     "attention",
+    "compile",
     "tracking",
     "register_as",
 }

@@ -81,6 +81,8 @@ def measure(work: TrialWork) -> Trial:
     model = load_decoder(model_folder(config.model))
     torch.manual_seed(config.seed)
     set_up(model, config)
+    if config.compile:
+        model.compile_blocks()
     model.to(device)
     store_frozen(model, config.precision, device)
     steps: list[Metrics] = []

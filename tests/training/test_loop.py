@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,16 +28,17 @@ from app.training.loss import masked_nll
 from app.training.muon import MuonOptimizer
 from app.training.optimizer import PlainOptimizer, trained_parameters
 from app.training.precision import LossScale, autocast, resolve_precision, store_frozen
+from app.training.prefetch import one_ahead
 from app.training.schedule import learning_rate
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2)
 
 
-def batches(start_step: int) -> Iterator[Batch]:
+def batches(start_step: int, *, rows: int = 4) -> Iterator[Batch]:
     """Records of uneven length; step s always gets the same ones."""
     for step in itertools.count(start_step):
         draw = torch.Generator().manual_seed(step)
-        lengths = torch.randint(4, 20, (4,), generator=draw).tolist()
+        lengths = torch.randint(4, 20, (rows,), generator=draw).tolist()
         ids = [torch.randint(0, 400, (length,), generator=draw).numpy() for length in lengths]
         yield collate(ids, [(torch.arange(len(row)) >= 2).numpy() for row in ids])
 
@@ -353,6 +355,76 @@ def test_gradients_do_not_depend_on_the_micro_batches(tiny_model: Path, parts: i
     whole, added = gradients(tiny_model, batch, parts=1), gradients(tiny_model, batch, parts=parts)
     for name, gradient in whole.items():
         assert (gradient - added[name]).norm() <= 1e-5 * gradient.norm(), name
+
+
+def test_micro_batches_of_any_size_train_alike_for_twenty_steps(tiny_model: Path) -> None:
+    """32 records at once, one by one, and in twos of 16: the same losses, and gradient norms, at every step."""
+
+    def seen(parts: int) -> list[tuple[float, float]]:
+        model = load_decoder(tiny_model)
+        torch.manual_seed(0)
+        apply_method(model, LoraConfig(rank=4))
+        plan = loop.Plan(20, 20, 20, OPTIMIZER, "fp32", 0, is_packed=False, micro_batches=parts)
+        rows: list[loop.Metrics] = []
+        loop.run(
+            model,
+            PlainOptimizer(model, OPTIMIZER),
+            plan=plan,
+            start_step=0,
+            batches=batches(0, rows=32),
+            validation=list,
+            report=rows.append,
+            save=lambda step, metrics: None,
+        )
+        return [(row["loss"], row["gradient_norm"]) for row in rows[1:]]
+
+    at_once = np.array(seen(1))
+    for parts in (2, 32):
+        np.testing.assert_allclose(np.array(seen(parts)), at_once, rtol=1e-5)
+
+
+def test_the_next_batch_is_prepared_while_one_trains() -> None:
+    made: list[int] = []
+    is_second_made = threading.Event()
+
+    def items() -> Iterator[int]:
+        for number in range(3):
+            made.append(number)
+            if number == 1:
+                is_second_made.set()
+            yield number
+        raise OSError("no more")
+
+    ahead = one_ahead(items())
+    assert next(ahead) == 0
+    assert is_second_made.wait(10), "made before it is asked for"
+    assert [next(ahead), next(ahead)] == [1, 2]
+    with pytest.raises(OSError, match="no more"):
+        next(ahead)
+    assert made == [0, 1, 2] and list(one_ahead(iter([]))) == []
+
+
+def test_compiled_blocks_compute_the_same_without_compiling_anew_for_each_batch(tiny_model: Path) -> None:
+    def packed(step: int) -> Batch:
+        draw = np.random.default_rng(step)
+        lengths = [draw.integers(3, 15, 3 + (step + row) % 4) for row in range(2)]
+        rows = [draw.integers(0, 400, of_row.sum()) for of_row in lengths]
+        return collate(rows, [np.ones(len(row), dtype=bool) for row in rows], lengths)
+
+    sums, graphs = [], []
+    for is_compiled in (False, True):
+        model = load_decoder(tiny_model).train()
+        torch.manual_seed(0)
+        apply_method(model, LoraConfig(rank=4))
+        if is_compiled:
+            model.compile_blocks()
+        for step in range(4):
+            nll, _ = masked_nll(model, packed(step))
+            nll.backward()
+            sums.append(nll.item())
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert sums[4:] == pytest.approx(sums[:4], rel=1e-5)
+    assert graphs[5] > graphs[3] and len(set(graphs[6:])) == 1
 
 
 def test_parts_beyond_the_rows_cost_no_position(tiny_model: Path) -> None:
