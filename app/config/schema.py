@@ -196,8 +196,8 @@ class TrainConfig(Config):
     gradient_checkpointing: bool = False
     """Keep each block's input alone for the backward pass and compute the rest again: less memory, a third slower."""
     compile: bool = False
-    """torch.compile the model's blocks: a minute at the start, which a long run on a GPU wins back. Needs a C++ compiler,
-    on GPUs Triton."""
+    """torch.compile the blocks: a minute at the start, which a long run on a GPU wins back. Needs a C++ compiler, on
+    GPUs Triton."""
     eval_every: Positive = 100
     """Steps between evaluations on held-out records."""
     save_every: Positive = 100

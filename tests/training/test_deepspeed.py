@@ -37,15 +37,15 @@ METHODS = {
     # What reads weights outside the module that holds them, and what returns its own, which ZeRO-3 has to find whole.
     "mixed": ComposedConfig(parts=(LoraConfig(rank=4, dora=True), AdapterConfig(size=4), PrefixConfig(length=3))),
 }
-STEPS, HALF = 6, 3
-STAGES = {0: 1, 1: 2, 2: 4, 3: 2}
-"""ZeRO stages, and into how many micro-batches each worker splits its three rows there."""
+ROWS, STEPS, HALF = 32, 20, 10
+STAGES = {0: 1, 1: 2, 2: 16, 3: 4}
+"""ZeRO stages, and into how many micro-batches each worker splits its 16 rows there."""
 
 
 def batch_of(step: int) -> Batch:
-    """This process's records of a step: of six records of uneven length, every second one where there are two."""
+    """This process's records of a step: of records of uneven length, every second one where there are two."""
     draw = torch.Generator().manual_seed(step)
-    lengths = torch.randint(4, 40, (6,), generator=draw).tolist()
+    lengths = torch.randint(4, 40, (ROWS,), generator=draw).tolist()
     rows = [torch.randint(0, 400, (length,), generator=draw).numpy() for length in lengths]
     mine = rows[rank() :: world_size()]
     return collate(mine, [(torch.arange(len(row)) >= 2).numpy() for row in mine])
