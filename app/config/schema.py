@@ -104,15 +104,26 @@ class OptimizerConfig(Config):
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     """The peak, after the warm-up."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate goes on from its peak."""
+    schedule: Literal["cosine", "linear", "constant", "trapezoid"] = "cosine"
+    """How the learning rate goes on from its peak; trapezoid stays there, then falls in a line at the end."""
+    decay_fraction: Fraction = 0.2
+    """Share of all steps over which trapezoid falls."""
     final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Share of the peak at which cosine and linear end."""
+    """Share of the peak at which every schedule but constant ends."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup_fraction: Fraction = 0.05
     """Share of all steps over which the learning rate rises from zero, in a line."""
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this global L2 norm."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "OptimizerConfig":
+        if self.schedule == "trapezoid" and self.warmup_fraction + self.decay_fraction > 1:
+            raise ValueError(
+                f"warmup_fraction={self.warmup_fraction} and decay_fraction={self.decay_fraction} come to more "
+                "than all steps; lower one"
+            )
+        return self
 
 
 class DeepSpeedConfig(Config):
@@ -125,11 +136,13 @@ class DeepSpeedConfig(Config):
 
 
 class PretrainConfig(Config):
-    """`pacos pretrain`: a byte-level BPE tokenizer and a GPT-2-shaped model from scratch."""
+    """`pacos pretrain`: a byte-level BPE tokenizer and a GPT-2-shaped model from scratch, or further from a model."""
 
     sources: Annotated[tuple[LocalPath, ...], Field(min_length=1)]
     """Files to learn from: instruction records (.json, .jsonl) or plain text (.txt, .md)."""
     output: LocalPath
+    initial_model: ModelName | None = None
+    """Go on from this model's weights and tokenizer, whose shape then counts; none starts from scratch."""
     vocab_size: Annotated[int, Field(ge=260)] = 8192
     context_length: Annotated[int, Field(ge=8)] = 512
     num_layers: Positive = 6
@@ -159,14 +172,18 @@ class PretrainConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> "PretrainConfig":
+        if self.initial_model is None:  # else the shape is that model's
+            self._check_shape()
+        _check_batch(self.batch_size, self.workers)
+        return self
+
+    def _check_shape(self) -> None:
         if self.width % self.num_heads:
             raise ValueError(f"width={self.width} must be a multiple of num_heads={self.num_heads}")
         if self.num_heads % (self.num_kv_heads or 1):
             raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
         if self.positions == "rotary" and self.width // self.num_heads % 2:
             raise ValueError(f"rotary positions need heads of an even width, not {self.width}/{self.num_heads}")
-        _check_batch(self.batch_size, self.workers)
-        return self
 
 
 class TrainConfig(Config):

@@ -18,15 +18,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from app.assets import model_folder
 from app.atomic import replaced_folder, told_if_unwritable
 from app.config.schema import PretrainConfig
 from app.data.batches import Batch
 from app.data.corpus import TokenStream, read_documents, split_documents
-from app.data.tokenization import TOKENIZER_FILES, Tokenizer, save_tokenizer, train_tokenizer
-from app.models.checkpoints import MODEL_FILES, save_decoder
+from app.data.tokenization import TOKENIZER_FILES, Tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
+from app.models.checkpoints import MODEL_FILES, load_decoder, save_decoder, weights_hash
 from app.models.decoder import Decoder, DecoderConfig
 from app.tracking.run import check_tracking
 from app.training.checkpoint_store import CheckpointStore
+from app.training.initial_model import with_shape_of_initial
 from app.training.loop import Metrics, Plan
 from app.training.muon import MuonOptimizer
 from app.training.recording import log_warning, recorded
@@ -65,8 +67,9 @@ def pretrain(
         Interrupted: a signal came; the step that ran then is saved.
     """
     check_sources(config)
+    config = with_shape_of_initial(config)
     output = Path(config.output)
-    inputs = "".join(hashlib.sha256(Path(source).read_bytes()).hexdigest() for source in config.sources)
+    inputs = _inputs(config)
     title = f"pretraining, {config.num_layers} layers of width {config.width}"
     with (
         locked(output),
@@ -96,14 +99,21 @@ def check_sources(config: PretrainConfig) -> None:
     """Read the first document of each source, and try the kernels, so that a mistake is told before any worker starts.
 
     Raises:
-        UserError: a source cannot be read, or a kernel cannot train here.
+        UserError: a source or the initial model cannot be read or does not fit, or a kernel cannot train here.
     """
     for source in config.sources:
         next(read_documents(source), None)
+    config = with_shape_of_initial(config)
     with torch.device("meta"):
         model = new_model(config, vocab_size=config.vocab_size)
     check_attention(model, workers=config.workers, precision=config.precision, is_packed=False)
     check_tracking(config.tracking, output=config.output)
+
+
+def _inputs(config: PretrainConfig) -> str:
+    """A hash of all that the run reads."""
+    sources = [hashlib.sha256(Path(source).read_bytes()).hexdigest() for source in config.sources]
+    return "".join([*sources, *([weights_hash(model_folder(config.initial_model))] if config.initial_model else [])])
 
 
 def _worker(payload: dict[str, Any]) -> None:
@@ -111,7 +121,7 @@ def _worker(payload: dict[str, Any]) -> None:
     config: PretrainConfig = payload["config"]
     torch.set_num_threads(config.workers.threads)
     corpus = load_corpus(config)
-    model = new_model(config, vocab_size=corpus.tokenizer.vocab_size)
+    model = first_model(config, corpus.tokenizer)
     output = Path(config.output)
 
     def keep_if_best(metrics: Metrics) -> None:
@@ -166,15 +176,31 @@ def write_model(folder: Path, model: Decoder, corpus: Corpus, metrics: Metrics) 
 
 
 def load_corpus(config: PretrainConfig) -> Corpus:
-    """Documents of all sources, split, and a tokenizer learned from the training part; the same on every worker."""
+    """Documents of all sources, split, and a tokenizer, the initial model's or one learned from the training part.
+
+    The same on every worker.
+    """
     documents = [document for source in config.sources for document in read_documents(source)]
     train, validation = split_documents(documents, validation_fraction=config.validation_fraction)
-    tokenizer = train_tokenizer(train, vocab_size=config.vocab_size)
+    tokenizer = (
+        load_tokenizer(model_folder(config.initial_model))
+        if config.initial_model
+        else train_tokenizer(train, vocab_size=config.vocab_size)
+    )
     return Corpus(
         tokenizer,
         TokenStream(train, tokenizer, row_length=config.context_length),
         TokenStream(validation, tokenizer, row_length=config.context_length),
     )
+
+
+def first_model(config: PretrainConfig, tokenizer: Tokenizer) -> Decoder:
+    """What training starts from: the initial model, or random weights."""
+    if config.initial_model is None:
+        return new_model(config, vocab_size=tokenizer.vocab_size)
+    model = load_decoder(model_folder(config.initial_model))
+    model.attention = config.attention
+    return model
 
 
 def new_model(config: PretrainConfig, *, vocab_size: int) -> Decoder:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from app.config import ComposedConfig, LoraConfig, OptimizerConfig, PromptConfig
 from app.config.base import Precision
@@ -334,6 +335,26 @@ def test_the_learning_rate_warms_up_then_follows_its_schedule(schedule: str, las
     assert rates[54] == pytest.approx(halfway[schedule], abs=0.02)
     quarter = {"cosine": 0.87, "linear": 0.78, "constant": 1.0}
     assert rates[32] == pytest.approx(quarter[schedule], abs=0.02)
+
+
+def test_a_trapezoid_stays_at_its_peak_then_falls_in_a_line() -> None:
+    config = OptimizerConfig(
+        learning_rate=2.0, schedule="trapezoid", warmup_fraction=0.1, decay_fraction=0.25, final_fraction=0.0
+    )
+    rates = [learning_rate(step, config, total_steps=40) for step in range(40)]
+    assert rates[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+    assert rates[3:30] == [2.0] * 27
+    assert rates[29:] == pytest.approx([2.0 - 0.2 * step for step in range(11)])
+    # another length changes nothing before the fall begins: a run can be drawn out from there
+    longer = [
+        learning_rate(step, config.model_copy(update={"warmup_fraction": 0.05}), total_steps=80) for step in range(60)
+    ]
+    assert longer[:30] == rates[:30]
+
+
+def test_a_trapezoid_whose_slopes_overlap_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"warmup_fraction=0.5 and decay_fraction=0.6 .* lower one"):
+        OptimizerConfig(schedule="trapezoid", warmup_fraction=0.5, decay_fraction=0.6)
 
 
 def gradients(tiny_model: Path, batch: Batch, *, parts: int, checkpointing: bool = False) -> dict[str, torch.Tensor]:
