@@ -44,7 +44,6 @@ from app.training.deepspeed import DeepSpeedOptimizer
 from app.training.loop import Metrics
 from app.training.optimizer import trained_parameters
 from app.training.recording import log_warning, recorded
-from app.training.run_lock import locked
 from app.training.run_log import RunLog
 from app.training.samples import sample_after, sample_before
 from app.training.trainer import check_attention, run_on_workers, train_on_worker
@@ -122,18 +121,15 @@ def fine_tune(
     config, output = job.config, Path(job.config.output)
     inputs = f"{job.manifest.content_hash()} {weights_hash(model_folder(config.model))}"
     title = f"{name_of(config.method)} on {config.model}"
-    with (
-        locked(output),
-        recorded(
-            config,
-            inputs=inputs,
-            checkpoints=job.checkpoints,
-            resume=resume,
-            title=title,
-            on_metrics=on_metrics,
-            warn=warn,
-        ) as recording,
-    ):
+    with recorded(
+        config,
+        inputs=inputs,
+        checkpoints=job.checkpoints,
+        resume=resume,
+        title=title,
+        on_metrics=on_metrics,
+        warn=warn,
+    ) as recording:
         run_on_workers(
             _worker,
             {"job": job, "inputs": inputs},

@@ -32,7 +32,6 @@ from app.training.initial_model import with_shape_of_initial
 from app.training.loop import Metrics, Plan
 from app.training.muon import MuonOptimizer
 from app.training.recording import log_warning, recorded
-from app.training.run_lock import locked
 from app.training.trainer import check_attention, run_on_workers, train_on_worker
 from app.training.workers import rank, world_size
 
@@ -71,18 +70,15 @@ def pretrain(
     output = Path(config.output)
     inputs = _inputs(config)
     title = f"pretraining, {config.num_layers} layers of width {config.width}"
-    with (
-        locked(output),
-        recorded(
-            config,
-            inputs=inputs,
-            checkpoints=_checkpoints(config),
-            resume=resume,
-            title=title,
-            on_metrics=on_metrics,
-            warn=warn,
-        ) as recording,
-    ):
+    with recorded(
+        config,
+        inputs=inputs,
+        checkpoints=_checkpoints(config),
+        resume=resume,
+        title=title,
+        on_metrics=on_metrics,
+        warn=warn,
+    ) as recording:
         run_on_workers(
             _worker,
             {"config": config, "inputs": inputs},

@@ -19,6 +19,7 @@ from app.training.checkpoint_store import CheckpointStore
 from app.training.cost import WorkerHours
 from app.training.loop import Metrics
 from app.training.report import Report, write_report
+from app.training.run_lock import locked
 from app.training.run_log import RunLog, open_run
 from app.training.samples import read_samples
 
@@ -41,23 +42,25 @@ def recorded(
     on_metrics: OnMetrics,
     warn: Warn,
 ) -> Iterator["Recording"]:
-    """Open the run's folder and its MLflow run, for the block; `inputs` is a hash of what the run reads.
+    """Lock and open the run's folder, and its MLflow run, for the block; `inputs` is a hash of what the run reads.
 
     Raises:
-        UserError: the folder's state does not fit `resume`, or MLflow does not answer.
+        UserError: another run holds the folder, its state does not fit `resume`, or MLflow does not answer.
     """
     output = Path(config.output)
-    tracker = open_tracker(config.tracking, output=config.output)  # first: it may fail, and then no folder is begun
-    log = RunLog(output, start_step=open_run(config, inputs=inputs, checkpoints=checkpoints, resume=resume))
-    workers = config.workers
-    hours = WorkerHours(output, workers=workers.least, price_per_hour=workers.price_per_hour, resume=resume)
-    name = config.tracking.run_name or output.name
-    settings = config.model_dump(mode="json")
-    try:
-        with tracked_run(tracker, name=name, output=output, settings=settings, resume=resume, warn=warn) as run:
-            yield Recording(title, output, settings, log, hours, run, on_metrics)
-    finally:
-        hours.end()
+    with locked(output):
+        tracker = open_tracker(config.tracking, output=config.output)  # first: it may fail, and no folder is begun
+        start_step = open_run(config, inputs=inputs, checkpoints=checkpoints, resume=resume)
+        log = RunLog(output, start_step=start_step)
+        workers = config.workers
+        hours = WorkerHours(output, workers=workers.least, price_per_hour=workers.price_per_hour, resume=resume)
+        name = config.tracking.run_name or output.name
+        settings = config.model_dump(mode="json")
+        try:
+            with tracked_run(tracker, name=name, output=output, settings=settings, resume=resume, warn=warn) as run:
+                yield Recording(title, output, settings, log, hours, run, on_metrics)
+        finally:
+            hours.end()
 
 
 @dataclass
