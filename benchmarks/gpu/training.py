@@ -26,6 +26,7 @@ from app.methods import apply_method
 from app.models.decoder import GPT2_SIZES, Decoder, DecoderConfig
 from app.training import loop
 from app.training.optimizer import PlainOptimizer, trained_parameters
+from app.training.precision import store_frozen
 from benchmarks.machine import describe
 from benchmarks.training.flops import best_product, full_step_flops, lora_step_flops
 
@@ -40,6 +41,7 @@ LEARNING_RATES = {"full": 1e-4, "lora": 1e-3}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks; steps to warm up pay it")
     parser.add_argument("--tiny", action="store_true", help="a model of two layers and short rows, to try the code")
     parser.add_argument("--rows", type=int, help="of a step; 16 by default, tiny 2")
     parser.add_argument("--micro-batches", type=int, default=1, help="into how many a step's rows are split")
@@ -79,6 +81,8 @@ def measure(name: str, shape: DecoderConfig, *, device: torch.device, arguments:
     rows = arguments.rows or (2 if arguments.tiny else 16)
     time = shape.context_length
     model = _model(name, shape, device=device, attention=arguments.attention)
+    if arguments.compile:
+        model.compile_blocks()
     optimizer = OptimizerConfig(learning_rate=LEARNING_RATES[name], schedule="constant", warmup_fraction=0.0)
     total_steps = WARM_UP + arguments.steps
     seen: list[loop.Metrics] = []
@@ -133,7 +137,9 @@ def _model(name: str, shape: DecoderConfig, *, device: torch.device, attention: 
     torch.manual_seed(SEED)
     apply_method(model, METHODS[name])
     model.attention = attention  # type: ignore[assignment]
-    return model.to(device)
+    model.to(device)
+    store_frozen(model, "bf16", device)
+    return model
 
 
 def _batches(rows: int, time: int, *, vocab_size: int, device: torch.device) -> Iterator[Batch]:

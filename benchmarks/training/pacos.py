@@ -17,12 +17,14 @@ def in_process(task: Task, layout: str) -> dict[str, Any]:
     from app.models.checkpoints import load_decoder
     from app.training import loop
     from app.training.optimizer import PlainOptimizer, trained_parameters
+    from app.training.precision import store_frozen
     from app.training.trainer import peak_memory_bytes
 
     torch.set_num_threads(task.threads)
     model = load_decoder(task.path("model"))
     torch.manual_seed(SEED)
     apply_method(model, _method())
+    store_frozen(model, "auto", torch.device("cpu"))
     total_steps = task.total_steps(is_fast=True)
     feed = feed_of(task, layout, total_steps=total_steps)
     table = read_manifest(str(task.path(layout))).read("validation")
@@ -59,7 +61,8 @@ def in_process(task: Task, layout: str) -> dict[str, Any]:
 
 def through_ray(task: Task) -> dict[str, Any]:
     """`pacos train` on packed rows: Ray Train, DeepSpeed and Ray Data, one worker with all cores."""
-    from app.config import TrainConfig, WorkersConfig
+    from app.config import TrackingConfig, TrainConfig
+    from app.config.schema import ElasticWorkersConfig
     from app.ray_cluster import connected
     from app.training.fine_tuning import fine_tune, plan_job
 
@@ -75,7 +78,9 @@ def through_ray(task: Task) -> dict[str, Any]:
         optimizer=_optimizer(),
         eval_every=_eval_every(task, "packed"),
         save_every=total_steps,
-        workers=WorkersConfig(count=1, cpus=task.threads, threads=task.threads),
+        workers=ElasticWorkersConfig(count=1, cpus=task.threads, threads=task.threads),
+        tracking=TrackingConfig(uri="none"),
+        samples=0,
         seed=SEED,
     )
     log = Log()
