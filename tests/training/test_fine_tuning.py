@@ -371,7 +371,8 @@ def test_a_run_folder_is_not_overwritten_and_a_resumed_run_not_changed(
     with pytest.raises(UserError, match="holds step 8 of another run"):
         train(config(small_data, tiny_model, tmp_path / "other", f"checkpoints={unbroken[0] / 'checkpoints'}"))
     with pytest.raises(UserError, match="holds no checkpoint; the run's were elsewhere"):
-        train(config(small_data, tiny_model, unbroken[0], f"checkpoints={tmp_path / 'empty'}"), resume=True)
+        elsewhere = f"checkpoints={tmp_path / 'empty'}"
+        train(config(small_data, tiny_model, unbroken[0], elsewhere, "samples=2"), resume=True)
     with locked(unbroken[0]), pytest.raises(UserError, match=f"is in use by process {os.getpid()} on"):
         train(config(small_data, tiny_model, unbroken[0]), resume=True)
     with pytest.raises(UserError, match="no run to resume"):
