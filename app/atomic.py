@@ -136,8 +136,9 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"output folder {str(folder)!r} cannot be made: {error.strerror}") from None
 
 
-def write_text(file: Path, text: str) -> None:
-    """Replace `file`'s content in one step, making its folder if need be.
+@contextmanager
+def replaced_file(file: Path) -> Iterator[Path]:
+    """A staging path that takes `file`'s place when the block ends well; its folder is made if need be.
 
     Raises:
         UserError: the path cannot be written.
@@ -145,8 +146,18 @@ def write_text(file: Path, text: str) -> None:
     make_folder(file.parent)
     staging = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        staging.write_text(text, encoding="utf-8")
+        yield staging
         staging.replace(file)
     except OSError as error:
         staging.unlink(missing_ok=True)
         raise UserError(f"{str(file)!r} cannot be written: {error.strerror}") from None
+
+
+def write_text(file: Path, text: str) -> None:
+    """Replace `file`'s content in one step, making its folder if need be.
+
+    Raises:
+        UserError: the path cannot be written.
+    """
+    with replaced_file(file) as staging:
+        staging.write_text(text, encoding="utf-8")

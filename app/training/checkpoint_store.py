@@ -6,6 +6,7 @@ is written last and removed first. What a killed run left half-written is ignore
 One process writes at a time (rank 0 of the run that holds the run folder's lock); any may read.
 """
 
+import functools
 import json
 import math
 import re
@@ -94,7 +95,7 @@ class CheckpointStore:
             kept |= set(sorted(scored, key=lambda step: (losses[step], -step))[:keep_best])
         self._steps.remove_all_but(kept)
 
-    @property
+    @functools.cached_property  # to open an object store costs requests
     def _steps(self) -> "_Steps":
         if "://" not in self._place:
             return _StepsOnDisk(Path(self._place))

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from app.atomic import replaced_file
+
 _PANELS = (
     ("perplexity", "perplexity", "lower is better", "{:.2f}", min),
     ("bits_per_byte", "bits per byte", "lower is better", "{:.3f}", min),
@@ -44,9 +46,8 @@ def plot_comparison(file: Path, results: Sequence[dict[str, Any]], *, title: str
     all_axes[0].set_yticks(range(len(labels)), labels, fontsize=9)
     all_axes[0].invert_yaxis()
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
-    staging = file.with_name(f".{file.name}.tmp")
-    figure.savefig(staging, dpi=130, format="png")
-    staging.replace(file)
+    with replaced_file(file) as staging:
+        figure.savefig(staging, dpi=130, format="png")
     pyplot.close(figure)
 
 

@@ -23,7 +23,7 @@ from app.data.shards import COLUMNS
 from app.models.attention import document_lengths
 from app.models.checkpoints import empty_decoder
 from app.models.decoder import Decoder
-from app.training.fine_tuning import Job, is_packed, micro_batches, set_up
+from app.training.fine_tuning import Job, loop_plan, micro_batches, set_up
 from app.training.memory import Memory, Shape, plain_memory, worker_memory
 from app.training.precision import store_frozen
 from app.training.run_log import check_is_new
@@ -135,12 +135,12 @@ def dry_run(job: Job, *, resume: bool = False, progress: Callable[[str], None] =
     progress("trying three steps")
     typical = sorted(shares, key=lambda share: abs(share.positions - mean_positions))[: TRIAL_STEPS - 1]
     typical = (typical * TRIAL_STEPS)[: TRIAL_STEPS - 1]  # a run of one step has no other
+    plan = loop_plan(job, workers=num_workers(config))
     work = TrialWork(
         config=config,
         batches=tuple(batch_of(job, rows, share) for share in (heaviest, *typical)),
         validation=held_out,
-        micro_batches=micro_batches(config, workers=num_workers(config)),
-        is_packed=is_packed(job.manifest),
+        plan=replace(plan, total_steps=TRIAL_STEPS, eval_every=TRIAL_STEPS, save_every=TRIAL_STEPS),
     )
     trial = run_trial(work)
     crowding = _crowding(config)

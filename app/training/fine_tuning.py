@@ -180,17 +180,7 @@ def _worker(payload: dict[str, Any]) -> None:
     validation = _validation_batches(job)
     metrics = train_on_worker(
         model,
-        plan=loop.Plan(
-            total_steps=job.total_steps,
-            eval_every=config.eval_every,
-            save_every=config.save_every,
-            optimizer=config.optimizer,
-            precision=config.precision,
-            seed=config.seed,
-            is_packed=is_packed(job.manifest),
-            micro_batches=micro_batches(config, workers=world_size()),
-            label_smoothing=config.label_smoothing,
-        ),
+        plan=loop_plan(job, workers=world_size()),
         make_optimizer=lambda model, checkpoint: DeepSpeedOptimizer(
             model,
             config.optimizer,
@@ -217,6 +207,21 @@ def set_up(model: Decoder, config: TrainConfig) -> None:
     apply_method(model, config.method)
     model.attention = config.attention
     model.checkpoint_blocks = config.gradient_checkpointing
+
+
+def loop_plan(job: Job, *, workers: int) -> loop.Plan:
+    config = job.config
+    return loop.Plan(
+        total_steps=job.total_steps,
+        eval_every=config.eval_every,
+        save_every=config.save_every,
+        optimizer=config.optimizer,
+        precision=config.precision,
+        seed=config.seed,
+        is_packed=is_packed(job.manifest),
+        micro_batches=micro_batches(config, workers=workers),
+        label_smoothing=config.label_smoothing,
+    )
 
 
 def micro_batches(config: TrainConfig, *, workers: int) -> int:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from app.atomic import write_text
+from app.atomic import replaced_file, write_text
 from app.config.base import Config
 from app.errors import UserError
 from app.training.checkpoint_store import CheckpointStore
@@ -142,9 +142,8 @@ class RunLog:
         axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
         axes.grid(alpha=0.3)
         axes.legend()
-        staging = file.with_name(f".{file.name}.tmp")
-        figure.savefig(staging, dpi=130, format="png")
-        staging.replace(file)
+        with replaced_file(file) as staging:
+            figure.savefig(staging, dpi=130, format="png")
         pyplot.close(figure)
 
     def _rewrite(self) -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from app import console
 from app.config.base import Precision
@@ -33,7 +32,7 @@ from app.training.loop import Metrics
 from app.training.optimizer import Optimizer
 from app.training.precision import resolve_precision, store_frozen
 from app.training.run_lock import lock_text
-from app.training.workers import rank, sum_over_workers, world_size
+from app.training.workers import collective_device, rank, sum_over_workers, world_size
 
 WorkerFunction = Callable[[dict[str, Any]], None]
 SEEN_WITHIN_S = 5.0
@@ -269,8 +268,7 @@ def _check_continues(checkpoint: Checkpoint, expected: Mapping[str, Any], *, pla
 
 def _check_agreed(start_step: int, place: str) -> None:
     """Refuse to start where workers found different checkpoints, as they do without shared storage."""
-    device = torch.device("cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu")
-    (total,) = sum_over_workers(start_step, device=device)
+    (total,) = sum_over_workers(start_step, device=collective_device())
     if total != start_step * world_size():
         raise UserError(
             f"the workers do not see the same checkpoints in {place!r}; it must lie on storage that all nodes share"
@@ -287,14 +285,13 @@ def peak_memory_bytes() -> int:
 
 def worker_memory() -> dict[str, list[float]]:
     """Peak bytes of each worker, by rank: of its process, and on a GPU there; every worker must call this."""
-    on_gpu = torch.cuda.is_available() and dist.is_initialized() and dist.get_backend() == "nccl"
-    device = torch.device("cuda" if on_gpu else "cpu")
+    device = collective_device()
 
     def of_all(mine: int) -> list[float]:
         return sum_over_workers(*(mine if other == rank() else 0 for other in range(world_size())), device=device)
 
     memory = {"worker_bytes": of_all(peak_memory_bytes())}
-    if on_gpu:
+    if device.type == "cuda":
         memory["worker_gpu_bytes"] = of_all(torch.cuda.max_memory_allocated())
     return memory
 

@@ -37,8 +37,8 @@ class TrialWork:
     """Of the steps: first the heaviest, which warms up too, then typical ones."""
     validation: tuple[Batch, ...]
     """The heaviest batch of held-out records, where there are any."""
-    micro_batches: int
-    is_packed: bool
+    plan: loop.Plan
+    """As a worker has it, over these steps, with one evaluation at the end."""
 
 
 @dataclass(frozen=True)
@@ -97,17 +97,7 @@ def measure(work: TrialWork) -> Trial:
     loop.run(
         model,
         PlainOptimizer(model, config.optimizer),
-        plan=loop.Plan(
-            total_steps=len(work.batches),
-            eval_every=len(work.batches),
-            save_every=len(work.batches),
-            optimizer=config.optimizer,
-            precision=config.precision,
-            seed=config.seed,
-            is_packed=work.is_packed,
-            micro_batches=work.micro_batches,
-            label_smoothing=config.label_smoothing,
-        ),
+        plan=work.plan,
         start_step=0,
         batches=iter(work.batches),
         validation=validation,
@@ -134,7 +124,7 @@ def _begin_as_a_worker(work: TrialWork, device: torch.device) -> None:
 
     with torch.device("meta"):
         shapes = empty_decoder(model_folder(work.config.model))
-    loop.training_attention(shapes, device=device, precision="fp32", is_packed=work.is_packed)
+    loop.training_attention(shapes, device=device, precision="fp32", is_packed=work.plan.is_packed)
 
 
 def _resident_bytes(key: str) -> int:

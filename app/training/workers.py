@@ -12,6 +12,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def collective_device() -> torch.device:
+    """Where tensors must lie that workers exchange."""
+    return torch.device("cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu")
+
+
 def sum_over_workers(*values: float, device: torch.device) -> list[float]:
     """Each value summed over all workers; every worker must call this at the same point."""
     if world_size() == 1:
