@@ -13,18 +13,18 @@ counts. Two stages, both on one CPU core within minutes, and the same for the sa
 Owns nothing of files: texts and pairs are passed in. Serving does not import this module.
 """
 
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
-    from torch import Tensor
 
 UNKNOWN = "[UNK]"
 _WORD_START = "▁"
@@ -35,12 +35,12 @@ Pair = tuple[str, str]
 @dataclass(frozen=True)
 class StaticEmbedderSettings:
     vocab_size: int = 8192
-    width: int = 256
+    width: int = 512
     window: int = 8
     """Tokens to each side that count as company."""
     rarity: float = 1e-3
     """A token that makes up this share of the text has half of a rare token's weight."""
-    epochs: int = 4
+    epochs: int = 1
     """Passes over the pairs; 0 leaves out the second stage."""
     batch_size: int = 2048
     """Pairs at once; each question is told from the passages of all the others, so large batches teach more."""
@@ -72,12 +72,21 @@ def train_static_embedder(
 
 
 def save_static_embedder(folder: Path, tokenizer: Tokenizer, vectors: np.ndarray) -> None:
-    """Write a folder that a stock `SentenceTransformer(folder)` opens: float16 safetensors, no code, no pickle."""
+    """Write a folder that a stock `SentenceTransformer(folder)` opens: safetensors, no code, no pickle.
+
+    The weights are stored as model2vec stores them, which sentence-transformers reads too: int8, and a factor for each
+    token. At a size on disk that is twice the width of float16, and width is what keeps tokens apart.
+    """
+    from safetensors.numpy import save_file
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding
 
-    module = StaticEmbedding(tokenizer, embedding_weights=np.ascontiguousarray(vectors, dtype=np.float16))
+    module = StaticEmbedding(tokenizer, embedding_weights=np.ascontiguousarray(vectors, dtype=np.float32))
     SentenceTransformer(modules=[module, Normalize()], device="cpu").save(str(folder), create_model_card=False)
+    factors = np.abs(vectors).max(axis=1) / 127  # [vocab]
+    rounded = np.rint(vectors / np.where(factors > 0, factors, 1)[:, None]).astype(np.int8)
+    save_file({"embeddings": rounded, "weights": factors.astype(np.float32)}, folder / "model.safetensors")
+    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
 
 
 def train_tokenizer(texts: Sequence[str], *, vocab_size: int) -> Tokenizer:
@@ -135,33 +144,58 @@ def train_on_pairs(
     settings: StaticEmbedderSettings,
     log: Callable[[str], None] = print,
 ) -> np.ndarray:
-    """`vectors` [vocab, width] after pulling each question towards its passage; the input is left as it is."""
+    """`vectors` [vocab, width] after pulling each question towards its passage; the input is left as it is.
+
+    By sentence-transformers' trainer, which needs `pip install 'pacos[pretrain]'`.
+    """
     import torch
-    from torch.nn import functional
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+    from transformers import PrinterCallback
 
     torch.manual_seed(settings.seed)
-    questions = _encode(tokenizer, [question for question, _ in pairs])
-    passages = _encode(tokenizer, [passage for _, passage in pairs])
-    table = torch.nn.EmbeddingBag.from_pretrained(torch.tensor(vectors), freeze=False, mode="mean")
-    optimizer = torch.optim.Adam(table.parameters(), lr=settings.learning_rate)
-    batches = list(_batches(len(pairs), settings))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(batches))
+    module = StaticEmbedding(tokenizer, embedding_weights=vectors.copy())
     silent = torch.tensor(_silent_tokens(tokenizer))
-    losses: list[float] = []
-    for rows in batches:
-        asked = functional.normalize(table(*_bag([questions[row] for row in rows])))  # [batch, width]
-        told = functional.normalize(table(*_bag([passages[row] for row in rows])))  # [batch, width]
-        scores = settings.scale * asked @ told.T  # [batch, batch]
-        own = torch.arange(len(rows))
-        loss = (functional.cross_entropy(scores, own) + functional.cross_entropy(scores.T, own)) / 2
-        optimizer.zero_grad()
-        loss.backward()
-        table.weight.grad[silent] = 0  # type: ignore[index]
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-    log(f"second stage: {len(losses)} steps, loss {losses[0]:.3f} -> {np.mean(losses[-20:]):.3f}")
-    return table.weight.detach().numpy()
+    module.embedding.weight.register_hook(lambda gradient: gradient.index_fill(0, silent, 0))
+    model = SentenceTransformer(modules=[module], device="cpu")
+    loss = MultipleNegativesRankingLoss(
+        model, scale=settings.scale, directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction"
+    )
+    questions, passages = zip(*pairs, strict=True)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = SentenceTransformerTrainer(
+            model=model,
+            args=_training_arguments(folder, num_pairs=len(pairs), settings=settings),
+            train_dataset=Dataset.from_dict({"question": questions, "passage": passages}),
+            loss=loss,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trained = trainer.train()
+    log(f"second stage: {trained.global_step} steps, mean loss {trained.training_loss:.3f}")
+    return module.embedding.weight.detach().numpy()
+
+
+def _training_arguments(folder: str, *, num_pairs: int, settings: StaticEmbedderSettings) -> Any:
+    from sentence_transformers import SentenceTransformerTrainingArguments
+
+    return SentenceTransformerTrainingArguments(
+        output_dir=folder,
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=min(settings.batch_size, num_pairs),
+        dataloader_drop_last=True,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="linear",
+        weight_decay=0.0,
+        max_grad_norm=0.0,  # no clipping: Adam's steps do not depend on the gradient's length
+        seed=settings.seed,
+        use_cpu=True,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
 
 
 def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
@@ -217,19 +251,3 @@ def _ppmi(counts: "csr_matrix") -> "csr_matrix":
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-
-
-def _batches(num_pairs: int, settings: StaticEmbedderSettings) -> Iterator[np.ndarray]:
-    size = min(settings.batch_size, num_pairs)
-    for epoch in range(settings.epochs):
-        order = np.random.default_rng((settings.seed, epoch)).permutation(num_pairs)
-        for start in range(0, num_pairs - size + 1, size):
-            yield order[start : start + size]
-
-
-def _bag(documents: Sequence[np.ndarray]) -> tuple["Tensor", "Tensor"]:
-    """(ids, offsets) as nn.EmbeddingBag takes a batch of texts of different lengths."""
-    import torch
-
-    lengths = [0, *map(len, documents[:-1])]
-    return torch.from_numpy(np.concatenate(documents)), torch.from_numpy(np.cumsum(lengths).astype(np.int32))

@@ -83,7 +83,7 @@ def test_it_finds_the_section_that_answers_a_question_on_the_example_documents(
     ranks = [rank(question, title, embedder, index, chunks) for question, title in QUESTIONS.items()]
     first, among_three = sum(rank == 1 for rank in ranks), sum(rank <= 3 for rank in ranks)
     print(f"right section first {first}, among the first three {among_three}, of {len(ranks)}")
-    assert first >= 20 and among_three >= 27
+    assert first >= 22 and among_three >= 30
 
 
 def test_cranfield_ndcg_is_well_above_untrained_vectors(embedder: Embedder, shared_data: Path, tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_cranfield_ndcg_is_well_above_untrained_vectors(embedder: Embedder, shar
         for query, wanted in relevant.items()
     ]
     print(f"Cranfield nDCG@10 {np.mean(gains):.3f} over {len(gains)} queries")
-    assert len(gains) == 225 and np.mean(gains) > 0.27
+    assert len(gains) == 225 and np.mean(gains) > 0.28
 
 
 def rank(question: str, title: str, embedder: Embedder, index: VectorIndex, chunks: list[Chunk]) -> int:

@@ -1,3 +1,4 @@
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from app.retrieval.embedding import Embedder
-from app.retrieval.static_embedder import StaticEmbedderSettings, train_static_embedder
+from app.retrieval.static_embedder import StaticEmbedderSettings, save_static_embedder, train_static_embedder
 
 TEXTS = [
     "the cat chased the mouse around the house",
@@ -50,8 +51,21 @@ def test_punctuation_and_the_unknown_say_nothing() -> None:
         assert not vectors[tokenizer.token_to_id(token)].any()
 
 
+def test_what_is_saved_is_what_was_trained_in_a_quarter_of_the_bytes(tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    settings = dataclasses.replace(SETTINGS, epochs=0)
+    tokenizer, vectors = train_static_embedder(TEXTS, [], settings=settings, log=quiet)
+    save_static_embedder(tmp_path / "model", tokenizer, vectors)
+    assert (tmp_path / "model/model.safetensors").stat().st_size < vectors.nbytes / 4 + 4 * len(vectors) + 1000
+    stored = SentenceTransformer(str(tmp_path / "model"), device="cpu")[0].embedding.weight.detach().numpy()
+    largest = np.abs(vectors).max(axis=1, keepdims=True)
+    assert stored.dtype == np.float32 and (np.abs(stored - vectors) <= largest / 254 + 1e-6).all()
+    assert not stored[tokenizer.token_to_id("[UNK]")].any()
+
+
 def test_the_job_writes_a_model_that_opens(tmp_path: Path) -> None:
-    records = [{"instruction": question, "input": "", "output": passage} for question, passage in PAIRS]
+    records = [{"instruction": f"Tell me about the {word}.", "input": "", "output": passage} for word, passage in PAIRS]
     (tmp_path / "records.json").write_text(json.dumps(records))
     (tmp_path / "more.txt").write_text("\n\n".join(TEXTS))
     options = ["--output", str(tmp_path / "model"), "--vocab-size", "120", "--width", "8", "--epochs", "1"]
