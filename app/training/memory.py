@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from app.config.base import Precision
 from app.models.decoder import Decoder
 from app.models.kernels.cross_entropy import chunk_rows_on, fused_cross_entropy
+from app.models.quantization.int8 import IntegerLinear
 from app.training.optimizer import MOMENTS, trained_parameters
 from app.training.precision import compute_dtype
 
@@ -139,6 +140,7 @@ def simulate(model: Decoder, shape: Shape, *, precision: Precision, device: str)
 def _on_fake_device(model: Decoder) -> Iterator[None]:
     """`model`, its tensors on a CPU that is not there, for the block."""
     before = {name: tensor for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    integer_layers = [layer for layer in model.modules() if isinstance(layer, IntegerLinear)]
     is_training, attention = model.training, model.attention
     model.train()
     if attention == "flex":  # keeps what the others keep, and would be compiled
@@ -148,13 +150,27 @@ def _on_fake_device(model: Decoder) -> Iterator[None]:
         if isinstance(tensor, nn.Parameter):
             fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
         _put(model, name, fake)
+    for layer in integer_layers:  # packing takes real weights
+        layer.product = _ProductOfShapes(layer.out_features)
     try:
         yield
     finally:
         for name, tensor in before.items():
             _put(model, name, tensor)
+        for layer in integer_layers:
+            layer.product = None
         model.train(is_training)
         model.attention = attention
+
+
+@dataclass(frozen=True)
+class _ProductOfShapes:
+    """[rows, in] -> [rows, columns], without a weight."""
+
+    columns: int
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return rows.new_empty(len(rows), self.columns)
 
 
 def _put(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -91,7 +91,7 @@ def run_on_workers(
         ),
         run_config=RunConfig(
             # A name of its own each time: our checkpoints, not Ray's snapshot of an earlier run, say where to go on.
-            name=time.strftime("run-%Y%m%d-%H%M%S"),
+            name=f"{output.name}-{time.strftime('%Y%m%d-%H%M%S')}",
             storage_path=str(output / "ray"),
             failure_config=FailureConfig(max_failures=max_failures),
             worker_runtime_env={"env_vars": _worker_environment(workers)},

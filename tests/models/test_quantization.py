@@ -1,13 +1,14 @@
 import copy
 import warnings
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from app.errors import UserError
 from app.models.checkpoints import load_decoder
@@ -24,6 +25,7 @@ from app.models.quantization import (
 from app.models.quantization.int8 import Int8Dynamic, Int8Static, Int8Weight
 from app.models.quantization.integer_product import (
     Kernel,
+    _cpu_kernel,
     is_exact,
     kernel_for,
     pack_fbgemm,
@@ -409,3 +411,16 @@ def test_static_ranges_need_data_and_other_schemes_take_none(tiny_model: Path) -
             quantize(model, QuantizationConfig(scheme="int8_static"), calibration=calibration)
     with pytest.raises(UserError, match="takes no calibration data"):
         quantize(model, QuantizationConfig(scheme="nf4"), calibration=[some_ids()])
+
+
+def test_the_choice_of_kernel_is_the_same_where_tensors_have_no_content() -> None:
+    _cpu_kernel.cache_clear()
+    with FakeTensorMode():
+        found_first = kernel_for(torch.device("cpu"))
+    _cpu_kernel.cache_clear()
+    assert found_first.levels == kernel_for(torch.device("cpu")).levels
+    assert _name(found_first.pack) == _name(kernel_for(torch.device("cpu")).pack)
+
+
+def _name(pack: Any) -> str:
+    return getattr(pack, "func", pack).__name__

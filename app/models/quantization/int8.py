@@ -81,6 +81,11 @@ class IntegerLinear(Int8Linear):
             self._product = self.pack()
         return self._product
 
+    @product.setter
+    def product(self, product: Product | None) -> None:
+        """None: to be packed at next use."""
+        self._product = product
+
     @property
     def levels(self) -> int:
         """Activations become integers from -levels to levels: 127, or 63 where the processor lacks VNNI."""

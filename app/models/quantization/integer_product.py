@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 Product = Callable[[Tensor], Tensor]
 """[rows, in] in fp32 within ±levels -> fp32 [rows, out]: round, multiply, scale each output channel, add the bias."""
@@ -44,10 +45,9 @@ def kernel_for(device: torch.device) -> Kernel:
 def _cpu_kernel() -> Kernel:
     onednn_8_bit, onednn_7_bit = (Kernel(n, functools.partial(pack_onednn, levels=n)) for n in (127, 63))
     # oneDNN first, which uses VNNI and AMX best; in 7 bits fbgemm is the faster one, by half on few rows.
-    for kernel in (onednn_8_bit, Kernel(63, pack_fbgemm), onednn_7_bit):
-        if is_exact(kernel):
-            return kernel
-    return Kernel(127, pack_float)
+    kernels = (onednn_8_bit, Kernel(63, pack_fbgemm), onednn_7_bit)
+    with _disable_current_modes():  # where tensors have no content, all would fail, and that would be kept
+        return next(filter(is_exact, kernels), Kernel(127, pack_float))
 
 
 def is_exact(kernel: Kernel) -> bool:
