@@ -2,18 +2,52 @@
 
 import itertools
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
+from app.engine.blocks import BLOCK_SIZE
+from app.engine.deltas import Deltas, MixedModel, Variant
+from app.engine.kernels import kernels_for
 from app.engine.kv_cache import KVCache
 from app.engine.runner import Runner
 from app.engine.sampling import Sampling, sample
 from app.engine.scheduler import Scheduler
-from app.engine.sequence import Event, Sequence, new_sequence
-from app.models.attention import KeysValues
+from app.engine.sequence import Event, InvalidRequest, Sequence, check_request
+from app.errors import UserError
+from app.methods.delta import Delta
 from app.models.decoder import Decoder
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    max_batch_size: int = 64
+    """Answers that are generated together."""
+    max_queue: int = 128
+    """Answers that may wait beyond those that the batch has room for."""
+    max_queued_tokens: int | None = None
+    """Prompt and answer tokens that those who wait may take together."""
+    max_step_tokens: int = 512
+    """Rows that one step computes at most, above `max_batch_size`; longer prompts are read in several."""
+    max_kv_bytes: int | None = None
+    """Of the KV cache; None: room for `max_batch_size` whole contexts. Memory is taken as it is used."""
+    kv_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: the weights' own."""
+    reuse_prefixes: bool = True
+    """Whether a prompt that begins like an earlier one finds what was computed there."""
+    max_delta_bytes: int | None = None
+    """Of the loaded deltas; the least recently used are unloaded beyond it."""
+    max_extra_blocks: int = 1
+    """As many as a delta may add to the base's."""
+    kernels: Literal["auto", "torch"] = "auto"
+    """auto: the engine's own, compiled, where they suit the model and the machine."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch_size", "max_queue", "max_queued_tokens", "max_step_tokens", "max_kv_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -23,93 +57,220 @@ class Stats:
     waiting: int
     running: int
     free_slots: int
+    queued_tokens: int
+    """Prompt and answer tokens that those who wait may take."""
+    blocks: int
+    """Of the KV cache, 16 tokens each."""
+    free_blocks: int
+    """Held by no running request; most still contain what they may be found for."""
     steps: int
     computed_tokens: int
     """Rows that went through the model: prompt tokens once, then one per generated token."""
+    reused_tokens: int
+    """Prompt tokens that were found in the cache instead."""
     generated_tokens: int
+    preemptions: int
+    deltas: int
+    delta_bytes: int
 
 
 class Engine:
-    """Continuous batching over one model: a request joins while others decode, and leaves at its own end."""
+    """Continuous batching over one model: a request joins while others decode, and leaves at its own end.
 
-    def __init__(self, model: Decoder, *, max_batch_size: int, max_queue: int) -> None:
-        weight = model.token_embedding.weight
+    `token_bytes` is the vocabulary's text, for requests that a text should stop.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        settings: EngineSettings | None = None,
+        *,
+        token_bytes: SequenceOf[bytes] | None = None,
+        **changes: Any,
+    ) -> None:
+        settings = replace(settings or EngineSettings(), **changes)
+        self.settings = settings
         self.max_length, self.vocab_size = model.max_length, model.config.vocab_size
+        self._token_bytes = token_bytes
+        weight = model.token_embedding.weight
+        dtype = {"auto": weight.dtype, "fp32": torch.float32, "bf16": torch.bfloat16}[settings.kv_dtype]
+        kernels = None
+        if settings.kernels == "auto":
+            kernels = kernels_for(model.config, cache_dtype=dtype, dtype=weight.dtype, device=weight.device)
+        mixed = MixedModel(model.eval(), num_extra_layers=settings.max_extra_blocks, kernels=kernels)
+        self.deltas = Deltas(mixed, max_bytes=settings.max_delta_bytes)
         cache = KVCache(
             model.config,
-            num_slots=max_batch_size,
-            dtype=weight.dtype,
+            num_blocks=_num_blocks(model, settings, dtype),
+            num_extra_layers=settings.max_extra_blocks,
+            dtype=dtype,
             device=weight.device,
-            prefix=_prefix_of(model),
+            reuse=settings.reuse_prefixes,
         )
-        self._scheduler = Scheduler(cache, max_queue=max_queue)
-        self._runner = Runner(model.eval(), cache)
-        self._ids = itertools.count()
+        self._scheduler = Scheduler(
+            cache,
+            max_batch_size=settings.max_batch_size,
+            max_queue=settings.max_queue,
+            max_queued_tokens=settings.max_queued_tokens,
+            max_step_tokens=max(settings.max_step_tokens, settings.max_batch_size + BLOCK_SIZE),
+        )
+        self._cache = cache
+        self._runner = Runner(mixed, cache, kernels)
+        self._requests: dict[int, list[Sequence]] = {}
+        self._ids, self._arrivals = itertools.count(), itertools.count()
         self._steps = self._computed = self._generated = 0
 
-    def add_request(self, ids: SequenceOf[int], sampling: Sampling) -> int:
+    def add_request(
+        self, ids: SequenceOf[int], sampling: Sampling, delta: str | None = None, *, priority: int = 0
+    ) -> int:
         """Queue a prompt; returns the id that its events and `abort` use.
+
+        `delta` is the hash of one that is loaded; None: the model as it is. Smaller priorities go first, and may take
+        the place of larger ones that run.
 
         Raises:
             InvalidRequest: the prompt is empty, too long (`ContextLengthExceeded`) or not of this vocabulary.
+            UnknownDelta: the delta is not loaded.
             QueueFull: too many wait already.
         """
-        sequence = new_sequence(
-            next(self._ids),
+        variant = self.deltas.get(delta)
+        context_length = self.max_length if variant is self.deltas.plain else self.max_length - variant.prefix_length
+        check_request(
             ids,
             sampling,
-            context_length=self.max_length,
+            context_length=context_length,
             vocab_size=self.vocab_size,
+            has_texts=self._token_bytes is not None,
         )
-        self._scheduler.add(sequence)
-        return sequence.request_id
+        max_length = min(len(ids) + sampling.max_tokens, context_length)
+        self._check_fits(variant, max_length)
+        self._scheduler.check_room(sampling.n, sampling.n * max_length)
+        request_id = next(self._ids)
+        answers: list[Sequence] = []
+        for index in range(sampling.n):
+            answers.append(
+                Sequence(
+                    request_id=request_id,
+                    index=index,
+                    ids=list(ids),
+                    prompt_length=len(ids),
+                    max_length=max_length,
+                    sampling=sampling,
+                    variant=variant,
+                    rank=(priority, next(self._arrivals)),
+                    leader=answers[0] if answers else None,
+                )
+            )
+            self._scheduler.add(answers[-1])
+        variant.num_requests += 1
+        self._requests[request_id] = answers
+        return request_id
 
     def step(self) -> list[Event]:
-        """One token for every running sequence; those that wait join as far as there are free slots."""
+        """Compute the next token of every running answer, and a piece of the prompts that wait for theirs."""
         sequences = self._scheduler.schedule()
         if not sequences:
             return []
-        logits = self._runner.run(sequences)
-        return self._postprocess(sequences, logits)
+        num_computed = sum(sequence.num_scheduled for sequence in sequences)
+        sampling, logits = self._runner.run(sequences)
+        choices = sample(logits, sampling) if sampling else []
+        for sequence in sequences:
+            self._cache.computed(sequence)
+        self._steps += 1
+        self._computed += num_computed
+        events = []
+        for sequence, choice in zip(sampling, choices, strict=True):
+            event = sequence.append(choice, self._token_bytes)
+            self._generated += event.token is not None
+            events.append(event)
+            if event.finish_reason:
+                self._scheduler.remove(sequence)
+                self._forget(sequence)
+        return events
 
     def abort(self, request_id: int) -> bool:
-        """Drop a request and free its slot; False if it is not here (any more)."""
-        return self._scheduler.remove(request_id)
+        """Drop a request and release what it holds; False if it is not here (any more)."""
+        answers = list(self._requests.get(request_id, ()))
+        for sequence in answers:
+            self._scheduler.remove(sequence)
+            self._forget(sequence)
+        return bool(answers)
 
     def abort_all(self) -> list[int]:
         """Drop every request, waiting or running; returns their ids."""
-        request_ids = [*self._scheduler.running, *self._scheduler.waiting]
+        request_ids = list(self._requests)
         for request_id in request_ids:
             self.abort(request_id)
         return request_ids
 
+    def prepare_delta(self, delta: Delta) -> Variant:
+        """What `add_delta` takes. It changes nothing, and may run in another thread than the engine's.
+
+        Raises:
+            UserError: the delta does not fit the model, or cannot share a batch with it.
+        """
+        variant = self.deltas.model.variant(delta)
+        if variant.prefix_length + 2 > self.max_length:
+            raise UserError(f"the delta's prefix of {variant.prefix_length} leaves no room in the context")
+        self._check_fits(variant, 2)
+        return variant
+
+    def add_delta(self, delta: Delta | Variant, *, pin: bool = False) -> str:
+        """Load a delta while requests run; returns its hash. A pinned one stays until it is unpinned.
+
+        Raises:
+            UserError: as `prepare_delta`, or it is larger than `max_delta_bytes`.
+            DeltasFull: those that are pinned or in use leave no room.
+        """
+        variant = self.prepare_delta(delta) if isinstance(delta, Delta) else delta
+        self.deltas.add(variant, pin=pin)
+        return variant.hash
+
     @property
     def has_work(self) -> bool:
-        return bool(self._scheduler.running or self._scheduler.waiting)
+        return bool(self._requests)
 
     def stats(self) -> Stats:
+        scheduler, pool = self._scheduler, self._cache.pool
         return Stats(
-            waiting=len(self._scheduler.waiting),
-            running=len(self._scheduler.running),
-            free_slots=self._scheduler.cache.num_free,
+            waiting=len(scheduler.waiting),
+            running=len(scheduler.running),
+            free_slots=scheduler.free_slots,
+            queued_tokens=scheduler.queued_tokens,
+            blocks=pool.num_blocks,
+            free_blocks=pool.num_free,
             steps=self._steps,
             computed_tokens=self._computed,
+            reused_tokens=self._cache.num_reused_tokens,
             generated_tokens=self._generated,
+            preemptions=scheduler.num_preemptions,
+            deltas=len(self.deltas.loaded),
+            delta_bytes=self.deltas.num_bytes,
         )
 
-    def _postprocess(self, sequences: SequenceOf[Sequence], logits: Tensor) -> list[Event]:
-        tokens = sample(logits, [s.sampling for s in sequences], [s.stream for s in sequences])
-        self._steps += 1
-        self._computed += sum(len(s.uncached_ids) for s in sequences)
-        events = [sequence.append(token) for sequence, token in zip(sequences, tokens, strict=True)]
-        self._generated += sum(event.token is not None for event in events)
-        for event in events:
-            if event.finish_reason:
-                self._scheduler.remove(event.request_id)
-        return events
+    def _check_fits(self, variant: Variant, max_length: int) -> None:
+        """Whether the cache could hold it alone: else it would wait for ever."""
+        needed, there = -(-(variant.prefix_length + max_length) // BLOCK_SIZE), self._cache.pool.num_blocks
+        if needed > there:
+            raise InvalidRequest(
+                f"prompt and answer may take {max_length} tokens; the KV cache holds {there * BLOCK_SIZE} in all: "
+                "ask for fewer tokens, or raise max_kv_bytes"
+            )
+
+    def _forget(self, sequence: Sequence) -> None:
+        answers = self._requests[sequence.request_id]
+        answers.remove(sequence)
+        if not answers:
+            del self._requests[sequence.request_id]
+            sequence.variant.num_requests -= 1
 
 
-@torch.inference_mode()
-def _prefix_of(model: Decoder) -> SequenceOf[KeysValues]:
-    """What the model puts before every sequence, computed once."""
-    return () if model.prefix is None else model.prefix(model)
+def _num_blocks(model: Decoder, settings: EngineSettings, dtype: torch.dtype) -> int:
+    if settings.max_kv_bytes is None:
+        return settings.max_batch_size * -(-model.config.context_length // BLOCK_SIZE)
+    size = KVCache.block_bytes(model.config, num_extra_layers=settings.max_extra_blocks, dtype=dtype)
+    if settings.max_kv_bytes < size:
+        raise UserError(
+            f"max_kv_bytes={settings.max_kv_bytes} holds no block of 16 tokens, which takes {size}; raise it"
+        )
+    return settings.max_kv_bytes // size

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from app.engine.engine import Engine, Stats
 from app.engine.sampling import Sampling
 from app.engine.sequence import Event
+from app.methods.delta import Delta
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +33,16 @@ class _Call:
 
     ids: Sequence[int]
     sampling: Sampling
+    delta: str | None
+    priority: int
     loop: asyncio.AbstractEventLoop
     events: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)
     request_id: int | None = None
+    unfinished: int = field(init=False)
+    """Answers that go on."""
+
+    def __post_init__(self) -> None:
+        self.unfinished = self.sampling.n
 
 
 class EngineFront:
@@ -49,31 +57,57 @@ class EngineFront:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    async def generate(self, ids: Sequence[int], sampling: Sampling) -> AsyncGenerator[Event, None]:
-        """Events of one request as they come; the last has a finish reason.
+    async def generate(
+        self, ids: Sequence[int], sampling: Sampling, delta: str | None = None, *, priority: int = 0
+    ) -> AsyncGenerator[Event, None]:
+        """Events of one request as they come; the last of each of its `n` answers has a finish reason.
 
         Closing the generator or cancelling the task that reads it aborts the request. Read it under
         `contextlib.aclosing`, else Python closes it whenever it likes.
 
         Raises:
-            InvalidRequest, QueueFull: as `Engine.add_request`.
+            InvalidRequest, UnknownDelta, QueueFull: as `Engine.add_request`.
             GenerationFailed: a step raised an exception.
             EngineStopped: `shutdown` was called.
         """
-        call = _Call(ids, sampling, asyncio.get_running_loop())
+        call = _Call(ids, sampling, delta, priority, asyncio.get_running_loop())
         if not self._post(lambda: self._add(call)):
             raise _stopped()
-        finished = False
+        unfinished = sampling.n
         try:
-            while not finished:
+            while unfinished:
                 event = await call.events.get()
-                finished = isinstance(event, Exception) or event.finish_reason is not None
                 if isinstance(event, Exception):
+                    unfinished = 0
                     raise event
+                unfinished -= event.finish_reason is not None
                 yield event
         finally:
-            if not finished:
+            if unfinished:
                 self._post(lambda: self._abort(call))
+
+    async def load_delta(self, delta: Delta, *, pin: bool = False) -> str:
+        """Load `delta` beside running requests; returns its hash.
+
+        Raises:
+            UserError, DeltasFull: as `Engine.add_delta`.
+            EngineStopped: `shutdown` was called.
+        """
+        variant = await asyncio.to_thread(self._engine.prepare_delta, delta)
+        loop, done = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
+
+        def add() -> None:
+            try:
+                self._engine.add_delta(variant, pin=pin)
+            except Exception as error:  # the caller's to handle, in the caller's loop
+                loop.call_soon_threadsafe(_settle, done, error)
+            else:
+                loop.call_soon_threadsafe(_settle, done, None)
+
+        if not self._post(add):
+            raise _stopped()
+        await done
+        return variant.hash
 
     def stats(self) -> Stats:
         """Safe from any thread; may be a step old."""
@@ -128,7 +162,8 @@ class EngineFront:
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Call, Event]]] = defaultdict(list)
         for event in events:
             call = self._calls[event.request_id]
-            if event.finish_reason:
+            call.unfinished -= event.finish_reason is not None
+            if not call.unfinished:
                 del self._calls[event.request_id]
             by_loop[call.loop].append((call, event))
         for loop, deliveries in by_loop.items():
@@ -136,7 +171,7 @@ class EngineFront:
 
     def _add(self, call: _Call) -> None:
         try:
-            call.request_id = self._engine.add_request(call.ids, call.sampling)
+            call.request_id = self._engine.add_request(call.ids, call.sampling, call.delta, priority=call.priority)
         except Exception as error:  # the caller's to handle, in the caller's loop
             self._deliver(call.loop, [(call, error)])
         else:
@@ -169,3 +204,12 @@ class EngineFront:
 
 def _stopped() -> EngineStopped:
     return EngineStopped("the engine has been shut down")
+
+
+def _settle(future: asyncio.Future[None], error: Exception | None) -> None:
+    if future.done():  # cancelled meanwhile
+        return
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)

@@ -1,126 +1,285 @@
-"""Keys and values of all running sequences: one slot per sequence, each reserved for a whole context.
+"""Keys and values of all running sequences, in blocks of 16 places. Knows tensors and blocks, not queues or sampling.
 
-Implements the decoder's `Context` for rows that are the new tokens of many sequences laid end to end, without padding:
-matrix products run over all rows at once, and only attention looks at each sequence by itself. Knows no requests.
+`StepCache` is the decoder's `Context` for one step's rows: the new tokens of many sequences laid end to end, without
+padding. Matrix products run over all rows at once, and only attention looks at each sequence by itself.
 """
 
-import heapq
-from collections.abc import Sequence
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from app.models.attention import KeysValues, RowAttention
+from app.engine.blocks import BLOCK_SIZE, BlockPool, block_key
+from app.engine.kernels import Kernels
+from app.engine.sequence import Sequence
 from app.models.decoder import DecoderConfig
 
-
-@dataclass(frozen=True)
-class Span:
-    """One sequence's share of a step: `length` new tokens after `start` cached ones, the prefix not counted."""
-
-    slot: int
-    start: int
-    length: int
+_FEW_ROWS = 32
+"""Up to here a sequence's new tokens go to the kernel that reads the cache in place, one by one."""
 
 
 class KVCache:
-    """`prefix`, a layer's keys and values each, stands at the start of every slot."""
+    """`keys` [layers, blocks, kv_heads, head_width, 16], transposed, as products with a query read them best;
+    `values` [layers, blocks, kv_heads, 16, head_width].
+
+    `num_extra_layers` are those of extra blocks; pages of memory that no delta uses are never touched.
+    """
 
     def __init__(
         self,
         config: DecoderConfig,
         *,
-        num_slots: int,
+        num_blocks: int,
+        num_extra_layers: int,
         dtype: torch.dtype,
         device: torch.device,
-        prefix: Sequence[KeysValues] = (),
+        reuse: bool,
     ) -> None:
-        shape = (config.num_layers, num_slots, config.kv_heads, config.context_length, config.head_width)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.prefix = prefix
-        self.prefix_length = prefix[0][0].shape[1] if prefix else 0
-        for layer, (keys, values) in enumerate(prefix):
-            self.keys[layer, :, :, : self.prefix_length] = keys
-            self.values[layer, :, :, : self.prefix_length] = values
-        # The lowest slot goes first: attention runs over all slots up to the highest that is in use.
-        self._free = list(range(num_slots))
+        layers = config.num_layers + num_extra_layers
+        shape = (layers, num_blocks, config.kv_heads)
+        # zeros, because a masked product still multiplies what stands in unused places
+        self.keys = torch.zeros(*shape, config.head_width, BLOCK_SIZE, dtype=dtype, device=device)
+        self.values = torch.zeros(*shape, BLOCK_SIZE, config.head_width, dtype=dtype, device=device)
+        self.pool = BlockPool(num_blocks)
+        self.reuse = reuse
+        self.num_reused_tokens = 0
 
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
+    @staticmethod
+    def block_bytes(config: DecoderConfig, *, num_extra_layers: int, dtype: torch.dtype) -> int:
+        layers = config.num_layers + num_extra_layers
+        return 2 * layers * config.kv_heads * config.head_width * BLOCK_SIZE * dtype.itemsize
 
-    def allocate(self) -> int:
-        """A free slot; the caller has looked at `num_free`."""
-        return heapq.heappop(self._free)
+    def begin(self, sequence: Sequence) -> bool:
+        """Blocks for a sequence's prompt and its prefix, as far as they are there already with their content; False
+        where there are not enough."""
+        found = self._find(sequence)
+        missing = _num_blocks(sequence, len(sequence.ids)) - len(found)
+        if missing > self.pool.num_free:
+            self.pool.release(found)
+            return False
+        sequence.blocks = found + [self.pool.take() for _ in range(missing)]
+        sequence.num_cached = max(0, len(found) * BLOCK_SIZE - sequence.variant.prefix_length)
+        self.num_reused_tokens += sequence.num_cached
+        self._fill_prefix(sequence, first=len(found) * BLOCK_SIZE)
+        return True
 
-    def free(self, slot: int) -> None:
-        assert slot not in self._free, f"slot {slot} is free already"
-        heapq.heappush(self._free, slot)
+    def reserve(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Blocks for the first `num_tokens` of a running sequence; False where there are not enough."""
+        missing = _num_blocks(sequence, num_tokens) - len(sequence.blocks)
+        if missing > self.pool.num_free:
+            return False
+        sequence.blocks += [self.pool.take() for _ in range(missing)]
+        return True
 
-    def view(self, spans: Sequence[Span]) -> "StepCache":
-        """The cache as one step's rows see it."""
-        return StepCache(self, spans)
+    def computed(self, sequence: Sequence) -> None:
+        """The step has filled the places of the sequence's scheduled tokens."""
+        sequence.num_cached += sequence.num_scheduled
+        sequence.num_scheduled = 0
+        if self.reuse:
+            num_full = (sequence.variant.prefix_length + sequence.num_cached) // BLOCK_SIZE
+            for number in range(len(sequence.block_keys), num_full):
+                key = _key(sequence, number)
+                sequence.block_keys.append(key)
+                self.pool.name(sequence.blocks[number], key)
+
+    def release(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.blocks)
+        sequence.blocks, sequence.block_keys = [], []
+        sequence.num_cached = sequence.num_scheduled = 0
+
+    def _find(self, sequence: Sequence) -> list[int]:
+        """Blocks with the sequence's beginning, held; at least one token is left to compute."""
+        if not self.reuse:
+            return []
+        found: list[int] = []
+        sequence.block_keys = []
+        while (len(found) + 1) * BLOCK_SIZE - sequence.variant.prefix_length < len(sequence.ids):
+            key = _key(sequence, len(found))
+            block = self.pool.find(key)
+            if block is None:
+                break
+            found.append(block)
+            sequence.block_keys.append(key)
+        return found
+
+    def _fill_prefix(self, sequence: Sequence, *, first: int) -> None:
+        """Copy the variant's own keys and values from place `first` on into the sequence's blocks."""
+        variant = sequence.variant
+        if first >= variant.prefix_length:
+            return
+        assert variant.prefix is not None
+        places = torch.arange(first, variant.prefix_length, device=self.keys.device)
+        blocks = torch.tensor(sequence.blocks, device=places.device)[places // BLOCK_SIZE]
+        for layer, (keys, values) in enumerate(variant.prefix):  # each [kv_heads, prefix_length, head_width]
+            self.write(layer, blocks, places % BLOCK_SIZE, *(kv[:, first:].transpose(0, 1) for kv in (keys, values)))
+        if self.reuse:
+            for number in range(len(sequence.block_keys), variant.prefix_length // BLOCK_SIZE):
+                key = _key(sequence, number)
+                sequence.block_keys.append(key)
+                self.pool.name(sequence.blocks[number], key)
+
+    def write(self, layer: int, blocks: Tensor, offsets: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Put `keys` and `values` [rows, kv_heads, head_width] in their places."""
+        self.keys[layer].index_put_(
+            (blocks[:, None, None], *_axes(keys), offsets[:, None, None]), keys.to(self.keys.dtype)
+        )
+        self.values[layer][blocks, :, offsets] = values.to(self.values.dtype)
+
+
+def _axes(keys: Tensor) -> tuple[Tensor, Tensor]:
+    heads, width = (torch.arange(size, device=keys.device) for size in keys.shape[1:])
+    return heads[None, :, None], width[None, None, :]
+
+
+def _num_blocks(sequence: Sequence, num_tokens: int) -> int:
+    return -(-(sequence.variant.prefix_length + num_tokens) // BLOCK_SIZE)
+
+
+def _key(sequence: Sequence, number: int) -> bytes:
+    """Of the sequence's block `number`; those before it have theirs."""
+    before = sequence.block_keys[number - 1] if number else sequence.variant.root_key
+    first = number * BLOCK_SIZE - sequence.variant.prefix_length
+    return block_key(before, sequence.ids[max(0, first) : max(0, first + BLOCK_SIZE)])
+
+
+@dataclass(frozen=True)
+class _Long:
+    """The rows of a sequence with many new tokens, which are multiplied as a whole."""
+
+    rows: slice
+    blocks: Tensor
+    """[blocks] those that hold places up to the last row's."""
+    mask: Tensor | None
+    """[rows, places] what each row sees; None: each row sees those before it, and nothing is cached yet."""
 
 
 class StepCache:
-    """`Cache` for rows [1, rows]: the spans' new tokens, one span after the other."""
+    """Attention of one step's rows [1, heads, rows, head_width]: the scheduled tokens of `sequences`, end to end."""
 
-    def __init__(self, cache: KVCache, spans: Sequence[Span]) -> None:
-        device = cache.keys.device
+    def __init__(self, cache: KVCache, sequences: SequenceOf[Sequence], kernels: Kernels | None) -> None:
         self.cache = cache
-        self.positions = torch.cat([torch.arange(s.start, s.start + s.length) for s in spans]).to(device)  # [rows]
-        lengths = torch.tensor([s.length for s in spans])
-        self._slots = torch.tensor([s.slot for s in spans]).repeat_interleave(lengths).to(device)  # [rows]
+        self.kernels = kernels
+        device = cache.keys.device
+        rows = _Rows.of(sequences)
+        self.positions = rows.places.to(device)  # [rows]; the prefix counts
+        self._blocks, self._offsets = rows.blocks.to(device), (rows.places % BLOCK_SIZE).to(device)
+        self._seen = rows.places + 1  # how many places each row sees
+        self._tables, self._table_of_row = rows.tables, rows.sequence_of_row
+        self._long = [self._as_long(s, span) for s, span in rows.spans if span.stop - span.start > _FEW_ROWS]
+        short = torch.ones(len(rows.places), dtype=torch.bool)
+        for long in self._long:
+            short[long.rows] = False
+        self._short = short.nonzero().squeeze(1)
+        self._padded: tuple[Tensor, Tensor] | None = None
 
-        ends = lengths.cumsum(0).tolist()
-        self.last_rows = torch.tensor([end - 1 for end in ends], device=device)  # [spans]
-        prompts = [(end - s.length, end) for s, end in zip(spans, ends, strict=True) if s.length > 1]
-        assert all(s.start == 0 for s in spans if s.length > 1), "a prompt is computed in one step"
-        self._prompts = [(slice(start, end), RowAttention(prefix=cache.prefix or None)) for start, end in prompts]
-        self._places = self.positions + cache.prefix_length  # in a slot
-        self._singles = torch.tensor([end - 1 for s, end in zip(spans, ends, strict=True) if s.length == 1])
-        if len(self._singles):
-            self._singles = self._singles.to(device)
-            self._single_slots = self._slots[self._singles]
-            self._single_mask = self._mask_singles()
-
-    def _mask_singles(self) -> Tensor:
-        """Which cached positions the new token of each slot may see: bool [slots in use, 1, 1, longest]."""
-        last = self.positions.new_zeros(int(self._single_slots.max()) + 1)
-        last[self._single_slots] = self._places[self._singles]
-        seen = torch.arange(int(last.max()) + 1, device=last.device) <= last.unsqueeze(1)
-        return seen[:, None, None, :]
+    def part(self, rows: slice) -> "_Part":
+        """The same for some of the rows, as blocks that only they go through need it."""
+        return _Part(self, rows)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """All [1, heads, rows, head_width]; keys and values may have fewer heads."""
-        keys, values = self.cache.keys[layer], self.cache.values[layer]  # [slots, heads, context, head_width]
-        keys[self._slots, :, self._places] = k[0].transpose(0, 1)
-        values[self._slots, :, self._places] = v[0].transpose(0, 1)
+        return self.attend_rows(layer, q, k, v, slice(0, len(self.positions)))
 
-        mixed = torch.empty_like(q)
-        for rows, attention in self._prompts:
-            mixed[:, :, rows] = attention.attend(layer, q[:, :, rows], k[:, :, rows], v[:, :, rows])
-        if len(self._singles):
-            mixed[0, :, self._singles] = self._attend_singles(q[0, :, self._singles], keys, values)
+    def attend_rows(self, layer: int, q: Tensor, k: Tensor, v: Tensor, part: slice) -> Tensor:
+        """`q`, `k` and `v` are those of the rows `part`, which are whole sequences'."""
+        k_rows, v_rows = k[0].transpose(0, 1), v[0].transpose(0, 1)  # [rows, kv_heads, head_width]
+        self._store(layer, k_rows, v_rows, part)
+        mixed = q.new_empty(1, q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)  # as the next product reads it
+        for long in self._long:
+            if part.start <= long.rows.start < part.stop:
+                rows = slice(long.rows.start - part.start, long.rows.stop - part.start)
+                mixed[:, :, rows] = self._attend_long(layer, long, q[:, :, rows], k[:, :, rows], v[:, :, rows])
+        short = self._short[(self._short >= part.start) & (self._short < part.stop)]
+        if len(short):
+            self._attend_short(layer, q, mixed, short, first=part.start)
         return mixed
 
-    def _attend_singles(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """One new token per sequence: q and the result are [heads, singles, head_width].
+    def _store(self, layer: int, k: Tensor, v: Tensor, part: slice) -> None:
+        cache, blocks, offsets = self.cache, self._blocks[part], self._offsets[part]
+        if self.kernels is None:
+            cache.write(layer, blocks, offsets, k, v)
+        else:
+            self.kernels.write(k, v, cache.keys[layer], cache.values[layer], blocks=blocks, offsets=offsets)
 
-        Queries are spread over the slots rather than keys gathered from them: there is one query where there are
-        hundreds of keys. A slot without a query computes something that nobody reads.
-        """
-        num_slots, *_, longest = self._single_mask.shape
-        spread = q.new_zeros(num_slots, q.shape[0], 1, q.shape[2])
-        spread[self._single_slots, :, 0] = q.transpose(0, 1)
-        mixed = F.scaled_dot_product_attention(
-            spread,
-            keys[:num_slots, :, :longest],
-            values[:num_slots, :, :longest],
-            attn_mask=self._single_mask,
-            enable_gqa=q.shape[0] != keys.shape[1],
+    def _as_long(self, sequence: Sequence, rows: slice) -> _Long:
+        device = self.positions.device
+        first, last = sequence.variant.prefix_length + sequence.num_cached, int(self._seen[rows.stop - 1])
+        blocks = torch.tensor(sequence.blocks[: -(-last // BLOCK_SIZE)], device=device)
+        if first == 0:
+            return _Long(rows, blocks, None)
+        places = torch.arange(len(blocks) * BLOCK_SIZE, device=device)
+        return _Long(rows, blocks, places < self._seen[rows].to(device).unsqueeze(1))
+
+    def _attend_long(self, layer: int, long: _Long, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        is_grouped = q.shape[1] != k.shape[1]
+        if long.mask is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=is_grouped)
+        keys, values = self._gathered(layer, long.blocks.unsqueeze(0), q.dtype)
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=long.mask, enable_gqa=is_grouped)
+
+    def _attend_short(self, layer: int, q: Tensor, mixed: Tensor, short: Tensor, *, first: int) -> None:
+        """Each row by itself: one query where there are hundreds of keys."""
+        if self.kernels is not None:
+            self.kernels.attend(
+                q[0], self.cache.keys[layer], self.cache.values[layer], mixed[0],
+                rows=short - first, seen=self._seen[short], tables=self._tables, table_of_row=self._table_of_row[short],
+            )  # fmt: skip
+            return
+        device = q.device
+        seen = self._seen[short].to(device)
+        num_blocks = -(-int(seen.max()) // BLOCK_SIZE)
+        tables = self._tables[self._table_of_row[short], :num_blocks].long().to(device)  # [rows, blocks]
+        keys, values = self._gathered(layer, tables, q.dtype)  # [rows, kv_heads, places, head_width]
+        mask = (torch.arange(keys.shape[2], device=device) < seen.unsqueeze(1))[:, None, None, :]
+        local = (short - first).to(device)
+        queries = q[0, :, local].transpose(0, 1).unsqueeze(2)  # [rows, heads, 1, head_width]
+        is_grouped = queries.shape[1] != keys.shape[1]
+        result = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=is_grouped)
+        mixed[0, :, local] = result.squeeze(2).transpose(0, 1)
+
+    def _gathered(self, layer: int, tables: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values [rows, kv_heads, places, head_width] of the blocks `tables` [rows, blocks], copied."""
+        keys = self.cache.keys[layer][tables].permute(0, 2, 1, 4, 3).flatten(2, 3)
+        values = self.cache.values[layer][tables].permute(0, 2, 1, 3, 4).flatten(2, 3)
+        return keys.to(dtype), values.to(dtype)
+
+
+@dataclass(frozen=True)
+class _Part:
+    step: StepCache
+    rows: slice
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.step.attend_rows(layer, q, k, v, self.rows)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    places: Tensor
+    """int64 [rows]: of each row's token in its sequence, the prefix before it."""
+    blocks: Tensor
+    """int64 [rows]: the block of that place."""
+    tables: Tensor
+    """int32 [sequences, blocks]: each sequence's blocks, filled up with 0."""
+    sequence_of_row: Tensor
+    """int64 [rows]: the row of `tables`."""
+    spans: list[tuple[Sequence, slice]]
+
+    @classmethod
+    def of(cls, sequences: SequenceOf[Sequence]) -> "_Rows":
+        longest = max(len(s.blocks) for s in sequences)
+        tables = torch.tensor([s.blocks + [0] * (longest - len(s.blocks)) for s in sequences], dtype=torch.int32)
+        lengths = torch.tensor([s.num_scheduled for s in sequences])
+        starts = torch.tensor([s.variant.prefix_length + s.num_cached for s in sequences])
+        ends = lengths.cumsum(0)
+        sequence_of_row = torch.arange(len(sequences)).repeat_interleave(lengths)
+        places = torch.arange(int(ends[-1])) - (ends - lengths - starts)[sequence_of_row]
+        spans = [slice(end - s.num_scheduled, end) for s, end in zip(sequences, ends.tolist(), strict=True)]
+        return cls(
+            places,
+            tables[sequence_of_row, places // BLOCK_SIZE].long(),
+            tables,
+            sequence_of_row,
+            list(zip(sequences, spans, strict=True)),
         )
-        return mixed[self._single_slots, :, 0].transpose(0, 1)

@@ -1,31 +1,49 @@
-"""Runs the model over one step's rows. Knows tensors and spans, not queues or sampling."""
+"""Runs the model over one step's rows. Knows tensors and sequences, not queues or sampling."""
 
 from collections.abc import Sequence as SequenceOf
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from app.engine.kv_cache import KVCache, Span
+from app.engine.deltas import MixedModel, Variant
+from app.engine.kernels import Kernels
+from app.engine.kv_cache import KVCache, StepCache
 from app.engine.sequence import Sequence
-from app.models.decoder import Decoder
 
 
 class Runner:
-    def __init__(self, model: Decoder, cache: KVCache) -> None:
+    def __init__(self, model: MixedModel, cache: KVCache, kernels: Kernels | None) -> None:
         self.model = model
         self.cache = cache
+        self.kernels = kernels
 
     @torch.inference_mode()
-    def run(self, sequences: SequenceOf[Sequence]) -> Tensor:
-        """Logits [sequences, vocab_size] after each sequence's last token; its uncached tokens enter the cache."""
-        uncached = [sequence.uncached_ids for sequence in sequences]
-        view = self.cache.view([_span(s, len(ids)) for s, ids in zip(sequences, uncached, strict=True)])
-        rows = torch.tensor([token for ids in uncached for token in ids], device=view.positions.device)
-        hidden = self.model(rows.unsqueeze(0), positions=view.positions.unsqueeze(0), cache=view)[0]  # [rows, width]
-        # Only rows that sample go through the head: its matrix is the largest of a small model.
-        return self.model.head(hidden[view.last_rows])
+    def run(self, sequences: SequenceOf[Sequence]) -> tuple[list[Sequence], Tensor]:
+        """Compute the scheduled tokens of `sequences`, which enter the cache.
+
+        Returns those whose newest token was among them, and the logits [of them, vocab_size] after it.
+        """
+        ordered = sorted(sequences, key=lambda sequence: sequence.variant.hash)
+        step = StepCache(self.cache, ordered, self.kernels)
+        device = step.positions.device
+        ids = torch.tensor([token for sequence in ordered for token in sequence.scheduled_ids], device=device)
+        with self.model.serving(_groups(ordered)) as decoder:
+            embedded = decoder.token_embedding(ids).unsqueeze(0)
+            hidden = decoder.final_norm(decoder.run_blocks(embedded, step.positions.unsqueeze(0), step))[0]
+            # Only rows that sample go through the head: its matrix is the largest of a small model.
+            last_rows = torch.tensor([sequence.num_scheduled for sequence in ordered]).cumsum(0) - 1
+            sampling = [number for number, sequence in enumerate(ordered) if sequence.will_sample]
+            logits = decoder.head(hidden[last_rows[sampling].to(device)])
+        return [ordered[number] for number in sampling], logits
 
 
-def _span(sequence: Sequence, length: int) -> Span:
-    assert sequence.slot is not None, "only scheduled sequences run"
-    return Span(slot=sequence.slot, start=sequence.num_cached, length=length)
+def _groups(ordered: SequenceOf[Sequence]) -> list[tuple[Variant, slice]]:
+    """The rows of each variant, which lie together."""
+    groups, first = [], 0
+    for _, members in groupby(ordered, key=lambda sequence: sequence.variant.hash):
+        of_variant = list(members)
+        last = first + sum(sequence.num_scheduled for sequence in of_variant)
+        groups.append((of_variant[0].variant, slice(first, last)))
+        first = last
+    return groups

@@ -1,70 +1,202 @@
-"""From logits to the next token ids. Each request draws from a random stream of its own."""
+"""From logits to the next token ids. Each sequence draws from a random stream of its own."""
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+_MOST_TOP_LOGPROBS = 100
+_CANDIDATES = 1024
+"""How many of the likeliest tokens are ordered for top-p; a row where they do not hold p is ordered as a whole."""
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one request's tokens are chosen and when it ends."""
+    """How one request's tokens are chosen and when it ends.
+
+    Chosen in this order: penalties and bias change the logits, temperature divides them, `top_k`, then `top_p` of what
+    is left, then `min_p` say which tokens can be drawn.
+    """
 
     max_tokens: int
+    n: int = 1
+    """Answers to the same prompt, each with a stream of its own."""
     temperature: float = 0.0
     """0 always takes the likeliest token."""
     top_k: int | None = None
     """Only the k likeliest tokens can be drawn."""
     top_p: float = 1.0
     """Only the likeliest tokens that together hold this probability can be drawn (Holtzman et al. 2019)."""
+    min_p: float = 0.0
+    """Only tokens of at least this share of the likeliest one's probability (Nguyen et al. 2024, arXiv:2407.01082)."""
+    repetition_penalty: float = 1.0
+    """Divides a positive logit, and multiplies a negative one, of every token in the prompt or the answer so far
+    (Keskar et al. 2019, arXiv:1909.05858)."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of every token that the answer holds so far."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit for each time that the answer holds it so far."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these tokens."""
     seed: int | None = None
     """Equal seeds give equal tokens, whatever else is in the batch."""
     stop_ids: frozenset[int] = frozenset()
-    """Tokens that end the request; they are not delivered."""
+    """Tokens that end an answer; they are not delivered."""
+    end_id: int | None = None
+    """One more of them, which `ignore_eos` sets aside."""
+    ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer, wherever tokens are parted in them; the tokens that complete one are delivered."""
+    logprobs: int | None = None
+    """Report the natural logarithm of each token's probability, and those of this many of the likeliest tokens. They
+    are the model's own, before penalties, bias and temperature."""
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens={self.max_tokens} must be at least 1")
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature} must not be negative")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k} must be at least 1")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
+        checks = {
+            "max_tokens": (self.max_tokens >= 1, "must be at least 1"),
+            "n": (self.n >= 1, "must be at least 1"),
+            "temperature": (self.temperature >= 0, "must not be negative"),
+            "top_k": (self.top_k is None or self.top_k >= 1, "must be at least 1"),
+            "top_p": (0 < self.top_p <= 1, "must be above 0 and at most 1"),
+            "min_p": (0 <= self.min_p <= 1, "must be from 0 to 1"),
+            "repetition_penalty": (self.repetition_penalty > 0, "must be above 0"),
+            "stop": (all(self.stop), "must not hold an empty text"),
+            "logprobs": (
+                self.logprobs is None or 0 <= self.logprobs <= _MOST_TOP_LOGPROBS,
+                f"must be from 0 to {_MOST_TOP_LOGPROBS}",
+            ),
+        }
+        for name, (is_right, remedy) in checks.items():
+            if not is_right:
+                raise ValueError(f"{name}={getattr(self, name)!r} {remedy}")
 
-    def stream(self) -> random.Random:
-        return random.Random(self.seed)
+    def stream(self, index: int = 0) -> random.Random:
+        """Of answer `index`."""
+        if self.seed is None or index == 0:
+            return random.Random(self.seed)
+        return random.Random(f"{self.seed}/{index}")
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        if self.end_id is None or self.ignore_eos:
+            return self.stop_ids
+        return self.stop_ids | {self.end_id}
+
+    @property
+    def changes_logits(self) -> bool:
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return penalties != (1.0, 0.0, 0.0) or bool(self.logit_bias)
 
 
-def sample(logits: Tensor, samplings: Sequence[Sampling], streams: Sequence[random.Random]) -> list[int]:
-    """One token id per row of `logits` [rows, vocab_size]."""
+class Sampled(Protocol):
+    """What is known of a row's sequence."""
+
+    sampling: Sampling
+    stream: random.Random
+
+    @property
+    def prompt(self) -> Sequence[int]: ...
+    @property
+    def answer(self) -> Sequence[int]: ...
+
+
+@dataclass(frozen=True)
+class Choice:
+    token: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    """(token, natural logarithm of its probability), likeliest first."""
+
+
+@torch.inference_mode()
+def sample(logits: Tensor, rows: Sequence[Sampled]) -> list[Choice]:
+    """One token per row of `logits` [rows, vocab_size]; may change them in place."""
+    reported = _logprobs(logits, rows)
+    for number, row in enumerate(rows):
+        if row.sampling.changes_logits:
+            _change(logits[number], row)
     chosen = logits.argmax(dim=-1)
-    drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
+    drawn = [number for number, row in enumerate(rows) if row.sampling.temperature > 0]
     if drawn:
         # One number per row and step, drawn on the CPU: neither the batch nor the device changes a stream.
-        uniform = torch.tensor([streams[row].random() for row in drawn])
-        chosen[drawn] = _draw(logits[drawn], [samplings[row] for row in drawn], uniform.to(logits.device))
-    return chosen.tolist()
+        uniform = torch.tensor([rows[number].stream.random() for number in drawn])
+        samplings = [rows[number].sampling for number in drawn]
+        chosen[drawn] = _draw(logits[drawn].float(), samplings, uniform.to(logits.device))
+    return [
+        Choice(token) if logprobs is None else _choice(token, logprobs, row.sampling)
+        for token, logprobs, row in zip(chosen.tolist(), reported, rows, strict=True)
+    ]
+
+
+def _logprobs(logits: Tensor, rows: Sequence[Sampled]) -> list[Tensor | None]:
+    return [
+        None if row.sampling.logprobs is None else logits[number].float().log_softmax(dim=-1)
+        for number, row in enumerate(rows)
+    ]
+
+
+def _choice(token: int, logprobs: Tensor, sampling: Sampling) -> Choice:
+    assert sampling.logprobs is not None
+    values, ids = logprobs.topk(min(sampling.logprobs, len(logprobs)))
+    return Choice(token, logprobs[token].item(), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+
+
+def _change(logits: Tensor, row: Sampled) -> None:
+    """Penalties and bias of one row, `logits` [vocab_size], in place."""
+    sampling = row.sampling
+    if sampling.repetition_penalty != 1.0:
+        ids = torch.tensor(sorted({*row.prompt, *row.answer}), device=logits.device)
+        seen, penalty = logits[ids], sampling.repetition_penalty
+        logits[ids] = torch.where(seen > 0, seen / penalty, seen * penalty)
+    if (sampling.presence_penalty or sampling.frequency_penalty) and row.answer:
+        ids, counts = torch.tensor(row.answer, device=logits.device).unique(return_counts=True)
+        logits[ids] -= (sampling.presence_penalty + sampling.frequency_penalty * counts).to(logits.dtype)
+    if sampling.logit_bias:
+        ids = torch.tensor(list(sampling.logit_bias), device=logits.device)
+        logits[ids] += logits.new_tensor(list(sampling.logit_bias.values()))
 
 
 def _draw(logits: Tensor, samplings: Sequence[Sampling], uniform: Tensor) -> Tensor:
-    """Invert the cumulative distribution, likeliest token first, at `uniform` [rows] of the mass that is kept."""
-    vocab_size = logits.shape[-1]
-    temperature = logits.new_tensor([s.temperature for s in samplings], dtype=torch.float32)
-    top_k = torch.tensor([min(s.top_k or vocab_size, vocab_size) for s in samplings], device=logits.device)
-    top_p = torch.tensor([s.top_p for s in samplings], device=logits.device)
-
-    ordered, ids = logits.float().sort(dim=-1, descending=True, stable=True)
+    """A token for each row of `logits` [rows, vocab_size], where `uniform` [rows] of the kept mass lies below it."""
+    temperature = logits.new_tensor([s.temperature for s in samplings]).clamp_min(1e-6)
     # The largest logit goes to zero before the division, so that a tiny temperature cannot overflow.
-    scaled = (ordered - ordered[:, :1]) / temperature.unsqueeze(1).clamp_min(1e-6)
-    ranks = torch.arange(vocab_size, device=logits.device)
-    scaled = scaled.masked_fill(ranks >= top_k.unsqueeze(1), -torch.inf)
-    cumulative = scaled.softmax(dim=-1).cumsum(dim=-1)  # [rows, vocab_size]
+    weights = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature.unsqueeze(1)).exp()
+    chosen = torch.empty(len(samplings), dtype=torch.long, device=logits.device)
+    ordered = [number for number, s in enumerate(samplings) if s.top_k is not None or s.top_p < 1]
+    plain = [number for number in range(len(samplings)) if number not in set(ordered)]
+    if plain:
+        kept = _at_least(weights[plain], [samplings[number].min_p for number in plain])
+        chosen[plain] = _at(kept, uniform[plain])
+    for number in ordered:
+        chosen[number] = _draw_ordered(weights[number], samplings[number], uniform[number])
+    return chosen
+
+
+def _draw_ordered(weights: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
+    """The same for one row, `weights` [vocab_size], of which only the likeliest tokens can be drawn."""
+    vocab_size = len(weights)
+    kept, ids = weights.topk(min(sampling.top_k or _CANDIDATES, vocab_size))  # in descending order
+    mass = kept.sum() if sampling.top_k is not None else weights.sum()
+    if sampling.top_k is None and kept.sum() < sampling.top_p * mass:
+        kept, ids = weights.sort(descending=True, stable=True)
     # A token is kept while those before it hold less than top_p; the likeliest always is.
-    num_kept = 1 + (cumulative[:, :-1] < top_p.unsqueeze(1)).sum(dim=-1)
-    num_kept = torch.minimum(num_kept, top_k)
-    kept_mass = cumulative.gather(1, (num_kept - 1).unsqueeze(1)).squeeze(1)
-    rank = torch.searchsorted(cumulative, (uniform * kept_mass).unsqueeze(1), right=True).squeeze(1)
-    return ids.gather(1, torch.minimum(rank, num_kept - 1).unsqueeze(1)).squeeze(1)
+    before = kept.cumsum(dim=-1) - kept
+    kept = torch.where((before < sampling.top_p * mass) & (kept >= sampling.min_p * kept[0]), kept, 0.0)
+    return ids[_at(kept.unsqueeze(0), uniform.unsqueeze(0))[0]]
+
+
+def _at_least(weights: Tensor, shares: Sequence[float]) -> Tensor:
+    """`weights` [rows, vocab_size], whose largest is 1, without those below each row's share of it."""
+    return torch.where(weights >= weights.new_tensor(shares).unsqueeze(1), weights, 0.0)
+
+
+def _at(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Invert the cumulative distribution of `weights` [rows, tokens] at `uniform` [rows], in double precision."""
+    cumulative = weights.double().cumsum(dim=-1)
+    place = torch.searchsorted(cumulative, (uniform.double() * cumulative[:, -1]).unsqueeze(1), right=True).squeeze(1)
+    last = weights.shape[-1] - 1 - (weights > 0).flip(-1).to(torch.uint8).argmax(dim=-1)  # that can be drawn
+    return torch.minimum(place, last)

@@ -1,11 +1,12 @@
-"""One request's state, what may be asked of the engine, and what it reports back."""
+"""One answer's state, what may be asked of the engine, and what it reports back."""
 
 import random
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Literal
 
-from app.engine.sampling import Sampling
+from app.engine.deltas import Variant
+from app.engine.sampling import Choice, Sampling
 
 FinishReason = Literal["stop", "length"]
 
@@ -34,68 +35,113 @@ class QueueFull(Exception):
 
 @dataclass(frozen=True)
 class Event:
-    """One step of one request: a token, an end, or both at once."""
+    """One step of one answer: a token, an end, or both at once."""
 
     request_id: int
     token: int | None
-    """None where a stop token ended the request."""
+    """None where a stop token ended the answer."""
     finish_reason: FinishReason | None = None
+    index: int = 0
+    """Which of the request's `n` answers."""
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    stop: int | str | None = None
+    """The stop token or text that ended the answer."""
 
 
 @dataclass(eq=False)
 class Sequence:
-    """A request on its way: its tokens, how many of them are in the KV cache, and where."""
+    """An answer on its way: its tokens, how many of them are in the KV cache, and where."""
 
     request_id: int
+    index: int
     ids: list[int]
     """Prompt and generated tokens."""
     prompt_length: int
     max_length: int
     """Prompt and generated tokens at most; never beyond the context."""
     sampling: Sampling
-    stream: random.Random = field(repr=False)
-    slot: int | None = None
-    """Its place in the KV cache while it runs."""
+    variant: Variant
+    rank: tuple[int, int]
+    """(priority, order of arrival): the smaller goes first."""
+    leader: "Sequence | None" = None
+    """The request's first answer, which computes the prompt for all of them."""
+    stream: random.Random = field(init=False, repr=False)
+    blocks: list[int] = field(default_factory=list)
+    """Its places in the KV cache while it runs, 16 tokens each, those of the prefix among them."""
+    block_keys: list[bytes] = field(default_factory=list, repr=False)
+    """What the full ones among its blocks hold; see `blocks.block_key`."""
     num_cached: int = 0
+    num_scheduled: int = 0
+    """Tokens that this step computes."""
+    tail: bytes = b""
+    """The end of the answer's text, as much as the beginning of a stop text could take."""
+
+    def __post_init__(self) -> None:
+        self.stream = self.sampling.stream(self.index)
 
     @property
-    def uncached_ids(self) -> list[int]:
-        """What the next step must compute: the whole prompt at first, then the newest token."""
-        return self.ids[self.num_cached :]
+    def prompt(self) -> list[int]:
+        return self.ids[: self.prompt_length]
 
-    def append(self, token: int) -> Event:
-        """Take a sampled token; the KV cache now holds all tokens before it. Returns what to report."""
-        self.num_cached = len(self.ids)
-        if token in self.sampling.stop_ids:
-            return Event(self.request_id, None, "stop")
-        self.ids.append(token)
-        return Event(self.request_id, token, "length" if len(self.ids) >= self.max_length else None)
+    @property
+    def answer(self) -> list[int]:
+        return self.ids[self.prompt_length :]
+
+    @property
+    def scheduled_ids(self) -> list[int]:
+        """What the step computes: a piece of the prompt at first, then the newest token."""
+        return self.ids[self.num_cached : self.num_cached + self.num_scheduled]
+
+    @property
+    def will_sample(self) -> bool:
+        """Whether the step computes the newest token, whose logits tell the next."""
+        return self.num_cached + self.num_scheduled == len(self.ids)
+
+    @property
+    def has_computed_prompt(self) -> bool:
+        return self.num_cached >= self.prompt_length
+
+    def append(self, choice: Choice, token_bytes: SequenceOf[bytes] | None) -> Event:
+        """Take a sampled token; returns what to report. `token_bytes` are the vocabulary's, where texts may stop it."""
+        if choice.token in self.sampling.ends:
+            return Event(self.request_id, None, "stop", self.index, stop=choice.token)
+        self.ids.append(choice.token)
+        reason: FinishReason | None = "length" if len(self.ids) >= self.max_length else None
+        stop = None
+        if self.sampling.stop:
+            assert token_bytes is not None  # looked at when the request came
+            stop = self._stop_text(token_bytes[choice.token])
+            reason = "stop" if stop is not None else reason
+        return Event(self.request_id, choice.token, reason, self.index, choice.logprob, choice.top_logprobs, stop)
+
+    def _stop_text(self, new: bytes) -> str | None:
+        text = self.tail + new
+        longest = max(len(stop.encode()) for stop in self.sampling.stop)
+        self.tail = text[max(0, len(text) - longest + 1) :]
+        found = [(place, stop) for stop in self.sampling.stop if (place := text.find(stop.encode())) >= 0]
+        return min(found)[1] if found else None
 
 
-def new_sequence(
-    request_id: int, ids: SequenceOf[int], sampling: Sampling, *, context_length: int, vocab_size: int
-) -> Sequence:
-    """A checked request; `max_tokens` is cut to what the context holds.
-
+def check_request(
+    ids: SequenceOf[int], sampling: Sampling, *, context_length: int, vocab_size: int, has_texts: bool
+) -> None:
+    """
     Raises:
         ContextLengthExceeded: the prompt leaves no room for one token.
-        InvalidRequest: the prompt is empty or holds ids that the vocabulary does not have.
+        InvalidRequest: the prompt is empty, or ids are outside the vocabulary, or texts should stop it and there are
+            none.
     """
     if not ids:
         raise InvalidRequest("the prompt is empty; at least one token is needed")
-    strange = next((token for token in ids if not 0 <= token < vocab_size), None)
-    if strange is not None:
-        raise InvalidRequest(f"token id {strange} is outside the vocabulary of {vocab_size}")
+    for what, tokens in (("token id", ids), ("logit_bias: token id", sampling.logit_bias)):
+        strange = next((token for token in tokens if not 0 <= token < vocab_size), None)
+        if strange is not None:
+            raise InvalidRequest(f"{what} {strange} is outside the vocabulary of {vocab_size}")
     if len(ids) + 1 > context_length:
         raise ContextLengthExceeded(prompt_length=len(ids), context_length=context_length)
-    return Sequence(
-        request_id=request_id,
-        ids=list(ids),
-        prompt_length=len(ids),
-        max_length=min(len(ids) + sampling.max_tokens, context_length),
-        sampling=sampling,
-        stream=sampling.stream(),
-    )
+    if sampling.stop and not has_texts:
+        raise InvalidRequest(f"stop={sampling.stop[0]!r}: this engine does not know its tokens' texts; use stop_ids")
 
 
 def _context_length_exceeded(prompt_length: int, context_length: int) -> ContextLengthExceeded:

@@ -29,7 +29,10 @@ class Adapted(nn.Module):
         nn.init.zeros_(self.adapter_up.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.base(x)
+        return self.update(self.base(x))
+
+    def update(self, hidden: Tensor) -> Tensor:
+        """What the adapter makes of the sublayer's result."""
         return hidden + self.adapter_up(F.gelu(self.adapter_down(hidden)))
 
 

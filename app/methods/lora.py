@@ -50,9 +50,12 @@ class LoraLinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_a, a=5**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.update(x, self.base(x))
+
+    def update(self, x: Tensor, plain: Tensor) -> Tensor:
+        """[..., out] of `x` [..., in], of which the base makes `plain`."""
         low = F.linear(self.dropout(x), self.lora_a)  # [..., rank]
         # One product that scales and adds, in place of a product and two more passes over the output.
-        plain = self.base(x)
         updated = torch.addmm(plain.flatten(0, -2), low.flatten(0, -2), self.lora_b.T, alpha=self.scale)
         return updated.view(plain.shape)
 
@@ -79,10 +82,15 @@ class DoraLinear(LoraLinear):
     def __init__(self, base: Linear, config: LoraConfig) -> None:
         super().__init__(base, config)
         self.magnitude = nn.Parameter(torch.linalg.vector_norm(weight_of(base).detach().float(), dim=1))
+        self._fixed_stretch: Tensor | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        turned = super().forward(x)
-        stretch = self._stretch().to(turned.dtype)
+    def fix(self) -> None:
+        """The weights will not change any more: what follows from them alone is computed once."""
+        self._fixed_stretch = self._stretch().detach()
+
+    def update(self, x: Tensor, plain: Tensor) -> Tensor:
+        turned = super().update(x, plain)
+        stretch = (self._stretch() if self._fixed_stretch is None else self._fixed_stretch).to(turned.dtype)
         bias = self.base.bias  # read after the base's call, at whose end ZeRO-3 takes it away
         return turned * stretch if bias is None else (turned - bias) * stretch + bias
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from app.engine.kernels import _compiled
 from app.models.checkpoints import load_decoder
 from app.models.decoder import Decoder
 
@@ -31,7 +32,7 @@ def reference() -> GPT2LMHeadModel:
         n_positions=CONTEXT_LENGTH,
         n_embd=32,
         n_layer=3,
-        n_head=4,
+        n_head=2,
         bos_token_id=0,
         eos_token_id=0,
     )
@@ -48,6 +49,16 @@ def model(reference: GPT2LMHeadModel, tmp_path_factory: pytest.TempPathFactory) 
     folder: Path = tmp_path_factory.mktemp("gpt2")
     reference.save_pretrained(folder)
     return load_decoder(folder)
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def kernels(request: pytest.FixtureRequest) -> str:
+    """`EngineSettings.kernels`: the compiled ones where there is a compiler, and torch's operations."""
+    if request.param == "torch":
+        return "torch"
+    if _compiled() is None:
+        pytest.skip("no C compiler on this machine")
+    return "auto"
 
 
 @pytest.fixture(scope="session")

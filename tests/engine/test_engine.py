@@ -1,10 +1,14 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from single import alone, collect, drain
 
 from app.engine.engine import Engine
+from app.engine.kv_cache import KVCache
 from app.engine.sampling import Sampling
 from app.engine.sequence import ContextLengthExceeded, InvalidRequest, QueueFull
+from app.errors import UserError
 
 CONTEXT_LENGTH = 48
 VOCAB_SIZE = 97
@@ -118,16 +122,146 @@ def test_an_abort_frees_the_slot_and_others_go_on(model, prompts):
     assert engine.stats().free_slots == 2
 
 
-def test_long_prompts_join_over_several_steps(model, prompts):
-    engine = Engine(model, max_batch_size=4, max_queue=8)
-    engine._scheduler.max_prefill_tokens = 40
-    for _ in range(3):
-        engine.add_request(prompts[3], Sampling(max_tokens=8))
-    running = []
-    for _ in range(3):
+def test_a_long_prompt_is_read_in_pieces_while_others_go_on(model, prompts):
+    engine = Engine(model, max_batch_size=3, max_queue=8, max_step_tokens=1)  # raised to 3 + 16
+    first, second = (engine.add_request(ids, Sampling(max_tokens=12)) for ids in (prompts[1], prompts[4]))
+    tokens, reasons = {}, {}
+    collect(engine.step(), tokens, reasons)
+    long = engine.add_request(prompts[3] + prompts[0], Sampling(max_tokens=8))
+    before = engine.stats().computed_tokens
+    for _ in range(2):  # 35 tokens: 17 beside the other two, then 17, and the last one in a third step
+        events = engine.step()
+        assert {event.request_id for event in events} == {first, second}
+        assert engine.stats().computed_tokens - before == 19
+        before = engine.stats().computed_tokens
+        collect(events, tokens, reasons)
+    events = engine.step()
+    assert {event.request_id for event in events} == {first, second, long}
+    collect(events, tokens, reasons)
+    while engine.has_work:
+        collect(engine.step(), tokens, reasons)
+    assert tokens[long] == alone(model, prompts[3] + prompts[0], Sampling(max_tokens=8))
+    assert tokens[first] == alone(model, prompts[1], Sampling(max_tokens=12))
+
+
+def test_a_bound_on_queued_tokens_refuses_the_next_request_and_recovers(model, prompts):
+    engine = Engine(model, max_batch_size=1, max_queue=100, max_queued_tokens=40)
+    for _ in range(2):
+        engine.add_request(prompts[0], Sampling(max_tokens=10))
         engine.step()
-        running.append(engine.stats().running)
-    assert running == [1, 2, 3]
+    engine.add_request(prompts[0], Sampling(max_tokens=10))
+    assert engine.stats().queued_tokens == 30
+    with pytest.raises(QueueFull, match="max_queued_tokens=40"):
+        engine.add_request(prompts[0], Sampling(max_tokens=10))
+    drain(engine)
+    assert engine.stats().queued_tokens == 0
+    engine.add_request(prompts[0], Sampling(max_tokens=40))
+
+
+def test_smaller_priorities_go_first_and_take_the_place_of_larger_ones(model, prompts):
+    engine = Engine(model, max_batch_size=1, max_queue=8)
+    low = engine.add_request(prompts[0], Sampling(max_tokens=12), priority=5)
+    engine.step()
+    later = engine.add_request(prompts[1], Sampling(max_tokens=4), priority=5)
+    urgent = engine.add_request(prompts[2], Sampling(max_tokens=6), priority=1)
+    tokens, reasons = {low: [None]}, {}
+    order = []
+    while engine.has_work:
+        events = engine.step()
+        collect(events, tokens, reasons)
+        order += [event.request_id for event in events if event.finish_reason]
+    assert order == [urgent, low, later]
+    assert engine.stats().preemptions == 1
+    assert tokens[low][1:] == alone(model, prompts[0], Sampling(max_tokens=12))[1:], "it went on where it was"
+    assert tokens[urgent] == alone(model, prompts[2], Sampling(max_tokens=6))
+
+
+def test_n_answers_share_the_prompt_and_draw_for_themselves(model, prompts):
+    sampling = Sampling(max_tokens=10, temperature=1.5, seed=3)
+    engine = Engine(model, max_batch_size=4, max_queue=8)
+    request_id = engine.add_request(prompts[3], replace(sampling, n=3))
+    answers, finished = {0: [], 1: [], 2: []}, []
+    while engine.has_work:
+        for event in engine.step():
+            assert event.request_id == request_id
+            answers[event.index].append(event.token)
+            finished += [event.index] if event.finish_reason else []
+    assert sorted(finished) == [0, 1, 2]
+    assert answers[0] == alone(model, prompts[3], sampling)
+    assert len({tuple(answer) for answer in answers.values()}) == 3
+    assert engine.stats().reused_tokens == 2 * 16, "the prompt's full block, by the other two"
+    engine.add_request(prompts[3], replace(sampling, n=3))
+    again = {0: [], 1: [], 2: []}
+    while engine.has_work:
+        for event in engine.step():
+            again[event.index].append(event.token)
+    assert again == answers
+
+
+def test_an_abort_ends_all_answers_of_a_request(model, prompts):
+    engine = Engine(model, max_batch_size=2, max_queue=8)
+    request_id = engine.add_request(prompts[3], Sampling(max_tokens=10, n=4))
+    engine.step()
+    engine.step()
+    assert engine.abort(request_id) and not engine.has_work
+    assert engine.stats().free_blocks == engine.stats().blocks and engine.stats().queued_tokens == 0
+
+
+def test_a_stop_text_that_spans_tokens_ends_the_answer_with_the_token_that_completes_it(model, prompts):
+    free = alone(model, prompts[0], Sampling(max_tokens=12))
+    words = [f"<{token}>".encode() for token in range(VOCAB_SIZE)]
+    engine = Engine(model, token_bytes=words)
+    stop = f"{free[4]}><{free[5]}"
+    assert all(stop not in f"{free[i]}><{free[i + 1]}" for i in range(4))
+    request_id = engine.add_request(prompts[0], Sampling(max_tokens=12, stop=("never", stop)))
+    events = []
+    while engine.has_work:
+        events += engine.step()
+    assert [event.token for event in events] == free[:6]
+    assert (events[-1].finish_reason, events[-1].stop) == ("stop", stop)
+    assert all(event.request_id == request_id for event in events)
+    with pytest.raises(InvalidRequest, match="does not know its tokens' texts"):
+        Engine(model).add_request(prompts[0], Sampling(max_tokens=2, stop=("x",)))
+
+
+def test_the_end_token_ends_an_answer_unless_it_is_ignored(model, prompts):
+    free = alone(model, prompts[0], Sampling(max_tokens=12))
+    end = free[6]
+    assert alone(model, prompts[0], Sampling(max_tokens=12, end_id=end)) == free[: free.index(end)]
+    assert alone(model, prompts[0], Sampling(max_tokens=12, end_id=end, ignore_eos=True)) == free
+
+
+def test_logprobs_are_the_models_own(model, reference, prompts):
+    engine = Engine(model)
+    biased = Sampling(max_tokens=4, logprobs=3, logit_bias={5: 1000.0})
+    engine.add_request(prompts[2], biased)
+    ids = list(prompts[2])
+    while engine.has_work:
+        (event,) = engine.step()
+        with torch.no_grad():
+            expected = reference(torch.tensor([ids])).logits[0, -1].log_softmax(dim=-1)
+        assert event.token == 5
+        assert event.logprob == pytest.approx(expected[5].item(), abs=1e-3)
+        values, likeliest = expected.topk(3)
+        assert [token for token, _ in event.top_logprobs] == likeliest.tolist()
+        assert [value for _, value in event.top_logprobs] == pytest.approx(values.tolist(), abs=1e-3)
+        ids.append(event.token)
+
+
+def test_settings_that_hold_nothing_are_refused(model):
+    with pytest.raises(ValueError, match="max_batch_size=0"):
+        Engine(model, max_batch_size=0)
+    with pytest.raises(UserError, match="max_kv_bytes=100 holds no block of 16 tokens"):
+        Engine(model, max_kv_bytes=100)
+
+
+def test_a_request_that_the_cache_could_never_hold_is_refused(model, prompts):
+    block = KVCache.block_bytes(model.config, num_extra_layers=1, dtype=torch.float32)
+    engine = Engine(model, max_kv_bytes=2 * block + 5)
+    assert engine.stats().blocks == 2
+    with pytest.raises(InvalidRequest, match="the KV cache holds 32 in all.*max_kv_bytes"):
+        engine.add_request(prompts[3], Sampling(max_tokens=3))
+    engine.add_request(prompts[3], Sampling(max_tokens=2))
 
 
 def test_the_same_seed_gives_the_same_tokens_whatever_else_is_in_the_batch(model, prompts):

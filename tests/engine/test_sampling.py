@@ -1,8 +1,10 @@
 import random
 from collections import Counter
+from dataclasses import dataclass, field
 
 import pytest
 import torch
+from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from app.engine.sampling import Sampling, sample
 
@@ -10,9 +12,17 @@ from app.engine.sampling import Sampling, sample
 LOGITS = torch.tensor([0.25, 0.0625, 0.0625, 0.5, 0.125]).log()
 
 
-def draw(sampling: Sampling, num: int = 4000) -> Counter:
-    stream = random.Random(0)
-    return Counter(sample(LOGITS.repeat(num, 1), [sampling] * num, [stream] * num))
+@dataclass
+class Row:
+    sampling: Sampling
+    stream: random.Random
+    prompt: list[int] = field(default_factory=list)
+    answer: list[int] = field(default_factory=list)
+
+
+def draw(sampling: Sampling, num: int = 4000, **tokens: list[int]) -> Counter:
+    row = Row(sampling, random.Random(0), **tokens)
+    return Counter(choice.token for choice in sample(LOGITS.repeat(num, 1), [row] * num))
 
 
 def test_temperature_zero_takes_the_likeliest_token():
@@ -51,7 +61,21 @@ def test_a_tiny_temperature_does_not_overflow():
     assert draw(Sampling(max_tokens=1, temperature=1e-30)) == {3: 4000}
 
 
-@pytest.mark.parametrize("wrong", [{"max_tokens": 0}, {"temperature": -1}, {"top_k": 0}, {"top_p": 0}, {"top_p": 1.1}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_tokens": 0},
+        {"n": 0},
+        {"temperature": -1},
+        {"top_k": 0},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"min_p": -0.1},
+        {"repetition_penalty": 0},
+        {"stop": ("",)},
+        {"logprobs": 101},
+    ],
+)
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Sampling(**({"max_tokens": 1} | wrong))
@@ -59,3 +83,80 @@ def test_impossible_settings_are_refused(wrong):
 
 def test_a_top_k_beyond_any_integer_type_is_no_limit():
     assert len(draw(Sampling(max_tokens=1, temperature=1.0, top_k=10**30))) == 5
+
+
+def test_min_p_keeps_those_of_a_share_of_the_likeliest_ones_probability():
+    assert set(draw(Sampling(max_tokens=1, temperature=1.0, min_p=0.3))) == {3, 0}
+    assert set(draw(Sampling(max_tokens=1, temperature=1.0, min_p=0.3, top_k=4))) == {3, 0}
+    assert set(draw(Sampling(max_tokens=1, temperature=1.0, min_p=1.0))) == {3}
+
+
+def test_a_bias_can_force_and_forbid_a_token():
+    assert draw(Sampling(max_tokens=1, logit_bias={2: 100.0})) == {2: 4000}
+    assert 3 not in draw(Sampling(max_tokens=1, temperature=1.0, logit_bias={3: -100.0}))
+
+
+def test_presence_and_frequency_lower_what_the_answer_holds():
+    once, often = Sampling(max_tokens=1, presence_penalty=0.75), Sampling(max_tokens=1, frequency_penalty=0.25)
+    assert draw(once, answer=[3]) == {0: 4000}
+    assert draw(once, prompt=[3]) == {3: 4000}, "the prompt does not count"
+    assert draw(often, answer=[3, 3]) == {3: 4000}
+    assert draw(often, answer=[3, 3, 3]) == {0: 4000}
+
+
+@pytest.fixture(scope="module")
+def logits() -> torch.Tensor:
+    return 4 * torch.randn(60, 3000, generator=torch.Generator().manual_seed(0))
+
+
+def kept_by(logits: torch.Tensor, sampling: Sampling) -> list[set[int]]:
+    """The tokens that each row can draw: found at every thousandth of the mass."""
+
+    class Fixed(random.Random):
+        value = 0.0
+
+        def random(self) -> float:
+            return self.value
+
+    kept: list[set[int]] = [set() for _ in logits]
+    for part in range(1000):
+        stream = Fixed()
+        stream.value = part / 1000
+        for tokens, choice in zip(kept, sample(logits.clone(), [Row(sampling, stream)] * len(logits)), strict=True):
+            tokens.add(choice.token)
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("sampling", "warper"),
+    [
+        ({"top_k": 7}, lambda: TopKLogitsWarper(7)),
+        ({"top_p": 0.6}, lambda: TopPLogitsWarper(0.6)),
+        ({"min_p": 0.1}, lambda: MinPLogitsWarper(0.1)),
+    ],
+)
+def test_what_can_be_drawn_is_what_transformers_leaves(logits, sampling, warper):
+    left = warper()(torch.zeros(len(logits), 1, dtype=torch.long), logits.clone())
+    for row, tokens in enumerate(kept_by(logits, Sampling(max_tokens=1, temperature=1.0, **sampling))):
+        allowed = set(left[row].isfinite().nonzero().flatten().tolist())
+        probable = set((left[row].softmax(dim=-1) > 0.0011).nonzero().flatten().tolist())
+        assert probable <= tokens <= allowed
+
+
+def test_a_nucleus_larger_than_the_ordered_candidates_is_whole():
+    flat = torch.zeros(1, 5000)
+    row = Row(Sampling(max_tokens=1, temperature=1.0, top_p=0.999), random.Random(1))
+    drawn = {sample(flat.clone(), [row])[0].token for _ in range(300)}
+    assert max(drawn) > 4000 and len(drawn) > 250
+
+
+def test_repetition_penalty_is_that_of_transformers(logits):
+    ids = torch.randint(0, 3000, (len(logits), 40), generator=torch.Generator().manual_seed(1))
+    expected = RepetitionPenaltyLogitsProcessor(1.7)(ids, logits.clone()).argmax(dim=-1).tolist()
+    sampling = Sampling(max_tokens=1, repetition_penalty=1.7)
+    rows = [Row(sampling, random.Random(0), row[:25].tolist(), row[25:].tolist()) for row in ids]
+    assert [choice.token for choice in sample(logits.clone(), rows)] == expected
+    likeliest = logits.argmax(dim=-1)
+    rows = [Row(sampling, random.Random(0), [token]) for token in likeliest.tolist()]
+    changed = [choice.token for choice in sample(logits.clone(), rows)]
+    assert changed != likeliest.tolist()

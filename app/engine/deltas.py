@@ -1,0 +1,330 @@
+"""Deltas of different techniques over one base, in one batch.
+
+The base's layers stand in `Site`s. A step's rows are ordered by delta, and a site computes the base's layer for all of
+them at once; then each delta's rows get what its technique makes of the result. Extra blocks are run for their delta's
+rows alone, and a prefix or prompt is keys and values that stand in the cache before a sequence. So a row's answer is
+that of its delta alone.
+"""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from app.config.methods import parts_of
+from app.engine.kernels import Kernels, LoraRows
+from app.errors import UserError
+from app.methods import apply_method
+from app.methods.adapter import Adapted
+from app.methods.delta import Delta, load_trained
+from app.methods.lora import DoraLinear, LoraLinear
+from app.models.attention import KeysValues
+from app.models.decoder import Block, Decoder
+from app.models.quantization import QuantizedLinear
+
+_LAYERS = (nn.Linear, QuantizedLinear, nn.LayerNorm, nn.RMSNorm)
+_OWN_MODELS = {"full", "freeze"}
+
+
+class UnknownDelta(Exception):
+    """No delta of this hash is loaded (any more); load it and ask again."""
+
+
+class DeltasFull(Exception):
+    """The loaded deltas that are pinned or in use leave no room for another; try again later."""
+
+
+@dataclass(eq=False)
+class Variant:
+    """What a delta puts into the base's places; the base itself, with an empty hash, puts nothing."""
+
+    hash: str
+    layers: dict[str, nn.Module] = field(default_factory=dict)
+    """By the name of the base's layer, those that differ from it."""
+    blocks_after: dict[int, list[Block]] = field(default_factory=dict)
+    """Extra blocks by the number of the base's block that they follow; -1: they come first."""
+    prefix: list[KeysValues] | None = None
+    """Of each layer of the cache, [kv_heads, prefix_length, head_width]."""
+    num_bytes: int = 0
+    is_pinned: bool = False
+    num_requests: int = 0
+
+    @property
+    def prefix_length(self) -> int:
+        return 0 if self.prefix is None else self.prefix[0][0].shape[1]
+
+    @property
+    def root_key(self) -> bytes:
+        """Whence the keys of its blocks in the cache follow. The base is the engine's, and the same for all."""
+        return bytes.fromhex(self.hash) if self.hash else b"base"
+
+
+class Site(nn.Module):
+    """A layer of the base, and what the deltas of the current step make of its result."""
+
+    def __init__(self, base: nn.Module, kernels: Kernels | None) -> None:
+        super().__init__()
+        self.base = base
+        self._kernels = kernels
+        self._active: list[tuple[slice, nn.Module]] = []
+        self._lora_rows: LoraRows | None = None
+
+    def activate(self, active: list[tuple[slice, nn.Module]]) -> None:
+        self._active = active
+        self._lora_rows = None
+        if self._kernels is not None and active and all(_is_plain_lora(layer, self.base) for _, layer in active):
+            self._lora_rows = self._kernels.lora_rows(active)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        if self._lora_rows is not None:
+            self._lora_rows.add(x[0], y[0])
+            return y
+        for rows, layer in self._active:
+            y[:, rows] = _updated(layer, self.base, x[:, rows], y[:, rows])
+        return y
+
+
+class BlockSite(nn.Module):
+    """A block of the base, and extra blocks around it that only some rows go through."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.before: list[tuple[slice, list[Block]]] = []
+        self.after: list[tuple[slice, list[Block]]] = []
+
+    def forward(self, x: Tensor, context: Any, rotation: Any) -> Tensor:
+        if self.before:
+            x = _through(x.clone(), self.before, context, rotation)
+        return _through(self.base(x, context, rotation), self.after, context, rotation)
+
+
+class MixedModel:
+    """`decoder`, whose weights are the base's own, with a site in each place where deltas differ."""
+
+    def __init__(self, base: Decoder, *, num_extra_layers: int, kernels: Kernels | None) -> None:
+        self.base = base
+        self.num_extra_layers = num_extra_layers
+        self.decoder, _ = _share(base)
+        self._sites: dict[str, Site] = {}
+        self._is_plain = base.prefix is None and not any(isinstance(m, LoraLinear | Adapted) for m in base.modules())
+        for name, module in list(self.decoder.named_modules()) if self._is_plain else ():
+            if isinstance(module, _LAYERS):
+                self._sites[name] = Site(module, kernels)
+                parent, _, attribute = name.rpartition(".")
+                setattr(self.decoder.get_submodule(parent), attribute, self._sites[name])
+        self._blocks = [BlockSite(block) for block in self.decoder.blocks]
+        self.decoder.blocks = nn.ModuleList(self._blocks)
+        self._groups: list[tuple[Variant, slice]] = []
+
+    @contextmanager
+    def serving(self, groups: list[tuple[Variant, slice]]) -> Iterator[Decoder]:
+        """The decoder for rows of which each slice is a variant's."""
+        if groups != self._groups:
+            self._groups = groups
+            for name, site in self._sites.items():
+                site.activate([(rows, v.layers[name]) for v, rows in groups if name in v.layers])
+            for number, block in enumerate(self._blocks):
+                block.after = [(rows, v.blocks_after[number]) for v, rows in groups if number in v.blocks_after]
+            self._blocks[0].before = [(rows, v.blocks_after[-1]) for v, rows in groups if -1 in v.blocks_after]
+        yield self.decoder
+
+    @torch.no_grad()
+    def variant(self, delta: Delta) -> Variant:
+        """`delta` over the base, which keeps its weights.
+
+        Raises:
+            UserError: it is of another shape, or needs a model of its own, or more extra blocks than the cache holds.
+        """
+        own = _OWN_MODELS & {part.type for part in parts_of(delta.method)}
+        if own:
+            raise UserError(
+                f"a delta of technique {own.pop()!r} trains the base's own weights: it cannot share a batch with it; "
+                "give it a model and an engine of its own"
+            )
+        if not self._is_plain:
+            raise UserError("the engine's model has a delta applied to it already; deltas go over a plain base")
+        changed, copy_of = _share(self.base)
+        apply_method(changed, delta.method)
+        _own_trained(changed)
+        load_trained(changed, delta.weights)
+        weight = self.base.token_embedding.weight
+        changed.to(weight.device, weight.dtype).requires_grad_(False).eval()
+        prefix = None if changed.prefix is None else changed.prefix(changed)
+        for module in changed.modules():
+            if isinstance(module, DoraLinear):
+                module.fix()
+        variant = Variant(delta.hash)
+        order = self._take_blocks(changed, copy_of, variant)
+        if _differs(changed.final_norm, self.base.final_norm):
+            variant.layers["final_norm"] = changed.final_norm
+        if prefix is not None:
+            variant.prefix = [kv for _, kv in sorted(zip(order, prefix, strict=True), key=lambda pair: pair[0])]
+        variant.num_bytes = self._own_bytes(variant)
+        return variant
+
+    def _take_blocks(self, changed: Decoder, copy_of: dict[int, nn.Module], variant: Variant) -> list[int]:
+        """Put into `variant` what the blocks of `changed` hold; returns the cache's layer of each of them."""
+        number_of = {id(copy_of[id(block)]): number for number, block in enumerate(self.base.blocks)}
+        order: list[int] = []
+        last, num_extra = -1, 0
+        for block in cast(Iterable[Block], changed.blocks):
+            number = number_of.get(id(block))
+            if number is None:
+                layer = len(self.base.blocks) + num_extra
+                num_extra += 1
+                block.attn.layer = layer
+                variant.blocks_after.setdefault(last, []).append(block)
+                order.append(layer)
+                continue
+            last = number
+            order.append(number)
+            for name, base_layer in self.base.blocks[number].named_modules():
+                if isinstance(base_layer, _LAYERS):
+                    layer_here = block.get_submodule(name)
+                    if _differs(layer_here, base_layer):
+                        variant.layers[f"blocks.{number}.{name}"] = layer_here
+        if num_extra > self.num_extra_layers:
+            raise UserError(
+                f"the delta adds {num_extra} blocks; this engine's cache has room for {self.num_extra_layers}: "
+                f"max_extra_blocks={num_extra}"
+            )
+        return order
+
+    def _own_bytes(self, variant: Variant) -> int:
+        base = {p.data_ptr() for p in [*self.base.parameters(), *self.base.buffers()]}
+        modules = [*variant.layers.values(), *(b for blocks in variant.blocks_after.values() for b in blocks)]
+        own = {p.data_ptr(): p.nbytes for m in modules for p in [*m.parameters(), *m.buffers()]}
+        prefix = sum(part.nbytes for kv in variant.prefix or () for part in kv)
+        return sum(size for pointer, size in own.items() if pointer not in base) + prefix
+
+
+class Deltas:
+    """The loaded ones, by hash; where they take more than `max_bytes`, the least recently used go."""
+
+    def __init__(self, model: MixedModel, *, max_bytes: int | None) -> None:
+        self.model = model
+        self.max_bytes = max_bytes
+        self.plain = Variant("", prefix=_prefix_of(model.base))
+        self._loaded: OrderedDict[str, Variant] = OrderedDict()
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(variant.num_bytes for variant in self._loaded.values())
+
+    @property
+    def loaded(self) -> list[str]:
+        return list(self._loaded)
+
+    def add(self, variant: Variant, *, pin: bool = False) -> None:
+        """
+        Raises:
+            UserError: it alone is larger than the budget.
+            DeltasFull: those that are pinned or in use leave too little of it.
+        """
+        variant = self._loaded.pop(variant.hash, variant)
+        variant.is_pinned = variant.is_pinned or pin
+        if self.max_bytes is not None:
+            if variant.num_bytes > self.max_bytes:
+                raise UserError(
+                    f"the delta takes {variant.num_bytes} bytes, more than max_delta_bytes={self.max_bytes}; raise it"
+                )
+            self._evict(self.max_bytes - variant.num_bytes)
+        self._loaded[variant.hash] = variant
+
+    def get(self, delta: str | None) -> Variant:
+        """
+        Raises:
+            UnknownDelta: it is not loaded.
+        """
+        if delta is None:
+            return self.plain
+        if delta not in self._loaded:
+            raise UnknownDelta(f"delta {delta[:16]!r} is not loaded")
+        self._loaded.move_to_end(delta)
+        return self._loaded[delta]
+
+    def unpin(self, delta: str) -> None:
+        self.get(delta).is_pinned = False
+
+    def remove(self, delta: str) -> bool:
+        """Unload it, unless requests use it or it is not there."""
+        variant = self._loaded.get(delta)
+        if variant is None or variant.num_requests:
+            return False
+        del self._loaded[delta]
+        return True
+
+    def _evict(self, max_bytes: int) -> None:
+        idle = [v for v in self._loaded.values() if not v.is_pinned and not v.num_requests]
+        fixed = self.num_bytes - sum(variant.num_bytes for variant in idle)
+        if fixed > max_bytes:
+            raise DeltasFull(f"{len(self._loaded) - len(idle)} deltas are pinned or in use and take {fixed} bytes")
+        for variant in idle:
+            if self.num_bytes <= max_bytes:
+                return
+            del self._loaded[variant.hash]
+
+
+def _share(base: Decoder) -> tuple[Decoder, dict[int, nn.Module]]:
+    """A copy of the modules of `base` around its own tensors, and which module is the copy of which (by id)."""
+    memo: dict[int, Any] = {}
+    for parameter in base.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.data, requires_grad=False)
+    for buffer in base.buffers():
+        memo[id(buffer)] = buffer
+    shared = copy.deepcopy(base, memo)
+    return shared, memo
+
+
+def _own_trained(model: Decoder) -> None:
+    """Give `model` tensors of its own where it trains the base's."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                setattr(module, name, nn.Parameter(parameter.detach().clone()))
+
+
+def _differs(layer: nn.Module, base: nn.Module) -> bool:
+    shared = {tensor.data_ptr() for tensor in [*base.parameters(), *base.buffers()]}
+    return any(tensor.data_ptr() not in shared for tensor in [*layer.parameters(), *layer.buffers()])
+
+
+def _is_plain_lora(layer: nn.Module, base: nn.Module) -> bool:
+    """Whether it is the base and a low-rank update, and nothing else."""
+    return type(layer) is LoraLinear and not _differs(layer.base, base)
+
+
+def _updated(layer: Any, base: Any, x: Tensor, y: Tensor) -> Tensor:
+    """What `layer` makes of `x`, of which `base` makes `y`."""
+    if isinstance(layer, LoraLinear):
+        return layer.update(x, _updated(layer.base, base, x, y))
+    if isinstance(layer, Adapted):
+        return layer.update(_updated(layer.base, base, x, y))
+    if isinstance(layer, nn.LayerNorm | nn.RMSNorm):
+        return layer(x)
+    if layer.bias is not None and layer.bias.data_ptr() != base.bias.data_ptr():
+        return y + (layer.bias - base.bias)
+    return y
+
+
+def _through(x: Tensor, parts: Sequence[tuple[slice, list[Block]]], context: Any, rotation: Any) -> Tensor:
+    for rows, blocks in parts:
+        part = x[:, rows]
+        turned = None if rotation is None else tuple(angles[..., rows, :] for angles in rotation)
+        for block in blocks:
+            part = block(part, context.part(rows), turned)
+        x[:, rows] = part
+    return x
+
+
+@torch.inference_mode()
+def _prefix_of(model: Decoder) -> list[KeysValues] | None:
+    """What the base itself puts before every sequence."""
+    return None if model.prefix is None else list(model.prefix(model))
