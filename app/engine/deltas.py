@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from app.config.methods import parts_of
 from app.engine.kernels import Kernels, LoraRows
+from app.engine.packing import PackedLinear
 from app.errors import UserError
 from app.methods import apply_method
 from app.methods.adapter import Adapted
@@ -108,7 +109,9 @@ class BlockSite(nn.Module):
 class MixedModel:
     """`decoder`, whose weights are the base's own, with a site in each place where deltas differ."""
 
-    def __init__(self, base: Decoder, *, num_extra_layers: int, kernels: Kernels | None) -> None:
+    def __init__(
+        self, base: Decoder, *, num_extra_layers: int, kernels: Kernels | None, is_packed: bool = False
+    ) -> None:
         self.base = base
         self.num_extra_layers = num_extra_layers
         self.decoder, _ = _share(base)
@@ -116,7 +119,8 @@ class MixedModel:
         self._is_plain = base.prefix is None and not any(isinstance(m, LoraLinear | Adapted) for m in base.modules())
         for name, module in list(self.decoder.named_modules()) if self._is_plain else ():
             if isinstance(module, _LAYERS):
-                self._sites[name] = Site(module, kernels)
+                layer = PackedLinear(module) if is_packed and isinstance(module, nn.Linear) else module
+                self._sites[name] = Site(layer, kernels)
                 parent, _, attribute = name.rpartition(".")
                 setattr(self.decoder.get_submodule(parent), attribute, self._sites[name])
         self._blocks = [BlockSite(block) for block in self.decoder.blocks]

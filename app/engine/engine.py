@@ -11,6 +11,7 @@ from app.engine.blocks import BLOCK_SIZE
 from app.engine.deltas import Deltas, MixedModel, Variant
 from app.engine.kernels import kernels_for
 from app.engine.kv_cache import KVCache
+from app.engine.packing import can_pack, packed_head
 from app.engine.runner import Runner
 from app.engine.sampling import Sampling, sample
 from app.engine.scheduler import Scheduler
@@ -41,7 +42,9 @@ class EngineSettings:
     max_extra_blocks: int = 1
     """As many as a delta may add to the base's."""
     kernels: Literal["auto", "torch"] = "auto"
-    """auto: the engine's own, compiled, where they suit the model and the machine."""
+    """auto: the engine's own, compiled, and oneDNN's packed weights, where they suit the model and the machine."""
+    int8_head: bool = False
+    """Compute logits from a rounded copy of the token embedding, as an int8 model's other layers are."""
 
     def __post_init__(self) -> None:
         for name in ("max_batch_size", "max_queue", "max_queued_tokens", "max_step_tokens", "max_kv_bytes"):
@@ -97,7 +100,11 @@ class Engine:
         kernels = None
         if settings.kernels == "auto":
             kernels = kernels_for(model.config, cache_dtype=dtype, dtype=weight.dtype, device=weight.device)
-        mixed = MixedModel(model.eval(), num_extra_layers=settings.max_extra_blocks, kernels=kernels)
+        is_packed = settings.kernels == "auto" and can_pack(weight.dtype, weight.device)
+        head = packed_head(model, is_int8=settings.int8_head, is_packed=is_packed)
+        mixed = MixedModel(
+            model.eval(), num_extra_layers=settings.max_extra_blocks, kernels=kernels, is_packed=is_packed
+        )
         self.deltas = Deltas(mixed, max_bytes=settings.max_delta_bytes)
         cache = KVCache(
             model.config,
@@ -115,7 +122,7 @@ class Engine:
             max_step_tokens=max(settings.max_step_tokens, settings.max_batch_size + BLOCK_SIZE),
         )
         self._cache = cache
-        self._runner = Runner(mixed, cache, kernels)
+        self._runner = Runner(mixed, head, cache, kernels)
         self._requests: dict[int, list[Sequence]] = {}
         self._ids, self._arrivals = itertools.count(), itertools.count()
         self._steps = self._computed = self._generated = 0

@@ -4,7 +4,7 @@ from collections.abc import Sequence as SequenceOf
 from itertools import groupby
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from app.engine.deltas import MixedModel, Variant
 from app.engine.kernels import Kernels
@@ -13,8 +13,9 @@ from app.engine.sequence import Sequence
 
 
 class Runner:
-    def __init__(self, model: MixedModel, cache: KVCache, kernels: Kernels | None) -> None:
+    def __init__(self, model: MixedModel, head: nn.Module, cache: KVCache, kernels: Kernels | None) -> None:
         self.model = model
+        self.head = head
         self.cache = cache
         self.kernels = kernels
 
@@ -34,7 +35,7 @@ class Runner:
             # Only rows that sample go through the head: its matrix is the largest of a small model.
             last_rows = torch.tensor([sequence.num_scheduled for sequence in ordered]).cumsum(0) - 1
             sampling = [number for number, sequence in enumerate(ordered) if sequence.will_sample]
-            logits = decoder.head(hidden[last_rows[sampling].to(device)])
+            logits = self.head(hidden[last_rows[sampling].to(device)])
         return [ordered[number] for number in sampling], logits
 
 

@@ -1,6 +1,6 @@
 /* What eager torch is slow at in a generation step on a CPU: attention that reads the KV cache where it lies, writing
  * new keys and values there, and the low-rank updates of many LoRAs at once. Compiled at first use for the processor at
- * hand; vectors are GCC's and clang's own, 16 floats wide, which become what the processor has.
+ * hand.
  *
  * Cache: keys [blocks, kv_heads, head_width, 16], values [blocks, kv_heads, 16, head_width], fp32 or bf16.
  */
@@ -9,32 +9,44 @@
 #include <string.h>
 
 #define BLOCK 16
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX2__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+#define PARTS (BLOCK / LANES) /* vectors that hold a value for each place of a block */
 
-typedef float vec __attribute__((vector_size(64), aligned(4)));
-typedef int32_t ivec __attribute__((vector_size(64), aligned(4)));
-typedef uint32_t uvec __attribute__((vector_size(64), aligned(4)));
-typedef uint16_t hvec __attribute__((vector_size(32), aligned(2)));
+/* GCC's and clang's own vectors, as wide as the processor's; wider ones would be taken apart in memory. */
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
+typedef uint16_t hvec __attribute__((vector_size(2 * LANES)));
+#define INLINE static inline __attribute__((always_inline))
 
-static inline vec all(float x) {
-    return (vec){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
+INLINE vec all(float x) { return x - (vec){0}; }
+
+INLINE vec load_f32(const float *p) {
+    vec x;
+    memcpy(&x, p, sizeof x);
+    return x;
 }
 
-static inline vec load_f32(const float *p) { return *(const vec *)p; }
+INLINE void store_f32(float *p, vec x) { memcpy(p, &x, sizeof x); }
 
-static inline vec load_bf16(const uint16_t *p) {
-    uvec bits = __builtin_convertvector(*(const hvec *)p, uvec) << 16;
-    return (vec)bits;
+INLINE vec load_bf16(const uint16_t *p) {
+    hvec halves;
+    memcpy(&halves, p, sizeof halves);
+    return (vec)(__builtin_convertvector(halves, uvec) << 16);
 }
 
-static inline uint16_t to_bf16(float x) { /* to the nearest, ties to even */
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
-    return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+INLINE vec load(const void *p, int64_t at, int is_bf16) {
+    return is_bf16 ? load_bf16((const uint16_t *)p + at) : load_f32((const float *)p + at);
 }
 
 /* e^x for x <= 0: 2^n e^r with |r| <= ln 2 / 2, and e^r by its Taylor series to the 7th power (error below 1e-7). */
-static inline vec exp_vec(vec x) {
+INLINE vec exp_vec(vec x) {
     ivec is_tiny = x < -87.0f;
     vec t = x * 1.44269504088896f;
     ivec n = __builtin_convertvector(t - 0.5f, ivec); /* rounds towards zero, and t is not positive */
@@ -48,61 +60,73 @@ static inline vec exp_vec(vec x) {
     p = p * r + 0.5f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    vec scale = (vec)((n + 127) << 23);
-    ivec bits = (ivec)(p * scale) & ~is_tiny;
+    ivec bits = (ivec)(p * (vec)((n + 127) << 23)) & ~is_tiny;
     return (vec)bits;
 }
 
-static inline float sum_of(vec x) {
+INLINE float sum_of(vec x) {
     float s = 0;
-    for (int i = 0; i < 16; i++) s += x[i];
+    for (int i = 0; i < LANES; i++) s += x[i];
     return s;
 }
 
-static inline float max_of(vec x) {
-    float m = x[0];
-    for (int i = 1; i < 16; i++) m = x[i] > m ? x[i] : m;
-    return m;
+INLINE uint16_t to_bf16(float x) { /* to the nearest, ties to even */
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
+    return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
-/* One query head over the first `seen` places of a sequence, with a running maximum as in FlashAttention. */
-#define ATTEND_HEAD(NAME, TYPE, LOAD)                                                                              \
-    static void NAME(const float *q, const TYPE *keys, const TYPE *values, float *out, const int32_t *table,       \
-                     int64_t seen, int64_t kv_heads, int64_t kv_head, int64_t width, float scale) {                \
-        vec mixed[16]; /* head_width up to 256 */                                                                  \
-        int64_t parts = width / 16;                                                                                \
-        for (int64_t i = 0; i < parts; i++) mixed[i] = all(0);                                                     \
-        float largest = -INFINITY, total = 0;                                                                      \
-        for (int64_t first = 0; first < seen; first += BLOCK) {                                                    \
-            int64_t at = ((int64_t)table[first / BLOCK] * kv_heads + kv_head) * width * BLOCK;                     \
-            const TYPE *k = keys + at, *v = values + at;                                                           \
-            vec even = all(0), odd = all(0);                                                                       \
-            for (int64_t i = 0; i < width; i += 2) {                                                               \
-                even += q[i] * LOAD(k + i * BLOCK);                                                                \
-                odd += q[i + 1] * LOAD(k + (i + 1) * BLOCK);                                                       \
-            }                                                                                                      \
-            vec score = (even + odd) * scale;                                                                      \
-            int64_t here = seen - first < BLOCK ? seen - first : BLOCK;                                            \
-            for (int64_t i = here; i < BLOCK; i++) score[i] = -INFINITY;                                           \
-            float most = max_of(score);                                                                            \
-            if (most > largest) {                                                                                  \
-                float shrink = largest == -INFINITY ? 0 : expf(largest - most);                                    \
-                total *= shrink;                                                                                   \
-                for (int64_t i = 0; i < parts; i++) mixed[i] *= shrink;                                            \
-                largest = most;                                                                                    \
-            }                                                                                                      \
-            vec weight = exp_vec(score - largest);                                                                 \
-            total += sum_of(weight);                                                                               \
-            for (int64_t place = 0; place < here; place++) {                                                       \
-                float w = weight[place];                                                                           \
-                for (int64_t i = 0; i < parts; i++) mixed[i] += w * LOAD(v + place * width + i * 16);              \
-            }                                                                                                      \
-        }                                                                                                          \
-        for (int64_t i = 0; i < parts; i++) *(vec *)(out + i * 16) = mixed[i] / total;                             \
+/* One query head over the first `seen` places of a sequence, with a running maximum as in FlashAttention. Called with
+ * `width` and `is_bf16` known to the compiler, which then keeps the result in registers. */
+INLINE void attend_head(const float *restrict q, const void *keys, const void *values, float *restrict out,
+                        const int32_t *table, int64_t seen, int64_t kv_heads, int64_t kv_head, int64_t width,
+                        int is_bf16, float scale) {
+    vec mixed[256 / LANES];
+    const int64_t parts = width / LANES;
+    for (int64_t i = 0; i < parts; i++) mixed[i] = all(0);
+    float largest = -INFINITY, total = 0;
+    for (int64_t first = 0; first < seen; first += BLOCK) {
+        int64_t at = ((int64_t)table[first / BLOCK] * kv_heads + kv_head) * width * BLOCK;
+        vec even[PARTS], odd[PARTS];
+        for (int j = 0; j < PARTS; j++) even[j] = odd[j] = all(0);
+        for (int64_t i = 0; i < width; i += 2)
+            for (int j = 0; j < PARTS; j++) {
+                even[j] += q[i] * load(keys, at + i * BLOCK + j * LANES, is_bf16);
+                odd[j] += q[i + 1] * load(keys, at + (i + 1) * BLOCK + j * LANES, is_bf16);
+            }
+        float scores[BLOCK];
+        for (int j = 0; j < PARTS; j++) store_f32(scores + j * LANES, (even[j] + odd[j]) * scale);
+        int64_t here = seen - first < BLOCK ? seen - first : BLOCK;
+        for (int64_t i = here; i < BLOCK; i++) scores[i] = -INFINITY;
+        float most = scores[0];
+        for (int64_t i = 1; i < BLOCK; i++) most = scores[i] > most ? scores[i] : most;
+        if (most > largest) {
+            float shrink = largest == -INFINITY ? 0 : expf(largest - most);
+            total *= shrink;
+            for (int64_t i = 0; i < parts; i++) mixed[i] *= shrink;
+            largest = most;
+        }
+        for (int j = 0; j < PARTS; j++) {
+            vec weight = exp_vec(load_f32(scores + j * LANES) - largest);
+            total += sum_of(weight);
+            store_f32(scores + j * LANES, weight);
+        }
+        for (int64_t place = 0; place < here; place++)
+            for (int64_t i = 0; i < parts; i++)
+                mixed[i] += scores[place] * load(values, at + place * width + i * LANES, is_bf16);
     }
+    for (int64_t i = 0; i < parts; i++) store_f32(out + i * LANES, mixed[i] / total);
+}
 
-ATTEND_HEAD(attend_head_f32, float, load_f32)
-ATTEND_HEAD(attend_head_bf16, uint16_t, load_bf16)
+static void attend_any(const float *q, const void *keys, const void *values, float *out, const int32_t *table,
+                       int64_t seen, int64_t kv_heads, int64_t kv_head, int64_t width, int is_bf16, float scale) {
+#define OF(WIDTH, IS_BF16) \
+    if (width == WIDTH && is_bf16 == IS_BF16) \
+        return attend_head(q, keys, values, out, table, seen, kv_heads, kv_head, WIDTH, IS_BF16, scale);
+    OF(64, 0) OF(64, 1) OF(128, 0) OF(128, 1)
+    attend_head(q, keys, values, out, table, seen, kv_heads, kv_head, width, is_bf16, scale);
+}
 
 /* For row r of `rows`: queries q + rows[r] * q_row + head * q_head, over the first seen[r] places of the sequence whose
  * blocks are tables[table_of_row[r]]; results likewise in out. head_width is a multiple of 16, 256 at most. */
@@ -117,10 +141,7 @@ void attend(const float *q, int64_t q_row, int64_t q_head, const void *keys, con
             float *result = out + rows[r] * out_row + head * out_head;
             const int32_t *table = tables + table_of_row[r] * table_width;
             int64_t kv_head = head / (heads / kv_heads);
-            if (is_bf16)
-                attend_head_bf16(query, keys, values, result, table, seen[r], kv_heads, kv_head, width, scale);
-            else
-                attend_head_f32(query, keys, values, result, table, seen[r], kv_heads, kv_head, width, scale);
+            attend_any(query, keys, values, result, table, seen[r], kv_heads, kv_head, width, is_bf16, scale);
         }
 }
 
@@ -156,12 +177,13 @@ void add_lora(const float *x, int64_t in, float *y, int64_t out, const int64_t *
             const float *row = (const float *)a[group] + j * in;
             vec sum = all(0);
             int64_t i = 0;
-            for (; i + 16 <= in; i += 16) sum += load_f32(row + i) * load_f32(xr + i);
+            for (; i + LANES <= in; i += LANES) sum += load_f32(row + i) * load_f32(xr + i);
             float low = sum_of(sum);
             for (; i < in; i++) low += row[i] * xr[i];
             low *= scales[group];
             const float *direction = low_to_out + j * out;
-            for (i = 0; i + 16 <= out; i += 16) *(vec *)(yr + i) += low * load_f32(direction + i);
+            for (i = 0; i + LANES <= out; i += LANES)
+                store_f32(yr + i, load_f32(yr + i) + low * load_f32(direction + i));
             for (; i < out; i++) yr[i] += low * direction[i];
         }
     }
