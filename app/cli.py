@@ -147,6 +147,20 @@ def serve(overrides: Overrides = None, config: ConfigFile = None, address: Addre
 
 
 @cli.command()
+def generate(
+    prompts: Annotated[str, typer.Argument(metavar="FILE", help="Prompts: .jsonl, .json or .txt.")],
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    address: Address = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the answers that an earlier run wrote.")] = False,
+) -> None:
+    """Answers to all prompts of a file: `pacos generate prompts.jsonl output=answers.jsonl`."""
+    _run(
+        "generate", "GenerateConfig", [f"prompts={prompts}", *(overrides or ())], config, address=address, resume=resume
+    )
+
+
+@cli.command()
 def ask(overrides: Overrides = None, config: ConfigFile = None) -> None:
     """One question to a running endpoint: `pacos ask "question=How often are alpacas shorn?" rag=true`."""
     _run("ask", "AskConfig", overrides, config)
@@ -179,7 +193,7 @@ def _run(command: str, schema: str, overrides: list[str] | None, file: str | Non
     try:
         getattr(module, command)(settings, **options)
     except KeyboardInterrupt as stop:
-        remedy = "; --resume goes on from the newest checkpoint" if "resume" in options else ""
+        remedy = "; --resume goes on from there" if "resume" in options else ""
         print(str(stop) or f"stopped{remedy}", file=sys.stderr)
         sys.exit(130)
 

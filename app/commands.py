@@ -15,6 +15,7 @@ from app.config import (
     DescribeConfig,
     EvaluateConfig,
     ExportConfig,
+    GenerateConfig,
     ImportConfig,
     IndexConfig,
     InspectConfig,
@@ -164,6 +165,18 @@ def serve(config: ServeConfig, *, address: Address) -> None:
         show_addresses(url)
         console.say("Ctrl-C stops it.", style="dim")
         wait_for_interrupt()
+
+
+def generate(config: GenerateConfig, *, address: Address, resume: bool) -> None:
+    from app.serving.batch import generate_answers, plan_answers
+
+    with (
+        plan_answers(config, resume=resume) as plan,
+        on_ray(address, workers=config.workers),
+        console.progress("generate", unit="prompts") as advance,
+    ):
+        summary = generate_answers(plan, progress=advance)
+    console.table(f"Answers → {config.output}", summary)
 
 
 def ask(config: AskConfig) -> None:

@@ -98,7 +98,7 @@ def test_a_cluster_that_does_not_answer_is_told_within_ten_seconds(small_source:
 @pytest.mark.parametrize(
     ("stop", "told"),
     [
-        (KeyboardInterrupt(), "stopped; --resume goes on from the newest checkpoint\n"),
+        (KeyboardInterrupt(), "stopped; --resume goes on from there\n"),
         (Interrupted("stopped after step 5 of 9, which is saved"), "stopped after step 5 of 9, which is saved\n"),
     ],
 )

@@ -303,6 +303,50 @@ class IndexConfig(Config):
         return self
 
 
+class GenerateConfig(Config):
+    """`pacos generate`: answers to all prompts of a file."""
+
+    prompts: LocalPath
+    """.jsonl or .json of records with `instruction` (and `input`), or `prompt`, `question` or `text`; or .txt, each
+    line a prompt."""
+    output: LocalPath
+    """.jsonl: each record, with `answer`, `finish_reason`, `prompt_tokens` and `answer_tokens`, or with `error`."""
+    model: ModelName = "embedded"
+    delta: str | None = None
+    """Folder of a trained delta, or `models:/NAME@production` of the registry."""
+    tracking: StoreConfig = StoreConfig()
+    """Of the model registry."""
+    field: str | None = None
+    """The records' field that holds the prompt, where it is none of the above."""
+    raw: bool = False
+    """Give prompts to the model as they are, without the template that it was tuned with."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    max_tokens: Positive = 128
+    """Of each answer."""
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Positive | None = None
+    seed: int = 0
+    """Of the first prompt's answer; each next one's is one more, wherever it is computed."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer; they are not in it."""
+    max_batch_size: Positive = 64
+    """Answers that a worker generates together."""
+    part_size: Positive = 256
+    """Prompts that are written together: a job that is stopped loses the parts that it was in."""
+    workers: WorkersConfig = WorkersConfig(count=1, cpus=2)
+
+    @model_validator(mode="after")
+    def _check(self) -> "GenerateConfig":
+        if not self.output.endswith(".jsonl"):
+            raise ValueError(f"output={self.output!r} must end in .jsonl")
+        if not self.prompts.endswith((".jsonl", ".json", ".txt")):
+            raise ValueError(f"prompts={self.prompts!r} must end in .jsonl, .json or .txt")
+        if self.prompts == self.output:
+            raise ValueError(f"output={self.output!r} is the file of prompts; name another")
+        return self
+
+
 class GeneratorConfig(Config):
     model: str = "embedded"
     deltas: dict[str, str] = {}

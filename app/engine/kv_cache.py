@@ -7,6 +7,7 @@ padding. Matrix products run over all rows at once, and only attention looks at 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,9 +40,8 @@ class KVCache:
     ) -> None:
         layers = config.num_layers + num_extra_layers
         shape = (layers, num_blocks, config.kv_heads)
-        # zeros, because a masked product still multiplies what stands in unused places
-        self.keys = torch.zeros(*shape, config.head_width, BLOCK_SIZE, dtype=dtype, device=device)
-        self.values = torch.zeros(*shape, BLOCK_SIZE, config.head_width, dtype=dtype, device=device)
+        self.keys = _zeros((*shape, config.head_width, BLOCK_SIZE), dtype, device)
+        self.values = _zeros((*shape, BLOCK_SIZE, config.head_width), dtype, device)
         self.pool = BlockPool(num_blocks)
         self.reuse = reuse
         self.num_reused_tokens = 0
@@ -126,6 +126,15 @@ class KVCache:
             (blocks[:, None, None], *_axes(keys), offsets[:, None, None]), keys.to(self.keys.dtype)
         )
         self.values[layer][blocks, :, offsets] = values.to(self.values.dtype)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, because a masked product still multiplies what stands in unused places. On a CPU memory is taken page by
+    page, as it is first written to, where torch.zeros would take it all at once."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    same_size = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[dtype.itemsize]
+    return torch.from_numpy(np.zeros(shape, same_size)).view(dtype)
 
 
 def _axes(keys: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Linear layers whose weights oneDNN has laid out for its own products.
 
-torch's fp32 products go through MKL, which on AMD's processors is slow for few rows: [64, 768] x [768, 3072] on two
-cores of an EPYC with AVX2 runs at 60 GFLOP/s there and at 111 with packed weights, [8, 768] x [768, 50257] at 16 and 45.
+torch's fp32 products go through MKL, which on AMD's processors is slow for few rows. On two cores of an EPYC with AVX2:
+[64, 768] x [768, 3072] at 60 GFLOP/s there and at 111 with packed weights, [8, 768] x [768, 50257] at 16 and 45.
 The packed weights are a second copy: the plain ones stay, for the deltas to be built on.
 """
 

@@ -99,7 +99,9 @@ def check_folders(config: ServeConfig) -> None:
     from app.serving.registered_deltas import delta_folder
 
     config = with_absolute_paths(config)
-    deltas = {name: str(delta_folder(delta, config.generator)) for name, delta in config.generator.deltas.items()}
+    deltas = {
+        name: str(delta_folder(delta, config.generator.tracking)) for name, delta in config.generator.deltas.items()
+    }
     folders = {f"generator.deltas.{name}": folder for name, folder in deltas.items()}
     if config.retriever.index is not None:
         folders["retriever.index"] = config.retriever.index

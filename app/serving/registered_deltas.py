@@ -6,7 +6,7 @@ with the same version. A promotion takes effect at the next start.
 
 from pathlib import Path
 
-from app.config import GeneratorConfig, StoreConfig
+from app.config import GenerateConfig, GeneratorConfig, StoreConfig
 from app.tracking.registry import fetch, is_reference, pinned
 from app.tracking.store import tracking_uri
 
@@ -24,10 +24,18 @@ def with_pinned_deltas(config: GeneratorConfig) -> GeneratorConfig:
     return config.model_copy(update={"deltas": deltas, "tracking": StoreConfig(uri=uri)})
 
 
-def delta_folder(delta: str, config: GeneratorConfig) -> Path:
-    """Where one of `config.deltas` is on this machine; it is fetched if need be.
+def with_pinned_delta(config: GenerateConfig) -> GenerateConfig:
+    """The same for the one delta of a batch."""
+    if config.delta is None or not is_reference(config.delta):
+        return config
+    uri = tracking_uri(config.tracking.uri)
+    return config.model_copy(update={"delta": pinned(config.delta, uri=uri), "tracking": StoreConfig(uri=uri)})
+
+
+def delta_folder(delta: str, tracking: StoreConfig) -> Path:
+    """Where a delta that settings name is on this machine; it is fetched if need be.
 
     Raises:
         UserError: it cannot be had, or is not what was registered.
     """
-    return fetch(delta, uri=config.tracking.uri) if is_reference(delta) else Path(delta)
+    return fetch(delta, uri=tracking.uri) if is_reference(delta) else Path(delta)

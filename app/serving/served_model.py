@@ -39,17 +39,17 @@ def load_models(config: GeneratorConfig, *, name: str) -> dict[str, "ServedModel
     folder = model_folder(config.model)
     tokenizer = load_tokenizer(folder)
     base_hash = weights_hash(folder)
-    template = _template(read_provenance(folder))
+    template = template_of(read_provenance(folder))
     models = {name: _serve(name, load_decoder(folder), tokenizer, template, base_hash, config)}
     for delta_name, source in config.deltas.items():
-        model, delta = _load_with_delta(folder, delta_folder(source, config), base_hash, tokenizer)
-        template = _template(delta.metadata)
+        model, delta = load_with_delta(folder, delta_folder(source, config.tracking), base_hash, tokenizer)
+        template = template_of(delta.metadata)
         full_name = f"{name}:{delta_name}"
         models[full_name] = _serve(full_name, model, tokenizer, template, base_hash + delta.hash, config)
     return models
 
 
-def _template(metadata: dict[str, Any]) -> Template:
+def template_of(metadata: dict[str, Any]) -> Template:
     """The one that a model says it was tuned with."""
     stored = metadata.get("template")
     return template_from_json(stored) if stored else PacosTemplate()
@@ -71,7 +71,7 @@ def _serve(
     return ServedModel(info, EngineFront(engine, name=f"engine {name}"), tokenizer, template)
 
 
-def _load_with_delta(folder: Path, trained: Path, base_hash: str, tokenizer: Tokenizer) -> tuple[Decoder, Delta]:
+def load_with_delta(folder: Path, trained: Path, base_hash: str, tokenizer: Tokenizer) -> tuple[Decoder, Delta]:
     delta = read_delta(trained)
     check_base(
         delta,

@@ -13,13 +13,13 @@ from typing import Any
 
 from app.atomic import write_text
 from app.config.schema import PretrainConfig, TrainConfig
+from app.run_lock import locked
 from app.tracking.registry import register
 from app.tracking.run import TrackedRun, Warn, flattened, open_tracker, tracked_run
 from app.training.checkpoint_store import CheckpointStore
 from app.training.cost import WorkerHours
 from app.training.loop import Metrics
 from app.training.report import Report, write_report
-from app.training.run_lock import locked
 from app.training.run_log import RunLog, open_run
 from app.training.samples import read_samples
 

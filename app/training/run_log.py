@@ -7,9 +7,9 @@ from typing import Any
 from app.atomic import replaced_file, write_text
 from app.config.base import Config
 from app.errors import UserError
+from app.run_lock import LOCK_FILE
 from app.training.checkpoint_store import CheckpointStore
 from app.training.loop import Metrics
-from app.training.run_lock import LOCK_FILE
 
 _MAY_CHANGE = {
     "workers",

@@ -24,6 +24,7 @@ from app.errors import Interrupted, UserError
 from app.methods.delta import load_trained
 from app.models.decoder import Decoder
 from app.ray_cluster import thread_environment
+from app.run_lock import lock_text
 from app.training import loop
 from app.training.checkpoint_store import CheckpointStore
 from app.training.checkpointing import Checkpoint
@@ -31,7 +32,6 @@ from app.training.interruption import Stopped, interruptible
 from app.training.loop import Metrics
 from app.training.optimizer import Optimizer
 from app.training.precision import resolve_precision, store_frozen
-from app.training.run_lock import lock_text
 from app.training.workers import collective_device, rank, sum_over_workers, world_size
 
 WorkerFunction = Callable[[dict[str, Any]], None]

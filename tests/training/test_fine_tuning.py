@@ -19,6 +19,7 @@ from app.errors import Interrupted, UserError
 from app.methods.delta import apply_delta, read_delta
 from app.models.checkpoints import load_decoder
 from app.ray_cluster import dashboard_url
+from app.run_lock import locked
 from app.tracking.registry import fetch, list_versions, promote
 from app.tracking.store import open_store
 from app.training.checkpointing import CHECKPOINT_FILES, read_checkpoint
@@ -26,7 +27,6 @@ from app.training.evaluate import evaluate, plan_evaluation
 from app.training.fine_tuning import fine_tune, plan_job
 from app.training.interruption import ONE_WISH_S
 from app.training.loop import Metrics
-from app.training.run_lock import locked
 
 pytestmark = pytest.mark.ray
 

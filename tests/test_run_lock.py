@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from app.errors import UserError
-from app.training.run_lock import lock_text, locked
+from app.run_lock import lock_text, locked
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from app.training.run_lock import locked
+from app.run_lock import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

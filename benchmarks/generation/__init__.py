@@ -1,0 +1,1 @@
+"""Generation by Pacos beside the peers: `python -m benchmarks.generation`."""

@@ -1,0 +1,107 @@
+"""Tokens a second of Pacos's engine beside its peers, GPT-2 124M with random weights, greedy, in one run.
+
+    python -m benchmarks.generation --peers transformers,ctranslate2,vllm --json benchmarks/results/generation.json
+
+`workloads.py` says what is generated, `contender.py` how each does it, in its best settings: batches of requests of
+like length where a peer cannot batch continuously. Every run is a process of its own with all cores, after a warm-up;
+contenders take turns, and of `--repeat` runs the fastest counts. Contenders in fp32 must agree on every answer's first
+token. The file is written anew after every run.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from app.atomic import write_text
+from benchmarks.generation.contender import CONTENDERS
+from benchmarks.generation.environments import python_of
+from benchmarks.generation.report import plot, summarize, table
+from benchmarks.generation.workloads import make_model, workload, write_requests
+from benchmarks.machine import describe
+
+TIMEOUT_S = 3600
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.folder:
+        arguments.folder.mkdir(parents=True, exist_ok=True)
+        compare(arguments, arguments.folder)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        compare(arguments, Path(folder))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", default="transformers,ctranslate2,vllm", help="whom to measure beside Pacos")
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, help="run these contenders alone")
+    parser.add_argument("--workloads", default="W1,W2,W3")
+    parser.add_argument("--scale", type=float, default=1.0, help="part of the requests of W2 and W3")
+    parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--folder", type=Path, help="keep model and peers' environments there for the next time")
+    parser.add_argument("--json", type=Path, help="file to write the result to")
+    parser.add_argument("--plot", type=Path, help="file to draw it to")
+    return parser.parse_args()
+
+
+def compare(arguments: argparse.Namespace, folder: Path) -> None:
+    model = folder / "model"
+    make_model(model)
+    report: dict[str, Any] = {
+        "machine": describe("torch", "transformers"),
+        "load_average_before": os.getloadavg()[0],
+        "scale": arguments.scale,
+        "runs": {},
+    }
+    peers = {"pacos", *arguments.peers.split(",")}
+    names = arguments.only or [name for name in CONTENDERS if name.split("_")[0] in peers]
+    for _ in range(arguments.repeat):
+        for load in arguments.workloads.split(","):
+            requests = folder / f"{load}.json"
+            write_requests(workload(load, scale=arguments.scale), requests)
+            for name in names:
+                run = run_contender(name, model, requests, folder)
+                report["runs"].setdefault(load, {}).setdefault(name, []).append(run)
+                _show(load, name, run)
+                report = summarize(report)
+                if arguments.json:
+                    write_text(arguments.json, json.dumps(report, indent=2) + "\n")
+    if arguments.plot:
+        plot(report, arguments.plot)
+    print(table(report))
+
+
+def run_contender(name: str, model: Path, requests: Path, folder: Path) -> dict[str, Any]:
+    """What it printed, or why it failed: the others go on."""
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count()), "HF_HUB_OFFLINE": "1"}
+    try:
+        python = python_of(name.split("_")[0], folder)
+        environment["PYTHONPATH"] = str(root) if name.startswith("pacos") else ""
+        script = Path(__file__).with_name("contender.py")
+        command = [python, str(script), name, "--model", str(model), "--requests", str(requests)]
+        done = subprocess.run(
+            command, check=True, capture_output=True, text=True, timeout=TIMEOUT_S, env=environment, cwd=root
+        )
+        return json.loads(done.stdout.splitlines()[-1])
+    except subprocess.CalledProcessError as error:
+        return {"failed": f"exit status {error.returncode}: {(error.stderr or '').strip()[-600:]}"}
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not done after {TIMEOUT_S} s"}
+
+
+def _show(load: str, name: str, run: dict[str, Any]) -> None:
+    if "failed" in run:
+        print(f"{load} {name}: {run['failed'].splitlines()[-1]}", flush=True)
+        return
+    rate = run["tokens"] / run["seconds"]
+    print(f"{load} {name}: {rate:.0f} tokens/s, {run['peak_bytes'] / 2**30:.2f} GiB", flush=True)
+
+
+if __name__ == "__main__":
+    main()

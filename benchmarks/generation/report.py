@@ -1,0 +1,89 @@
+"""Ratios and bars from the runs, as numbers, a table and a plot."""
+
+from pathlib import Path
+from typing import Any
+
+BARS = [
+    # workload, ours, the peer's, how many times faster
+    ("W2", "pacos_bf16", "vllm_bf16", 1.25),
+    ("W3", "pacos_bf16", "vllm_bf16", 1.25),
+    ("W2", "pacos_int8", "vllm_bf16", 2.0),
+    ("W3", "pacos_int8", "vllm_bf16", 2.0),
+    ("W2", "pacos_int8", "ctranslate2_int8", 4.0),
+    ("W3", "pacos_int8", "ctranslate2_int8", 4.0),
+    ("W2", "pacos_int8", "transformers_fp32", 10.0),
+    ("W3", "pacos_int8", "transformers_fp32", 10.0),
+    ("W1", "pacos_fp32", "ctranslate2_fp32", 1.0),
+    ("W1", "pacos_int8", "ctranslate2_int8", 1.0),
+    ("W2", "pacos_fp32_32_loras", "pacos_fp32", 0.6),
+    ("W2", "pacos_int8_32_loras", "pacos_int8", 0.6),
+]
+
+
+def summarize(report: dict[str, Any]) -> dict[str, Any]:
+    """`report` with the best rate of each contender, and which bars are reached."""
+    rates: dict[str, dict[str, float]] = {}
+    for load, contenders in report["runs"].items():
+        for name, runs in contenders.items():
+            done = [run["tokens"] / run["seconds"] for run in runs if "failed" not in run]
+            if done:
+                rates.setdefault(load, {})[name] = round(max(done), 1)
+    bars = [
+        {"workload": load, "ours": ours, "peer": peer, "bar": bar, "measured": round(there[ours] / there[peer], 2)}
+        for load, ours, peer, bar in BARS
+        if ours in (there := rates.get(load, {})) and peer in there
+    ]
+    for bar in bars:
+        bar["reached"] = bar["measured"] >= bar["bar"]
+    return report | {"tokens_per_s": rates, "bars": bars, "fp32_first_tokens_agree": _agree(report)}
+
+
+def _agree(report: dict[str, Any]) -> dict[str, float]:
+    """The share of answers in which each contender's first token is that of `pacos_fp32`, on the same requests."""
+    shares = {}
+    for load, contenders in report["runs"].items():
+        ours = next((run for run in contenders.get("pacos_fp32", []) if "failed" not in run), None)
+        for name, runs in contenders.items():
+            run = next((run for run in runs if "failed" not in run), None)
+            if ours and run:
+                same = sum(a == b for a, b in zip(ours["first_tokens"], run["first_tokens"], strict=True))
+                shares[f"{load} {name}"] = round(same / len(run["first_tokens"]), 3)
+    return shares
+
+
+def table(report: dict[str, Any]) -> str:
+    loads = list(report["tokens_per_s"])
+    names = list(dict.fromkeys(name for load in loads for name in report["tokens_per_s"][load]))
+    lines = [f"| tokens/s | {' | '.join(loads)} |", f"|---|{'---|' * len(loads)}"]
+    for name in names:
+        rates = (report["tokens_per_s"][load].get(name) for load in loads)
+        lines.append(f"| {name} | {' | '.join('–' if rate is None else f'{rate:.0f}' for rate in rates)} |")
+    for bar in report["bars"]:
+        reached = "reached" if bar["reached"] else "NOT reached"
+        lines.append(
+            f"{reached}: {bar['workload']}: {bar['ours']} is {bar['measured']} times {bar['peer']} ({bar['bar']})"
+        )
+    return "\n".join(lines)
+
+
+def plot(report: dict[str, Any], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rates = report["tokens_per_s"]
+    figure, axes = plt.subplots(1, len(rates), figsize=(4.2 * len(rates), 4), squeeze=False)
+    for axis, (load, of_load) in zip(axes[0], rates.items(), strict=True):
+        names = sorted(of_load, key=lambda name: of_load[name])
+        colors = ["#2a6f97" if name.startswith("pacos") else "#b0b0b0" for name in names]
+        bars = axis.barh(names, [of_load[name] for name in names], color=colors)
+        axis.bar_label(bars, fmt="%.0f", padding=3)
+        axis.set(title=load, xlabel="tokens/s", xlim=(0, 1.15 * max(of_load.values())))
+        axis.spines[["top", "right"]].set_visible(False)
+    machine = report["machine"]
+    figure.suptitle(f"GPT-2 124M, greedy · {machine['processor']}, {machine['cores']} cores", fontsize=9)
+    figure.tight_layout()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
