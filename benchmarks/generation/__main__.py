@@ -24,6 +24,7 @@ from benchmarks.generation.workloads import make_model, workload, write_requests
 from benchmarks.machine import describe
 
 TIMEOUT_S = 3600
+NEED_BF16 = {"pacos_bf16", "transformers_bf16"}
 
 
 def main() -> None:
@@ -65,7 +66,10 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
             requests = folder / f"{load}.json"
             write_requests(workload(load, scale=arguments.scale), requests)
             for name in names:
-                run = run_contender(name, model, requests, folder)
+                if name in NEED_BF16 and not has_bf16():
+                    run = {"failed": "the processor has no instructions for bf16, which are emulated at a crawl"}
+                else:
+                    run = run_contender(name, model, requests, folder)
                 report["runs"].setdefault(load, {}).setdefault(name, []).append(run)
                 _show(load, name, run)
                 report = summarize(report)
@@ -74,6 +78,12 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
     if arguments.plot:
         plot(report, arguments.plot)
     print(table(report))
+
+
+def has_bf16() -> bool:
+    import torch
+
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def run_contender(name: str, model: Path, requests: Path, folder: Path) -> dict[str, Any]:
@@ -88,7 +98,7 @@ def run_contender(name: str, model: Path, requests: Path, folder: Path) -> dict[
         done = subprocess.run(
             command, check=True, capture_output=True, text=True, timeout=TIMEOUT_S, env=environment, cwd=root
         )
-        return json.loads(done.stdout.splitlines()[-1])
+        return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith('{"tokens"')))
     except subprocess.CalledProcessError as error:
         return {"failed": f"exit status {error.returncode}: {(error.stderr or '').strip()[-600:]}"}
     except subprocess.TimeoutExpired:

@@ -128,7 +128,7 @@ def ctranslate2(model: str, precision: str, *, batch_size: int = 64) -> Generate
 def vllm(model: str, precision: str) -> Generate:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{(os.cpu_count() or 1) - 1}")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm import LLM, SamplingParams
 
     dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]

