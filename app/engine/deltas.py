@@ -119,7 +119,7 @@ class MixedModel:
         self._is_plain = base.prefix is None and not any(isinstance(m, LoraLinear | Adapted) for m in base.modules())
         for name, module in list(self.decoder.named_modules()) if self._is_plain else ():
             if isinstance(module, _LAYERS):
-                layer = PackedLinear(module) if is_packed and isinstance(module, nn.Linear) else module
+                layer = PackedLinear(module, kernels) if is_packed and isinstance(module, nn.Linear) else module
                 self._sites[name] = Site(layer, kernels)
                 parent, _, attribute = name.rpartition(".")
                 setattr(self.decoder.get_submodule(parent), attribute, self._sites[name])

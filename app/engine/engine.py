@@ -101,7 +101,7 @@ class Engine:
         if settings.kernels == "auto":
             kernels = kernels_for(model.config, cache_dtype=dtype, dtype=weight.dtype, device=weight.device)
         is_packed = settings.kernels == "auto" and can_pack(weight.dtype, weight.device)
-        head = packed_head(model, is_int8=settings.int8_head, is_packed=is_packed)
+        head = packed_head(model, kernels, is_int8=settings.int8_head, is_packed=is_packed)
         mixed = MixedModel(
             model.eval(), num_extra_layers=settings.max_extra_blocks, kernels=kernels, is_packed=is_packed
         )

@@ -8,6 +8,7 @@ The packed weights are a second copy: the plain ones stay, for the deltas to be 
 import torch
 from torch import Tensor, nn
 
+from app.engine.kernels import Kernels
 from app.models.decoder import Decoder
 from app.models.quantization.int8 import Int8Dynamic
 
@@ -16,15 +17,18 @@ _ROWS = 64
 
 
 class PackedLinear(nn.Module):
-    """Computes what `linear` does, of which it keeps the bias."""
+    """Computes what `linear` does. A single row is multiplied with the plain weights, which are read faster."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, kernels: Kernels | None) -> None:
         super().__init__()
         self.bias = linear.bias
         self.weight = linear.weight
+        self._kernels = kernels
         self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _ROWS)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._kernels is not None and x.numel() == x.shape[-1]:
+            return self._kernels.multiply_row(x.contiguous(), self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
 
 
@@ -37,7 +41,7 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.float32
 
 
-def packed_head(model: Decoder, *, is_int8: bool, is_packed: bool) -> nn.Module:
+def packed_head(model: Decoder, kernels: Kernels | None, *, is_int8: bool, is_packed: bool) -> nn.Module:
     """The token embedding as the layer that makes logits; in int8 at choice, which rounds them."""
     weight = model.token_embedding.weight
     if is_int8:
@@ -46,4 +50,4 @@ def packed_head(model: Decoder, *, is_int8: bool, is_packed: bool) -> nn.Module:
         return head
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    return PackedLinear(linear) if is_packed else linear
+    return PackedLinear(linear, kernels) if is_packed else linear

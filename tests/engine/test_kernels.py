@@ -74,6 +74,17 @@ def test_the_updates_of_many_loras(compiled, inputs, outputs) -> None:
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 48), (50, 71), (768, 1001)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_row_times_a_matrix(compiled, inputs, outputs, bias) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(inputs, outputs, bias=bias)
+    x = torch.randn(1, 1, inputs)
+    with torch.no_grad():
+        result = compiled.multiply_row(x, linear.weight, linear.bias)
+        torch.testing.assert_close(result, linear(x), rtol=1e-5, atol=1e-5)
+
+
 def test_shapes_and_devices_that_the_kernels_do_not_know_go_to_torch() -> None:
     def known(width: int, device: str, dtype: torch.dtype) -> bool:
         config = DecoderConfig(10, 16, num_layers=1, num_heads=1, width=width, mlp_width=8)

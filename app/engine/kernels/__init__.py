@@ -38,7 +38,9 @@ class Kernels:
         self._attend.argtypes = [*rows, pointer, pointer, flag, *rows, *[pointer] * 4, *[i64] * 5, f32]
         self._write.argtypes = [*rows, *rows, pointer, pointer, flag, pointer, pointer, i64, i64, i64]
         self._add_lora.argtypes = [pointer, i64, pointer, i64, pointer, i64, *[pointer] * 4]
-        for function in (self._attend, self._write, self._add_lora):
+        self._multiply_row: Any = library.multiply_row
+        self._multiply_row.argtypes = [pointer, i64, pointer, pointer, pointer, i64]
+        for function in (self._attend, self._write, self._add_lora, self._multiply_row):
             function.restype = None
 
     def attend(
@@ -61,6 +63,14 @@ class Kernels:
             k.data_ptr(), k.stride(0), k.stride(1), v.data_ptr(), v.stride(0), v.stride(1), keys.data_ptr(),
             values.data_ptr(), keys.dtype == torch.bfloat16, blocks.data_ptr(), offsets.data_ptr(), *k.shape,
         )  # fmt: skip
+
+    def multiply_row(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """[1, 1, out] of `x` [1, 1, in], `weight` [out, in] and `bias` [out], all fp32 and contiguous."""
+        out_features, in_features = weight.shape
+        y = x.new_empty(*x.shape[:-1], out_features)
+        place = None if bias is None else bias.data_ptr()
+        self._multiply_row(x.data_ptr(), in_features, weight.data_ptr(), place, y.data_ptr(), out_features)
+        return y
 
     def lora_rows(self, active: Sequence[tuple[slice, Any]]) -> "LoraRows":
         return LoraRows(self._add_lora, active)

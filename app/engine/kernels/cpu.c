@@ -1,5 +1,5 @@
 /* What eager torch is slow at in a generation step on a CPU: attention that reads the KV cache where it lies, writing
- * new keys and values there, and the low-rank updates of many LoRAs at once. Compiled at first use for the processor at
+ * new keys and values there, the low-rank updates of many LoRAs at once, and products with one row. Compiled at first use for the processor at
  * hand.
  *
  * Cache: keys [blocks, kv_heads, head_width, 16], values [blocks, kv_heads, 16, head_width], fp32 or bf16.
@@ -185,6 +185,32 @@ void add_lora(const float *x, int64_t in, float *y, int64_t out, const int64_t *
             for (i = 0; i + LANES <= out; i += LANES)
                 store_f32(yr + i, load_f32(yr + i) + low * load_f32(direction + i));
             for (; i < out; i++) yr[i] += low * direction[i];
+        }
+    }
+}
+
+/* y = W x + bias for one row: W [out, in] as it is, read once; bias may be null. */
+void multiply_row(const float *restrict x, int64_t in, const float *restrict w, const float *bias, float *restrict y,
+                  int64_t out) {
+    const int64_t whole = in / (2 * LANES) * (2 * LANES);
+#pragma omp parallel for schedule(static) if (in * out > 65536)
+    for (int64_t group = 0; group < (out + 3) / 4; group++) {
+        int64_t first = group * 4, count = out - first < 4 ? out - first : 4;
+        vec sums[4][2];
+        for (int r = 0; r < 4; r++) sums[r][0] = sums[r][1] = all(0);
+        const float *rows[4];
+        for (int r = 0; r < 4; r++) rows[r] = w + (first + (r < count ? r : 0)) * in;
+        for (int64_t i = 0; i < whole; i += 2 * LANES) {
+            vec low = load_f32(x + i), high = load_f32(x + i + LANES);
+            for (int r = 0; r < 4; r++) {
+                sums[r][0] += low * load_f32(rows[r] + i);
+                sums[r][1] += high * load_f32(rows[r] + i + LANES);
+            }
+        }
+        for (int r = 0; r < count; r++) {
+            float sum = sum_of(sums[r][0] + sums[r][1]);
+            for (int64_t i = whole; i < in; i++) sum += x[i] * rows[r][i];
+            y[first + r] = sum + (bias ? bias[first + r] : 0);
         }
     }
 }
