@@ -38,6 +38,28 @@ def connected(address: str | None, *, min_cpus: float = 1, min_gpus: float = 0) 
         ray.shutdown()
 
 
+@contextmanager
+def trainers_know_their_cluster() -> Iterator[None]:
+    """For the block, the processes that Ray Train starts have the address of the cluster that they are in.
+
+    Its cleaner asks Ray's state API whether the run is alive, and that asks the cluster of RAY_ADDRESS, else the one
+    that `ray start` made last on the machine: where that has gone, a run's end waits a minute for it, and where
+    another one is up, that says of a run which it does not know that it is dead.
+    """
+    import ray
+    from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
+
+    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
+    before = os.environ.get("RAY_ADDRESS")
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    try:
+        yield
+    finally:
+        os.environ.pop("RAY_ADDRESS")
+        if before is not None:
+            os.environ["RAY_ADDRESS"] = before
+
+
 def on_all_cpus(dataset: Any) -> Any:
     """`dataset`, whose tasks return little, free to use every CPU at once.
 
@@ -60,6 +82,8 @@ def _connect(address: str | None, min_cpus: float) -> None:
         if address:
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
             return
+        # A process for each run, which watches for nodes that a cloud takes back: of this machine none does.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         ray.init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, math.ceil(min_cpus)),

@@ -1,10 +1,12 @@
 """The documented way on a running cluster: `ray start --head`, `ray job submit`, `serve deploy`, HTTP."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -40,6 +42,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     environment |= {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "RAY_worker_niceness": "0"}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}
+    # `ray start` leaves its address in this folder, where every later Ray of the machine finds it. Short, for sockets.
+    environment["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray", dir="/tmp")
     command = [
         BIN / "ray",
         "start",
@@ -69,6 +73,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         if head.poll() is None:
             head.send_signal(signal.SIGTERM)  # `--block` takes its own processes down, and no other Ray's
             head.wait(timeout=60)
+        shutil.rmtree(environment["RAY_TMPDIR"], ignore_errors=True)
 
 
 def takes_jobs(cluster: dict[str, str]) -> bool:

@@ -1,3 +1,4 @@
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -5,7 +6,7 @@ import pytest
 import ray
 
 from app.errors import UserError
-from app.ray_cluster import _check_answers, _check_resources
+from app.ray_cluster import _check_answers, _check_resources, trainers_know_their_cluster
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "ray://127.0.0.1:10001", "nonsense", "host:"])
@@ -28,6 +29,23 @@ def test_another_server_than_rays_is_told() -> None:
 @pytest.mark.ray
 def test_a_running_cluster_answers(ray_cluster: None) -> None:
     _check_answers(ray.get_runtime_context().gcs_address)
+
+
+@pytest.mark.ray
+def test_a_run_asks_its_own_cluster_though_another_was_started_later(ray_cluster: None, monkeypatch, tmp_path) -> None:
+    from ray._private.services import canonicalize_bootstrap_address
+    from ray.train.v2._internal.constants import get_env_vars_to_propagate
+
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray/ray_current_cluster").write_text("127.0.0.1:1")
+    (tmp_path / "ray_current_cluster").write_text("127.0.0.1:1")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    before, own = os.environ.get("RAY_ADDRESS"), ray.get_runtime_context().gcs_address
+    assert canonicalize_bootstrap_address(None).endswith(":1"), "what `ray start` made last"
+    with trainers_know_their_cluster():
+        assert canonicalize_bootstrap_address(None) == own
+        assert get_env_vars_to_propagate()["RAY_ADDRESS"] == own
+    assert os.environ.get("RAY_ADDRESS") == before
 
 
 @pytest.mark.ray

@@ -11,14 +11,16 @@ worker: its rows of all the window's steps.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from app.data.batches import Batch, collate
 from app.data.shards import COLUMNS, ROW_SCHEMA, Manifest
+
+if TYPE_CHECKING:
+    from app.data.batches import Batch
 
 WINDOW_TOKENS = 8_000_000
 
@@ -102,8 +104,10 @@ class Feed:
             about = {"worker": [worker], "first_step": [window.first_step], "num_steps": [window.num_steps]}
             yield pa.table({**about, **columns})
 
-    def batches(self, packet: pa.Table, *, workers: int) -> Iterator[Batch]:
+    def batches(self, packet: pa.Table, *, workers: int) -> Iterator["Batch"]:
         """The steps of a packet, in order."""
+        from app.data.batches import collate  # torch: the processes that only read do without those seconds
+
         worker = packet["worker"][0].as_py()
         columns = [_row_arrays(packet[name].combine_chunks().flatten()) for name in COLUMNS]
         start = 0

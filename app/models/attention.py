@@ -55,7 +55,9 @@ class RowAttention:
                 return self._attend(layer, q, k, v)
             return self._attend_each_document(layer, q, k, v, self._lengths)
 
-    @torch.compiler.disable  # it would be compiled anew for every number of documents
+    # It would be compiled anew for every number of documents. `torch.compiler.disable` is the same, but imports the
+    # compiler at once: two seconds, in each process that has a model.
+    @torch._disable_dynamo
     def _attend_each_document(self, layer: int, q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
         """One after the other, where a kernel's start costs nothing: a mask over whole rows would have the scores
         between documents computed too, which are most of them, to be thrown away.

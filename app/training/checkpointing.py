@@ -10,13 +10,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from app.errors import UserError
+
+if TYPE_CHECKING:  # Ray's processes that only look which checkpoints there are do without torch, and its seconds
+    from torch import Tensor
 
 STATE_FILE, _WEIGHTS, _MOMENTS = CHECKPOINT_FILES = ("state.json", "weights.safetensors", "moments.safetensors")
 """The state comes last in time: it says the others' sizes and hashes, so where it stands they are whole."""
@@ -25,14 +26,16 @@ STATE_FILE, _WEIGHTS, _MOMENTS = CHECKPOINT_FILES = ("state.json", "weights.safe
 @dataclass(frozen=True)
 class Checkpoint:
     step: int
-    weights: dict[str, Tensor]
-    moments: dict[str, Tensor]
+    weights: "dict[str, Tensor]"
+    moments: "dict[str, Tensor]"
     state: Mapping[str, Any] = field(default_factory=dict)
     """What else `state.json` says; `trainer.py` writes and checks it."""
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Fill `folder`, which exists, down to the disk. Whoever calls this makes the folder appear as a whole."""
+    from safetensors.torch import save_file
+
     save_file(checkpoint.weights, folder / _WEIGHTS)
     save_file(checkpoint.moments, folder / _MOMENTS)
     files = {name: _fingerprint(folder / name) for name in (_WEIGHTS, _MOMENTS)}
@@ -49,6 +52,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         UserError: a file is missing or damaged.
     """
+    from safetensors.torch import load_file
+
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         for name, expected in state["files"].items():

@@ -5,6 +5,7 @@ a partition, so a run may go on with another number of workers.
 """
 
 import math
+import sys
 from typing import Any
 
 import torch
@@ -30,8 +31,7 @@ class DeepSpeedOptimizer:
         deepspeed: DeepSpeedConfig,
         resume: Checkpoint | None = None,
     ) -> None:
-        import deepspeed as ds
-
+        ds = import_deepspeed()
         # On CPU DeepSpeed compiles a shared-memory all-reduce at start, a minute of C++; gloo does without it.
         ds.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._clip_norm = config.clip_norm
@@ -127,6 +127,29 @@ class DeepSpeedOptimizer:
         for group, partition in zip(zero.bit16_groups, partitions, strict=True):
             for parameter in group:
                 _fill_fragments(self._adamw.state[partition], parameter, resume, names[parameter])
+
+
+def import_deepspeed() -> Any:
+    """The module, without what it imports in vain, which is most of the four seconds that it would cost each worker."""
+    if "deepspeed" in sys.modules:
+        return sys.modules["deepspeed"]
+    has_mlflow = "mlflow" in sys.modules
+    if not has_mlflow:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]  # its autotuner's; None counts as not installed
+    try:
+        import deepspeed
+    finally:
+        if not has_mlflow:
+            del sys.modules["mlflow"]
+    from deepspeed.runtime import compiler
+
+    before = compiler.compile
+    compiler.compile = lambda: compiler.dummy_decorator  # torch's compiler, for an optimizer that is not used here
+    try:
+        import deepspeed.runtime.zero.muon.original_muon
+    finally:
+        compiler.compile = before
+    return deepspeed
 
 
 def _fill_shares(parameter: nn.Parameter, checkpoint: Checkpoint, name: str) -> None:

@@ -1,14 +1,15 @@
 """How Ray Train gets a run's rows to its workers: a feed, split among as many workers as there are this time."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray.train import DataConfig
 
-from app.data.batches import Batch
 from app.data.feed import Feed
 from app.training.checkpoint_store import CheckpointStore
-from app.training.workers import world_size
+
+if TYPE_CHECKING:
+    from app.data.batches import Batch
 
 
 class FeedConfig(DataConfig):
@@ -33,9 +34,11 @@ class FeedConfig(DataConfig):
         return [{self.name: split} for split in dataset.streaming_split(world_size, equal=True)]
 
 
-def worker_batches(feed: Feed, *, start_step: int) -> Iterator[Batch]:
+def worker_batches(feed: Feed, *, start_step: int) -> Iterator["Batch"]:
     """This worker's rows of every step from `start_step` (from 0) on."""
     import ray.train
+
+    from app.training.workers import world_size
 
     expected = start_step
     packets = ray.train.get_dataset_shard(FeedConfig.name).iter_batches(batch_size=None, batch_format="pyarrow")

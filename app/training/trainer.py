@@ -23,7 +23,7 @@ from app.data.batches import Batch
 from app.errors import Interrupted, UserError
 from app.methods.delta import load_trained
 from app.models.decoder import Decoder
-from app.ray_cluster import thread_environment
+from app.ray_cluster import thread_environment, trainers_know_their_cluster
 from app.run_lock import lock_text
 from app.training import loop
 from app.training.checkpoint_store import CheckpointStore
@@ -101,7 +101,8 @@ def run_on_workers(
         dataset_config=feeding,
     )
     try:
-        _fit(trainer, channel, on_metrics)
+        with trainers_know_their_cluster():
+            _fit(trainer, channel, on_metrics)
     except Exception as error:
         ending = _ending(error, output)
         if ending is None:

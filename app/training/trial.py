@@ -21,6 +21,7 @@ from app.data.batches import Batch
 from app.errors import UserError
 from app.models.checkpoints import empty_decoder, load_decoder
 from app.training import loop
+from app.training.deepspeed import import_deepspeed
 from app.training.fine_tuning import set_up
 from app.training.loop import Metrics
 from app.training.optimizer import PlainOptimizer
@@ -117,7 +118,7 @@ def _begin_as_a_worker(work: TrialWork, device: torch.device) -> None:
     """Import what a worker imports, and let torch load what the first backward pass needs."""
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed  # noqa: F401
+    import_deepspeed()
     import ray.train.torch  # noqa: F401
 
     import app.training.feeding  # noqa: F401

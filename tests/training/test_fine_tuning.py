@@ -303,10 +303,7 @@ def test_packed_rows_train_and_another_number_of_workers_sees_the_same_rows(
     assert plan_job(config(data, tiny_model, output)).feed.steps_per_epoch < 6, "it goes through an epoch's end"
     assert unbroken["eval_loss_after"] < unbroken["eval_loss_before"]
     shutil.rmtree(output / "checkpoints/step-00000006")
-    half = tmp_path / "half"
-    shutil.copytree(output, half)
-    resumed, again = train(config(data, tiny_model, output, *no_dropout, "workers.count=1"), resume=True)
-    _, of_three = train(config(data, tiny_model, half, *no_dropout, "workers.count=3"), resume=True)
+    resumed, of_three = train(config(data, tiny_model, output, *no_dropout, "workers.count=3"), resume=True)
     on_training_rows = EvaluateConfig(
         data=str(data), model=str(tiny_model), split="train", samples=3, workers={"cpus": 0.5}
     )
@@ -316,7 +313,6 @@ def test_packed_rows_train_and_another_number_of_workers_sees_the_same_rows(
         assert sample.prompt.count("Instruction:") == 1 and sample.prompt.endswith("Response:")
         assert "Instruction:" not in sample.reference
     for step in (4, 5, 6):
-        assert losses(again)[step] == pytest.approx(losses(seen)[step], abs=1e-4)
         assert losses(of_three)[step] == pytest.approx(losses(seen)[step], abs=1e-4)
     assert resumed["eval_loss_after"] == pytest.approx(unbroken["eval_loss_after"], abs=1e-4)
 
