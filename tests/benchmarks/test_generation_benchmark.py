@@ -1,0 +1,59 @@
+"""The generation benchmark's parts on a tiny model."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.generation.contender import pacos, transformers
+from benchmarks.generation.report import plot, summarize, table
+from benchmarks.generation.workloads import read_requests, workload, write_requests
+
+REQUESTS = [([5, 6, 7, 8], 6), ([9], 3), ([10, 11, 12], 9)]
+
+
+def test_workloads_are_what_the_peers_were_measured_on(tmp_path: Path) -> None:
+    (one,) = workload("W1")
+    assert (len(one.ids), one.new_tokens) == (64, 128)
+    many = workload("W2")
+    assert len(many) == 64 and len(workload("W3")) == 500 and len(workload("W3", scale=0.1)) == 50
+    assert all(16 <= len(request.ids) <= 128 and 16 <= request.new_tokens <= 128 for request in many)
+    write_requests(many, tmp_path / "requests.json")
+    assert read_requests(tmp_path / "requests.json") == many == workload("W2")
+
+
+def test_contenders_generate_what_was_asked_for_and_agree_in_fp32(tiny_model: Path) -> None:
+    answers = pacos(str(tiny_model), "fp32")(REQUESTS)
+    assert [len(answer) for answer in answers] == [6, 3, 9]
+    assert answers == pacos(str(tiny_model), "fp32", kernels="torch")(REQUESTS)
+    assert answers == transformers(str(tiny_model), "fp32", batch_size=2)(REQUESTS)
+    for others in (pacos(str(tiny_model), "fp32", num_loras=2), pacos(str(tiny_model), "int8")):
+        assert [len(answer) for answer in others(REQUESTS)] == [6, 3, 9]
+
+
+def test_bars_compare_the_fastest_runs_and_failures_count_for_nothing(tmp_path: Path) -> None:
+    def run(seconds: float, first: int = 1) -> dict:
+        return {"tokens": 100, "seconds": seconds, "first_tokens": [first, 2]}
+
+    report = {
+        "machine": {"processor": "a", "cores": 2},
+        "runs": {
+            "W2": {
+                "pacos_int8": [run(2.0), run(1.0)],
+                "ctranslate2_int8": [run(5.0)],
+                "pacos_fp32": [run(4.0)],
+                "transformers_fp32": [run(8.0, first=3)],
+                "vllm_bf16": [{"failed": "no"}],
+            }
+        },
+    }
+    result = summarize(report)
+    assert result["tokens_per_s"]["W2"]["pacos_int8"] == 100.0 and "vllm_bf16" not in result["tokens_per_s"]["W2"]
+    measured = {(bar["ours"], bar["peer"]): (bar["measured"], bar["reached"]) for bar in result["bars"]}
+    assert measured == {
+        ("pacos_int8", "ctranslate2_int8"): (5.0, True),
+        ("pacos_int8", "transformers_fp32"): (8.0, False),
+    }
+    assert result["fp32_first_tokens_agree"]["W2 transformers_fp32"] == pytest.approx(0.5)
+    assert "NOT reached: W2: pacos_int8 is 8.0 times transformers_fp32 (10.0)" in table(result)
+    plot(result, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
