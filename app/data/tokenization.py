@@ -117,12 +117,21 @@ class Tokenizer:
 
     @cached_property
     def _tiktoken(self) -> Any:
+        ranks = {content: entry for entry, content in self._contents.items()}
+        return tiktoken.Encoding("", pat_str=_GPT2_WORDS, mergeable_ranks=ranks, special_tokens={})
+
+    @cached_property
+    def _contents(self) -> dict[int, bytes]:
+        """The bytes of each id, special tokens left out."""
         as_bytes = {ord(character): byte for byte, character in enumerate(_byte_characters())}
         vocabulary = self.backend.get_vocab(with_added_tokens=False)
         for token in self.special_tokens:
             vocabulary.pop(token, None)
-        ranks = {text.translate(as_bytes).encode("latin-1"): entry for text, entry in vocabulary.items()}
-        return tiktoken.Encoding("", pat_str=_GPT2_WORDS, mergeable_ranks=ranks, special_tokens={})
+        return {entry: text.translate(as_bytes).encode("latin-1") for text, entry in vocabulary.items()}
+
+    def token_bytes(self) -> list[bytes]:
+        """What each id stands for in a text: nothing for special tokens. Characters may be parted between ids."""
+        return [self._contents.get(entry, b"") for entry in range(self.vocab_size)]
 
     def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=not keep_special)

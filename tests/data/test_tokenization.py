@@ -84,6 +84,13 @@ def test_any_text_survives_the_round_trip(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_the_bytes_of_ids_are_those_of_the_text(tokenizer: Tokenizer) -> None:
+    contents = tokenizer.token_bytes()
+    text = "Ärger über 3 Äpfel – 🦙\n\tdone"
+    assert b"".join(contents[entry] for entry in tokenizer.encode(text)) == text.encode()
+    assert len(contents) == tokenizer.vocab_size and contents[tokenizer.end_id] == b""
+
+
 def test_the_saved_tokenizer_opens_in_transformers(tiny_model: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     save_tokenizer(tokenizer, tmp_path)
