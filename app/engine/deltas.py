@@ -301,8 +301,9 @@ def _differs(layer: nn.Module, base: nn.Module) -> bool:
 
 
 def _is_plain_lora(layer: nn.Module, base: nn.Module) -> bool:
-    """Whether it is the base and a low-rank update, and nothing else."""
-    return type(layer) is LoraLinear and not _differs(layer.base, base)
+    """Whether it is the base and a low-rank update in fp32, and nothing else."""
+    is_lora = type(layer) is LoraLinear and layer.lora_a.dtype == torch.float32
+    return is_lora and not _differs(layer.base, base)  # type: ignore[arg-type]
 
 
 def _updated(layer: Any, base: Any, x: Tensor, y: Tensor) -> Tensor:

@@ -209,7 +209,9 @@ class StepCache:
         if self.kernels is None:
             cache.write(layer, blocks, offsets, k, v)
         else:
-            self.kernels.write(k, v, cache.keys[layer], cache.values[layer], blocks=blocks, offsets=offsets)
+            self.kernels.write(
+                k.float(), v.float(), cache.keys[layer], cache.values[layer], blocks=blocks, offsets=offsets
+            )
 
     def _as_long(self, sequence: Sequence, rows: slice) -> _Long:
         device = self.positions.device
@@ -230,10 +232,15 @@ class StepCache:
     def _attend_short(self, layer: int, q: Tensor, mixed: Tensor, short: Tensor, *, first: int) -> None:
         """Each row by itself: one query where there are hundreds of keys."""
         if self.kernels is not None:
+            rows = short - first
+            # The kernel computes in fp32 whatever the model does.
+            result = mixed[0] if q.dtype == torch.float32 else torch.empty_like(mixed[0], dtype=torch.float32)
             self.kernels.attend(
-                q[0], self.cache.keys[layer], self.cache.values[layer], mixed[0],
-                rows=short - first, seen=self._seen[short], tables=self._tables, table_of_row=self._table_of_row[short],
+                q[0].float(), self.cache.keys[layer], self.cache.values[layer], result,
+                rows=rows, seen=self._seen[short], tables=self._tables, table_of_row=self._table_of_row[short],
             )  # fmt: skip
+            if q.dtype != torch.float32:
+                mixed[0, :, rows] = result[:, rows].to(q.dtype)
             return
         device = q.device
         seen = self._seen[short].to(device)

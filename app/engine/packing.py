@@ -23,7 +23,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.bias = linear.bias
         self.weight = linear.weight
-        self._kernels = kernels
+        self._kernels = kernels if linear.weight.dtype == torch.float32 else None
         self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _ROWS)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Greedy answers beside `transformers`, whatever the engine does to be fast."""
 
+import copy
 import random
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from single import drain
 
 from app.engine.engine import Engine, EngineSettings
+from app.engine.kernels import _compiled
 from app.engine.kv_cache import KVCache
 from app.engine.sampling import Sampling
 from app.models.quantization import QuantizationConfig, quantize
@@ -86,3 +88,17 @@ def test_the_cache_in_bf16_answers_nearly_as_in_fp32(model, many, expected, kern
         tokens[request_id][0] == answer[0] for request_id, answer in zip(request_ids, expected, strict=False)
     ]
     assert sum(first_tokens) >= 55
+
+
+def test_a_model_in_bf16_answers_with_the_compiled_kernels_as_with_torch(model, many):
+    if _compiled() is None:
+        pytest.skip("no C compiler on this machine")
+    tokens = {}
+    for kernels in ("auto", "torch"):
+        halved = copy.deepcopy(model).bfloat16()
+        engine = Engine(halved, EngineSettings(max_batch_size=32, max_queue=200, kernels=kernels))
+        request_ids = [engine.add_request(ids, Sampling(max_tokens=3)) for ids in many[:60]]
+        answers, _ = drain(engine)
+        tokens[kernels] = [answers[request_id][0] for request_id in request_ids]
+    same = sum(a == b for a, b in zip(tokens["auto"], tokens["torch"], strict=True))
+    assert same >= 55, "bf16 rounds a little otherwise on the two ways"

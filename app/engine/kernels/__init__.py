@@ -113,7 +113,7 @@ def kernels_for(
     config: DecoderConfig, *, cache_dtype: torch.dtype, dtype: torch.dtype, device: torch.device
 ) -> Kernels | None:
     """The compiled kernels, where they can be had and know such a model."""
-    is_known = device.type == "cpu" and dtype == torch.float32 and cache_dtype in _DTYPES
+    is_known = device.type == "cpu" and dtype in _DTYPES and cache_dtype in _DTYPES
     if not is_known or config.head_width % 16 or config.head_width > 256:
         return None
     return _compiled()
