@@ -13,6 +13,7 @@ COMMANDS: dict[str, type[Config]] = {
     "pacos pretrain": schema.PretrainConfig,
     "pacos train": schema.TrainConfig,
     "pacos evaluate": schema.EvaluateConfig,
+    "pacos generate": schema.GenerateConfig,
     "pacos describe": transfer.DescribeConfig,
     "pacos deltas": transfer.DeltasConfig,
     "pacos merge": transfer.MergeConfig,

@@ -356,7 +356,7 @@ class GeneratorConfig(Config):
     """Of the model registry."""
     precision: Literal["fp32", "bf16"] = "fp32"
     max_batch_size: Positive = 16
-    """Sequences that are generated together; each reserves KV cache for a whole context."""
+    """Answers that are generated together; the KV cache has room for as many whole contexts."""
     max_queue: Positive = 128
     """Requests that may wait; the next one is refused with 429."""
     threads: Positive = 2

@@ -181,7 +181,6 @@ class StepCache:
         for long in self._long:
             short[long.rows] = False
         self._short = short.nonzero().squeeze(1)
-        self._padded: tuple[Tensor, Tensor] | None = None
 
     def part(self, rows: slice) -> "_Part":
         """The same for some of the rows, as blocks that only they go through need it."""
