@@ -334,7 +334,7 @@ class GenerateConfig(Config):
     """Answers that a worker generates together."""
     part_size: Positive = 256
     """Prompts that are written together: a job that is stopped loses the parts that it was in."""
-    workers: WorkersConfig = WorkersConfig(count=1, cpus=2)
+    workers: WorkersConfig = WorkersConfig(count=1, cpus=2, threads=2)
 
     @model_validator(mode="after")
     def _check(self) -> "GenerateConfig":

@@ -25,9 +25,11 @@ def with_pinned_deltas(config: GeneratorConfig) -> GeneratorConfig:
 
 
 def with_pinned_delta(config: GenerateConfig) -> GenerateConfig:
-    """The same for the one delta of a batch."""
-    if config.delta is None or not is_reference(config.delta):
+    """The same for the one delta of a batch; that of a folder becomes absolute, for workers in other directories."""
+    if config.delta is None:
         return config
+    if not is_reference(config.delta):
+        return config.model_copy(update={"delta": str(Path(config.delta).expanduser().absolute())})
     uri = tracking_uri(config.tracking.uri)
     return config.model_copy(update={"delta": pinned(config.delta, uri=uri), "tracking": StoreConfig(uri=uri)})
 

@@ -122,6 +122,13 @@ def test_settings_that_would_lose_something_are_refused(prompts: Path, tiny_mode
     assert Path(settings.output).read_text() == "mine"
 
 
+def test_a_delta_that_is_none_is_told_before_ray_starts(prompts: Path, tiny_model: Path) -> None:
+    settings = config(prompts, tiny_model, "delta=absent/delta")
+    with pytest.raises(UserError, match="absent/delta.* lacks delta.json"), plan_answers(settings, resume=False):
+        pass
+    assert not Path(f"{settings.output}.parts").exists(), "nothing is left behind"
+
+
 @pytest.mark.ray
 def test_a_job_answers_in_order_and_goes_on_with_the_parts_that_are_there(
     ray_cluster: None, prompts: Path, tiny_model: Path
