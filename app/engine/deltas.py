@@ -220,7 +220,7 @@ class Deltas:
 
     @property
     def num_bytes(self) -> int:
-        return sum(variant.num_bytes for variant in self._loaded.values())
+        return sum(variant.num_bytes for variant in list(self._loaded.values()))  # other threads read it too
 
     @property
     def loaded(self) -> list[str]:
