@@ -44,7 +44,7 @@ def served(uri: str, reference: str) -> Path:
     """As a start of the application resolves it."""
     values = {"generator": {"deltas": {"a": reference}, "tracking": {"uri": uri}}}
     generator = with_pinned_deltas(validate(ApplicationConfig, values).generator)
-    return delta_folder(generator.deltas["a"], generator)
+    return delta_folder(generator.deltas["a"], generator.tracking)
 
 
 def test_serving_gets_the_version_that_was_promoted_last(
