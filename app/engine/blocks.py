@@ -14,6 +14,11 @@ from collections.abc import Sequence
 BLOCK_SIZE = 16
 
 
+def blocks_for(num_places: int) -> int:
+    """How many blocks hold so many places."""
+    return -(-num_places // BLOCK_SIZE)
+
+
 def block_key(before: bytes, tokens: Sequence[int]) -> bytes:
     """Of the block that holds `tokens` and follows the one with the key `before`, or the delta of that hash."""
     return hashlib.blake2b(array("q", tokens).tobytes(), key=before[:64], digest_size=16).digest()

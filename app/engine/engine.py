@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from app.engine.blocks import BLOCK_SIZE
+from app.engine.blocks import BLOCK_SIZE, blocks_for
 from app.engine.deltas import Deltas, MixedModel, Variant
 from app.engine.kernels import kernels_for
 from app.engine.kv_cache import KVCache
@@ -93,7 +93,7 @@ class Engine:
     ) -> None:
         settings = replace(settings or EngineSettings(), **changes)
         self.settings = settings
-        self.max_length, self.vocab_size = model.max_length, model.config.vocab_size
+        self._context_length, self.vocab_size = model.config.context_length, model.config.vocab_size
         self._token_bytes = token_bytes
         weight = model.token_embedding.weight
         dtype = {"auto": weight.dtype, "fp32": torch.float32, "bf16": torch.bfloat16}[settings.kv_dtype]
@@ -141,7 +141,7 @@ class Engine:
             QueueFull: too many wait already.
         """
         variant = self.deltas.get(delta)
-        context_length = self.max_length if variant is self.deltas.plain else self.max_length - variant.prefix_length
+        context_length = self._context_length - variant.prefix_length
         check_request(
             ids,
             sampling,
@@ -217,7 +217,7 @@ class Engine:
             UserError: the delta does not fit the model, or cannot share a batch with it.
         """
         variant = self.deltas.model.variant(delta)
-        if variant.prefix_length + 2 > self.max_length:
+        if variant.prefix_length + 2 > self._context_length:
             raise UserError(f"the delta's prefix of {variant.prefix_length} leaves no room in the context")
         self._check_fits(variant, 2)
         return variant
@@ -257,8 +257,8 @@ class Engine:
 
     def _check_fits(self, variant: Variant, max_length: int) -> None:
         """Whether the cache could hold it alone: else it would wait for ever."""
-        needed, there = -(-(variant.prefix_length + max_length) // BLOCK_SIZE), self._cache.pool.num_blocks
-        if needed > there:
+        there = self._cache.pool.num_blocks
+        if blocks_for(variant.prefix_length + max_length) > there:
             raise InvalidRequest(
                 f"prompt and answer may take {max_length} tokens; the KV cache holds {there * BLOCK_SIZE} in all: "
                 "ask for fewer tokens, or raise max_kv_bytes"
@@ -274,7 +274,7 @@ class Engine:
 
 def _num_blocks(model: Decoder, settings: EngineSettings, dtype: torch.dtype) -> int:
     if settings.max_kv_bytes is None:
-        return settings.max_batch_size * -(-model.config.context_length // BLOCK_SIZE)
+        return settings.max_batch_size * blocks_for(model.config.context_length)
     size = KVCache.block_bytes(model.config, num_extra_layers=settings.max_extra_blocks, dtype=dtype)
     if settings.max_kv_bytes < size:
         raise UserError(

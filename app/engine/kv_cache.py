@@ -4,6 +4,7 @@
 padding. Matrix products run over all rows at once, and only attention looks at each sequence by itself.
 """
 
+import functools
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from app.engine.blocks import BLOCK_SIZE, BlockPool, block_key
+from app.engine.blocks import BLOCK_SIZE, BlockPool, block_key, blocks_for
 from app.engine.kernels import Kernels
 from app.engine.sequence import Sequence
 from app.models.decoder import DecoderConfig
@@ -77,12 +78,7 @@ class KVCache:
         """The step has filled the places of the sequence's scheduled tokens."""
         sequence.num_cached += sequence.num_scheduled
         sequence.num_scheduled = 0
-        if self.reuse:
-            num_full = (sequence.variant.prefix_length + sequence.num_cached) // BLOCK_SIZE
-            for number in range(len(sequence.block_keys), num_full):
-                key = _key(sequence, number)
-                sequence.block_keys.append(key)
-                self.pool.name(sequence.blocks[number], key)
+        self._name_full(sequence, sequence.variant.prefix_length + sequence.num_cached)
 
     def release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.blocks)
@@ -114,8 +110,12 @@ class KVCache:
         blocks = torch.tensor(sequence.blocks, device=places.device)[places // BLOCK_SIZE]
         for layer, (keys, values) in enumerate(variant.prefix):  # each [kv_heads, prefix_length, head_width]
             self.write(layer, blocks, places % BLOCK_SIZE, *(kv[:, first:].transpose(0, 1) for kv in (keys, values)))
+        self._name_full(sequence, variant.prefix_length)
+
+    def _name_full(self, sequence: Sequence, num_places: int) -> None:
+        """Have the blocks be found that the sequence's first `num_places` places fill."""
         if self.reuse:
-            for number in range(len(sequence.block_keys), variant.prefix_length // BLOCK_SIZE):
+            for number in range(len(sequence.block_keys), num_places // BLOCK_SIZE):
                 key = _key(sequence, number)
                 sequence.block_keys.append(key)
                 self.pool.name(sequence.blocks[number], key)
@@ -143,7 +143,7 @@ def _axes(keys: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _num_blocks(sequence: Sequence, num_tokens: int) -> int:
-    return -(-(sequence.variant.prefix_length + num_tokens) // BLOCK_SIZE)
+    return blocks_for(sequence.variant.prefix_length + num_tokens)
 
 
 def _key(sequence: Sequence, number: int) -> bytes:
@@ -173,53 +173,67 @@ class StepCache:
         device = cache.keys.device
         rows = _Rows.of(sequences)
         self.positions = rows.places.to(device)  # [rows]; the prefix counts
-        self._blocks, self._offsets = rows.blocks.to(device), (rows.places % BLOCK_SIZE).to(device)
-        self._seen = rows.places + 1  # how many places each row sees
-        self._tables, self._table_of_row = rows.tables, rows.sequence_of_row
-        self._long = [self._as_long(s, span) for s, span in rows.spans if span.stop - span.start > _FEW_ROWS]
-        short = torch.ones(len(rows.places), dtype=torch.bool)
-        for long in self._long:
-            short[long.rows] = False
-        self._short = short.nonzero().squeeze(1)
+        self.blocks, self.offsets = rows.blocks.to(device), (rows.places % BLOCK_SIZE).to(device)
+        self.seen = rows.places + 1  # how many places each row sees
+        self.tables, self.table_of_row = rows.tables, rows.sequence_of_row
+        self.long = [self._as_long(s, span) for s, span in rows.spans if span.stop - span.start > _FEW_ROWS]
+        self._parts: dict[tuple[int, int], _Part] = {}
+        self._whole = self.part(slice(0, len(self.positions)))
 
     def part(self, rows: slice) -> "_Part":
-        """The same for some of the rows, as blocks that only they go through need it."""
-        return _Part(self, rows)
+        """The same for some of the rows, whole sequences, as blocks that only they go through need it."""
+        key = (rows.start, rows.stop)
+        if key not in self._parts:  # all layers share it
+            self._parts[key] = _Part(self, rows)
+        return self._parts[key]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.attend_rows(layer, q, k, v, slice(0, len(self.positions)))
-
-    def attend_rows(self, layer: int, q: Tensor, k: Tensor, v: Tensor, part: slice) -> Tensor:
-        """`q`, `k` and `v` are those of the rows `part`, which are whole sequences'."""
-        k_rows, v_rows = k[0].transpose(0, 1), v[0].transpose(0, 1)  # [rows, kv_heads, head_width]
-        self._store(layer, k_rows, v_rows, part)
-        mixed = q.new_empty(1, q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)  # as the next product reads it
-        for long in self._long:
-            if part.start <= long.rows.start < part.stop:
-                rows = slice(long.rows.start - part.start, long.rows.stop - part.start)
-                mixed[:, :, rows] = self._attend_long(layer, long, q[:, :, rows], k[:, :, rows], v[:, :, rows])
-        short = self._short[(self._short >= part.start) & (self._short < part.stop)]
-        if len(short):
-            self._attend_short(layer, q, mixed, short, first=part.start)
-        return mixed
-
-    def _store(self, layer: int, k: Tensor, v: Tensor, part: slice) -> None:
-        cache, blocks, offsets = self.cache, self._blocks[part], self._offsets[part]
-        if self.kernels is None:
-            cache.write(layer, blocks, offsets, k, v)
-        else:
-            self.kernels.write(
-                k.float(), v.float(), cache.keys[layer], cache.values[layer], blocks=blocks, offsets=offsets
-            )
+        return self._whole.attend(layer, q, k, v)
 
     def _as_long(self, sequence: Sequence, rows: slice) -> _Long:
         device = self.positions.device
-        first, last = sequence.variant.prefix_length + sequence.num_cached, int(self._seen[rows.stop - 1])
-        blocks = torch.tensor(sequence.blocks[: -(-last // BLOCK_SIZE)], device=device)
+        first, last = sequence.variant.prefix_length + sequence.num_cached, int(self.seen[rows.stop - 1])
+        blocks = torch.tensor(sequence.blocks[: blocks_for(last)], device=device)
         if first == 0:
             return _Long(rows, blocks, None)
         places = torch.arange(len(blocks) * BLOCK_SIZE, device=device)
-        return _Long(rows, blocks, places < self._seen[rows].to(device).unsqueeze(1))
+        return _Long(rows, blocks, places < self.seen[rows].to(device).unsqueeze(1))
+
+
+class _Part:
+    """`Context` of the rows `rows` of a step; rows are counted from the first of them."""
+
+    def __init__(self, step: StepCache, rows: slice) -> None:
+        self._cache, self._kernels, self._tables = step.cache, step.kernels, step.tables
+        self._blocks, self._offsets = step.blocks[rows], step.offsets[rows]
+        self._long = [
+            (slice(long.rows.start - rows.start, long.rows.stop - rows.start), long)
+            for long in step.long
+            if rows.start <= long.rows.start < rows.stop
+        ]
+        is_short = torch.ones(rows.stop - rows.start, dtype=torch.bool)
+        for place, _ in self._long:
+            is_short[place] = False
+        self._short = is_short.nonzero().squeeze(1)
+        self._seen, self._table_of_row = step.seen[rows][self._short], step.table_of_row[rows][self._short]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self._store(layer, k[0].transpose(0, 1), v[0].transpose(0, 1))
+        mixed = q.new_empty(1, q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)  # as the next product reads it
+        for rows, long in self._long:
+            mixed[:, :, rows] = self._attend_long(layer, long, q[:, :, rows], k[:, :, rows], v[:, :, rows])
+        if len(self._short):
+            self._attend_short(layer, q, mixed)
+        return mixed
+
+    def _store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """`k` and `v` [rows, kv_heads, head_width]."""
+        cache = self._cache
+        if self._kernels is None:
+            cache.write(layer, self._blocks, self._offsets, k, v)
+        else:
+            keys, values = cache.keys[layer], cache.values[layer]
+            self._kernels.write(k.float(), v.float(), keys, values, blocks=self._blocks, offsets=self._offsets)
 
     def _attend_long(self, layer: int, long: _Long, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         is_grouped = q.shape[1] != k.shape[1]
@@ -228,45 +242,41 @@ class StepCache:
         keys, values = self._gathered(layer, long.blocks.unsqueeze(0), q.dtype)
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=long.mask, enable_gqa=is_grouped)
 
-    def _attend_short(self, layer: int, q: Tensor, mixed: Tensor, short: Tensor, *, first: int) -> None:
+    def _attend_short(self, layer: int, q: Tensor, mixed: Tensor) -> None:
         """Each row by itself: one query where there are hundreds of keys."""
-        if self.kernels is not None:
-            rows = short - first
+        short = self._short
+        if self._kernels is not None:
             # The kernel computes in fp32 whatever the model does.
             result = mixed[0] if q.dtype == torch.float32 else torch.empty_like(mixed[0], dtype=torch.float32)
-            self.kernels.attend(
-                q[0].float(), self.cache.keys[layer], self.cache.values[layer], result,
-                rows=rows, seen=self._seen[short], tables=self._tables, table_of_row=self._table_of_row[short],
+            self._kernels.attend(
+                q[0].float(), self._cache.keys[layer], self._cache.values[layer], result,
+                rows=short, seen=self._seen, tables=self._tables, table_of_row=self._table_of_row,
             )  # fmt: skip
             if q.dtype != torch.float32:
-                mixed[0, :, rows] = result[:, rows].to(q.dtype)
+                mixed[0, :, short] = result[:, short].to(q.dtype)
             return
-        device = q.device
-        seen = self._seen[short].to(device)
-        num_blocks = -(-int(seen.max()) // BLOCK_SIZE)
-        tables = self._tables[self._table_of_row[short], :num_blocks].long().to(device)  # [rows, blocks]
+        tables, mask = self._padded
         keys, values = self._gathered(layer, tables, q.dtype)  # [rows, kv_heads, places, head_width]
-        mask = (torch.arange(keys.shape[2], device=device) < seen.unsqueeze(1))[:, None, None, :]
-        local = (short - first).to(device)
-        queries = q[0, :, local].transpose(0, 1).unsqueeze(2)  # [rows, heads, 1, head_width]
+        short = short.to(q.device)
+        queries = q[0, :, short].transpose(0, 1).unsqueeze(2)  # [rows, heads, 1, head_width]
         is_grouped = queries.shape[1] != keys.shape[1]
         result = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=is_grouped)
-        mixed[0, :, local] = result.squeeze(2).transpose(0, 1)
+        mixed[0, :, short] = result.squeeze(2).transpose(0, 1)
+
+    @functools.cached_property
+    def _padded(self) -> tuple[Tensor, Tensor]:
+        """Of each short row its blocks [rows, blocks], as many as the longest has, and what it sees of them."""
+        device = self._blocks.device
+        num_blocks = blocks_for(int(self._seen.max()))
+        tables = self._tables[self._table_of_row, :num_blocks].long().to(device)
+        mask = torch.arange(num_blocks * BLOCK_SIZE, device=device) < self._seen.to(device).unsqueeze(1)
+        return tables, mask[:, None, None, :]
 
     def _gathered(self, layer: int, tables: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values [rows, kv_heads, places, head_width] of the blocks `tables` [rows, blocks], copied."""
-        keys = self.cache.keys[layer][tables].permute(0, 2, 1, 4, 3).flatten(2, 3)
-        values = self.cache.values[layer][tables].permute(0, 2, 1, 3, 4).flatten(2, 3)
+        keys = self._cache.keys[layer][tables].permute(0, 2, 1, 4, 3).flatten(2, 3)
+        values = self._cache.values[layer][tables].permute(0, 2, 1, 3, 4).flatten(2, 3)
         return keys.to(dtype), values.to(dtype)
-
-
-@dataclass(frozen=True)
-class _Part:
-    step: StepCache
-    rows: slice
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.step.attend_rows(layer, q, k, v, self.rows)
 
 
 @dataclass(frozen=True)

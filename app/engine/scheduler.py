@@ -80,11 +80,7 @@ class Scheduler:
         if wanted <= 0:
             return 0
         while not self.cache.reserve(sequence, sequence.num_cached + wanted):
-            last = self.running[-1]
-            self._preempt(last)
-            if last in scheduled:
-                scheduled.remove(last)
-            if last is sequence:
+            if self._preempt_last(scheduled) is sequence:
                 return 0
         sequence.num_scheduled = wanted
         scheduled.append(sequence)
@@ -111,17 +107,18 @@ class Scheduler:
         while not (self.free_slots > 0 and self.cache.begin(sequence)):
             if not self.running or self.running[-1].rank[0] <= sequence.rank[0]:
                 return False
-            last = self.running[-1]
-            self._preempt(last)
-            if last in scheduled:
-                scheduled.remove(last)
+            self._preempt_last(scheduled)
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
-        self.cache.release(sequence)
-        self.add(sequence)
+    def _preempt_last(self, scheduled: list[Sequence]) -> Sequence:
+        """Have the running sequence of the last rank wait again, and out of this step if it was in it."""
+        last = self.running.pop()
+        if last in scheduled:
+            scheduled.remove(last)
+        self.cache.release(last)
+        self.add(last)
         self.num_preemptions += 1
+        return last
 
     def _waits_for_leader(self, sequence: Sequence) -> bool:
         leader = sequence.leader
