@@ -12,11 +12,11 @@ import argparse
 import json
 import os
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from app.atomic import write_text
+from benchmarks.folder import kept_or_temporary
 from benchmarks.generation.contender import CONTENDERS
 from benchmarks.generation.environments import python_of
 from benchmarks.generation.report import plot, summarize, table
@@ -29,12 +29,8 @@ NEED_BF16 = {"pacos_bf16", "transformers_bf16"}
 
 def main() -> None:
     arguments = parse()
-    if arguments.folder:
-        arguments.folder.mkdir(parents=True, exist_ok=True)
-        compare(arguments, arguments.folder)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        compare(arguments, Path(folder))
+    with kept_or_temporary(arguments.folder) as folder:
+        compare(arguments, folder)
 
 
 def parse() -> argparse.Namespace:

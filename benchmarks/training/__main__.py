@@ -23,11 +23,11 @@ import json
 import os
 import signal
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from app.atomic import write_text
+from benchmarks.folder import kept_or_temporary
 from benchmarks.machine import describe
 from benchmarks.training.processes import run_needed, run_part
 from benchmarks.training.report import plot, summarize, table
@@ -46,12 +46,8 @@ def main() -> None:
         return
     check_packages()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the contender ends too, and the folder goes
-    if arguments.folder:
-        arguments.folder.mkdir(parents=True, exist_ok=True)
-        compare(arguments, arguments.folder)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        compare(arguments, Path(folder))
+    with kept_or_temporary(arguments.folder) as folder:
+        compare(arguments, folder)
 
 
 def parse() -> argparse.Namespace:
