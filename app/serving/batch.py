@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from app.assets import model_folder
-from app.atomic import make_folder, write_text
+from app.atomic import write_text
 from app.config import GenerateConfig
 from app.data.prompts import Template
 from app.data.tokenization import Tokenizer, load_tokenizer
@@ -96,7 +96,6 @@ def plan_answers(config: GenerateConfig, *, resume: bool) -> Iterator[Plan]:
 def generate_answers(plan: Plan, *, progress: Progress = lambda done, total: None) -> dict[str, Any]:
     """Answer the parts that are not there yet, and write the output; Ray is initialised."""
     started = time.perf_counter()
-    make_folder(plan.folder)
     done = sum(len(plan.part(number)) for number in plan.done)
     kept = done
     progress(done, len(plan.records))
@@ -104,7 +103,7 @@ def generate_answers(plan: Plan, *, progress: Progress = lambda done, total: Non
         write_text(plan.file(number), "".join(f"{line}\n" for line in lines))
         done += len(lines)
         progress(done, len(plan.records))
-    answers = [line for number in range(plan.num_parts) for line in plan.file(number).read_text().splitlines()]
+    answers = [line for number in range(plan.num_parts) for line in _lines(plan.file(number).read_text("utf-8"))]
     write_text(Path(plan.config.output), "".join(f"{line}\n" for line in answers))
     shutil.rmtree(plan.folder)
     seconds = time.perf_counter() - started
@@ -129,9 +128,9 @@ def read_prompts(config: GenerateConfig) -> list[dict[str, Any]]:
     try:
         text = file.read_text(encoding="utf-8")
         if file.suffix == ".txt":
-            records: Any = [{"prompt": line} for line in text.splitlines() if line.strip()]
+            records: Any = [{"prompt": line} for line in _lines(text)]
         elif file.suffix == ".jsonl":
-            records = [json.loads(line) for line in text.splitlines() if line.strip()]
+            records = [json.loads(line) for line in _lines(text)]
         else:
             records = json.loads(text)
     except OSError as error:
@@ -143,6 +142,11 @@ def read_prompts(config: GenerateConfig) -> list[dict[str, Any]]:
     for number, record in enumerate(records, start=1):
         _check_record(config, record, number)
     return records
+
+
+def _lines(text: str) -> list[str]:
+    """Those that say something. A line feed alone ends one: JSON may hold U+2028, at which `splitlines` cuts."""
+    return [line for line in text.split("\n") if line.strip()]
 
 
 def _check_record(config: GenerateConfig, record: Any, number: int) -> None:

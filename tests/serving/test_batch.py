@@ -95,6 +95,9 @@ def test_prompts_stand_in_text_files_and_in_fields_of_any_name(tmp_path, tiny_mo
     assert read_prompts(config(tmp_path / "p.txt", tiny_model)) == [{"prompt": "one"}, {"prompt": "two"}]
     (tmp_path / "p.json").write_text('[{"title": "three", "text": ""}]')
     assert read_prompts(config(tmp_path / "p.json", tiny_model, "field=title"))[0]["title"] == "three"
+    strange = {"prompt": "one\u2028line, \x85 and \x0b too"}
+    (tmp_path / "p.jsonl").write_text(json.dumps(strange, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_prompts(config(tmp_path / "p.jsonl", tiny_model)) == [strange]
     with pytest.raises(UserError, match="absent.jsonl.*No such file"):
         read_prompts(config(tmp_path / "absent.jsonl", tiny_model))
 
@@ -135,14 +138,15 @@ def test_a_job_answers_in_order_and_goes_on_with_the_parts_that_are_there(
 ) -> None:
     settings = config(prompts, tiny_model, "part_size=2")
     with plan_answers(settings, resume=False) as plan:
-        (plan.folder / "00000001.jsonl").write_text('{"id": "c", "answer": "kept"}\n{"id": "d", "answer": "too"}\n')
+        kept = '{"id": "c", "answer": "kept"}\n{"id": "d", "answer": "too\u2028"}\n'
+        (plan.folder / "00000001.jsonl").write_text(kept, encoding="utf-8")
     seen: list[tuple[int, int]] = []
     with plan_answers(settings, resume=True) as plan:
         assert plan.done == {1}
         summary = generate_answers(plan, progress=lambda *counts: seen.append(counts))
-    results = [json.loads(line) for line in Path(settings.output).read_text().splitlines()]
+    results = [json.loads(line) for line in Path(settings.output).read_text("utf-8").strip().split("\n")]
     assert [result["id"] for result in results] == list("abcde")
-    assert [result["answer"] for result in results[2:4]] == ["kept", "too"]
+    assert [result["answer"] for result in results[2:4]] == ["kept", "too\u2028"]
     alone = Answerer(settings).answer(RECORDS[:2], first=0)
     assert results[:2] == alone
     assert summary["kept from an earlier run"] == 2 and seen[0] == (2, 5) and seen[-1] == (5, 5)
