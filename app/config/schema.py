@@ -352,13 +352,22 @@ class GeneratorConfig(Config):
     deltas: dict[str, str] = {}
     """Fine-tuned variants by name: a request for model `pacos:NAME` is answered with the delta in that folder, or with
     that of the model registry: `models:/NAME@production`, `models:/NAME/3`."""
+    load_registered: bool = False
+    """Whether a request for `pacos:NAME` that `deltas` lacks loads `models:/NAME@production`, when it first comes."""
+    refresh_s: Annotated[float, Field(gt=0)] = 5.0
+    """How often the registry is asked whether an alias has moved."""
     tracking: StoreConfig = StoreConfig()
     """Of the model registry."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    max_batch_size: Positive = 16
-    """Answers that are generated together; the KV cache has room for as many whole contexts."""
-    max_queue: Positive = 128
-    """Requests that may wait; the next one is refused with 429."""
+    max_batch_size: Positive = 64
+    """Answers that are generated together."""
+    max_queue: Positive = 512
+    """Answers that may wait; the next request is refused with 429."""
+    max_kv_bytes: Positive | None = None
+    """Of the KV cache; none: room for `max_batch_size` whole contexts. Memory is taken as it is used."""
+    max_delta_bytes: Positive = 2**30
+    """Of the deltas in the base's engine; those that `deltas` does not name are unloaded beyond it, the least recently
+    used first."""
     threads: Positive = 2
     device: Literal["cpu", "cuda"] = "cpu"
 

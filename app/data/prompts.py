@@ -28,6 +28,14 @@ class Template(Protocol):
         """What the model reads before it answers."""
         ...
 
+    def conversation(self, messages: Sequence[Message]) -> list[Segment]:
+        """What the model reads before it answers the last of `messages`: what training put before that answer.
+
+        Raises:
+            UserError: the template has no place for such messages.
+        """
+        ...
+
     def segments(self, record: Record) -> list[Segment]:
         """A record as the model is to see it. Tokenized one by one: BPE would merge across the seams."""
         ...
@@ -47,6 +55,17 @@ class _Plain:
 
     def prompt(self, instruction: str, input: str = "") -> str:
         raise NotImplementedError
+
+    def conversation(self, messages: Sequence[Message]) -> list[Segment]:
+        roles = [message.role for message in messages]
+        turns = roles[1:] if roles[:1] == ["system"] else roles
+        if turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
+            raise UserError(
+                f"messages of {', '.join(roles)}: the template {self.type!r} has a place for one system message, then "
+                "user and assistant in turn, the user last"
+            )
+        *before, _ = self.segments(Conversation((*messages, Message("assistant", ""))))
+        return before
 
     def segments(self, record: Record) -> list[Segment]:
         if isinstance(record, Text):
@@ -121,6 +140,9 @@ class ChatTemplate:
 
     def prompt(self, instruction: str, input: str = "") -> str:
         return self._render([Message("user", _join(instruction, input))], add_generation_prompt=True)
+
+    def conversation(self, messages: Sequence[Message]) -> list[Segment]:
+        return [Segment(self._render(messages, add_generation_prompt=True), in_loss=False)]
 
     def segments(self, record: Record) -> list[Segment]:
         if isinstance(record, Text):

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from app.config.methods import parts_of
+from app.config.methods import name_of, parts_of
 from app.engine.kernels import Kernels, LoraRows
 from app.engine.packing import PackedLinear
 from app.errors import UserError
@@ -30,6 +30,11 @@ from app.models.quantization import QuantizedLinear
 
 _LAYERS = (nn.Linear, QuantizedLinear, nn.LayerNorm, nn.RMSNorm)
 _OWN_MODELS = {"full", "freeze"}
+
+
+def needs_own_model(delta: Delta) -> bool:
+    """Whether it trains the base's own weights, so that no batch can hold its rows beside the base's."""
+    return bool(_OWN_MODELS & {part.type for part in parts_of(delta.method)})
 
 
 class UnknownDelta(Exception):
@@ -146,11 +151,10 @@ class MixedModel:
         Raises:
             UserError: it is of another shape, or needs a model of its own, or more extra blocks than the cache holds.
         """
-        own = _OWN_MODELS & {part.type for part in parts_of(delta.method)}
-        if own:
+        if needs_own_model(delta):
             raise UserError(
-                f"a delta of technique {own.pop()!r} trains the base's own weights: it cannot share a batch with it; "
-                "give it a model and an engine of its own"
+                f"a delta of technique {name_of(delta.method)!r} trains the base's own weights: it cannot share a "
+                "batch with it; give it a model and an engine of its own"
             )
         if not self._is_plain:
             raise UserError("the engine's model has a delta applied to it already; deltas go over a plain base")

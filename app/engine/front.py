@@ -9,8 +9,10 @@ import logging
 import threading
 from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from app.engine.deltas import Variant
 from app.engine.engine import Engine, Stats
 from app.engine.sampling import Sampling
 from app.engine.sequence import Event
@@ -86,28 +88,20 @@ class EngineFront:
             if unfinished:
                 self._post(lambda: self._abort(call))
 
-    async def load_delta(self, delta: Delta, *, pin: bool = False) -> str:
-        """Load `delta` beside running requests; returns its hash.
+    def load_delta(self, delta: Delta, *, pin: bool = False) -> Variant:
+        """Load `delta` beside running requests. It waits for the engine's thread: an event loop calls it in another.
 
         Raises:
             UserError, DeltasFull: as `Engine.add_delta`.
             EngineStopped: `shutdown` was called.
         """
-        variant = await asyncio.to_thread(self._engine.prepare_delta, delta)
-        loop, done = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
+        variant = self._engine.prepare_delta(delta)
+        self._on_engine(lambda: self._engine.add_delta(variant, pin=pin))
+        return variant
 
-        def add() -> None:
-            try:
-                self._engine.add_delta(variant, pin=pin)
-            except Exception as error:  # the caller's to handle, in the caller's loop
-                loop.call_soon_threadsafe(_settle, done, error)
-            else:
-                loop.call_soon_threadsafe(_settle, done, None)
-
-        if not self._post(add):
-            raise _stopped()
-        await done
-        return variant.hash
+    def unpin_delta(self, delta_hash: str) -> None:
+        """Let it go, once no request uses it and another needs its room."""
+        self._on_engine(lambda: self._engine.deltas.unpin(delta_hash))
 
     def stats(self) -> Stats:
         """Safe from any thread; may be a step old."""
@@ -133,6 +127,22 @@ class EngineFront:
             self._inbox.append(action)
         self._wake.set()
         return True
+
+    def _on_engine(self, action: Callable[[], object]) -> None:
+        """Run `action` between two steps, and wait for its end."""
+        done: Future[None] = Future()
+
+        def act() -> None:
+            try:
+                action()
+            except Exception as error:  # the caller's to handle
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        if not self._post(act):
+            raise _stopped()
+        done.result()
 
     # --- on the engine's thread ---
 
@@ -204,12 +214,3 @@ class EngineFront:
 
 def _stopped() -> EngineStopped:
     return EngineStopped("the engine has been shut down")
-
-
-def _settle(future: asyncio.Future[None], error: Exception | None) -> None:
-    if future.done():  # cancelled meanwhile
-        return
-    if error is None:
-        future.set_result(None)
-    else:
-        future.set_exception(error)

@@ -27,6 +27,8 @@ from app.serving.messages import (
 
 logger = logging.getLogger("ray.serve")
 
+_MODELS_FOR_S = 2.0
+"""A delta that was promoted answers for its name after so long at the latest, where the old one's answer is cached."""
 _TIMEOUT = "the answer took longer than request_timeout_s={seconds:g}"
 
 
@@ -47,11 +49,13 @@ class Answering:
         self._retriever = retriever
         self._cache = CacheClient(cache)
         self._models: dict[str, ModelInfo] = {}
+        self._models_until = 0.0
 
     async def models(self) -> list[ModelInfo]:
         """Asks the generator, so it also shows whether that answers."""
         models = await self._call(self._generator.models.remote())
         self._models = {model.name: model for model in models}
+        self._models_until = time.monotonic() + _MODELS_FOR_S
         return models
 
     async def search(self, question: str, *, top_k: int) -> list[dict[str, Any]]:
@@ -137,7 +141,7 @@ class Answering:
         """None for a request whose answer must not be cached, because the next one may differ."""
         if not request.is_deterministic:
             return None
-        if request.model not in self._models:
+        if request.model not in self._models or time.monotonic() > self._models_until:
             await self.models()
         model = self._models.get(request.model)
         return cache_key(model.hash, **request.identity()) if model else None
@@ -181,10 +185,9 @@ def _cancel(response: Any) -> None:
 
 
 def _replay(completion: Completion) -> list[Started | Piece]:
-    prompts = tuple(choice.prompt for choice in completion.choices)
-    started = Started(completion.model_hash, prompts, was_cached=True)
+    started = Started(completion.model_hash, completion.prompts, was_cached=True)
     pieces = [
-        Piece(index, choice.text, choice.num_tokens, choice.finish_reason)
+        Piece(index, choice.text, choice.num_tokens, choice.finish_reason, choice.logprobs)
         for index, choice in enumerate(completion.choices)
     ]
     return [started, *pieces]

@@ -11,7 +11,7 @@ from app.errors import UserError
 from app.serving.cache import CacheDeployment
 from app.serving.generator import GeneratorDeployment
 from app.serving.ingress import IngressDeployment
-from app.serving.registered_deltas import with_pinned_deltas
+from app.serving.registered_deltas import with_registry
 from app.serving.retriever import RetrieverDeployment
 from app.tracking.registry import is_reference
 
@@ -33,7 +33,7 @@ def build(args: dict[str, Any]) -> Application:
     """
     config = validate(ApplicationConfig, args)
     _check_absolute(config)
-    config = config.model_copy(update={"generator": with_pinned_deltas(config.generator)})
+    config = config.model_copy(update={"generator": with_registry(config.generator)})
     # The engine's own queue refuses first, with a reason; Serve's limit is for what never reaches it.
     capacity = (1 + len(config.generator.deltas)) * (config.generator.max_batch_size + config.generator.max_queue)
     gpus = 1 if config.generator.device == "cuda" else 0

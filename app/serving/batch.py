@@ -30,8 +30,8 @@ from app.models.checkpoints import load_decoder, read_provenance, weights_hash
 from app.models.decoder import Decoder
 from app.ray_cluster import thread_environment
 from app.run_lock import locked
+from app.serving.model_library import template_of, with_delta
 from app.serving.registered_deltas import delta_folder, with_pinned_delta
-from app.serving.served_model import load_with_delta, template_of
 from app.serving.text_stream import TextStream
 
 _FIELDS = ("instruction", "prompt", "question", "text")
@@ -222,8 +222,8 @@ class Answerer:
         self._template: Template = template_of(read_provenance(folder))
         model: Decoder
         if config.delta:
-            trained = delta_folder(config.delta, config.tracking)
-            model, delta = load_with_delta(folder, trained, weights_hash(folder), self._tokenizer)
+            delta = read_delta(delta_folder(config.delta, config.tracking))  # the plan has proved that it fits
+            model = with_delta(folder, delta)
             self._template = template_of(delta.metadata)
         else:
             model = load_decoder(folder)

@@ -1,30 +1,53 @@
-"""The generator deployment: one engine per model name. Thin; the work is `served_model`'s. A plain class, as all
-deployments here are: `application` puts it on Serve."""
+"""The generator deployment: models by name. Thin; the work is `model_library`'s and `served_model`'s. A plain class, as
+all deployments here are: `application` puts it on Serve."""
 
+import asyncio
+import threading
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import Any
 
 import torch
 
 from app.config import ApplicationConfig
+from app.engine.deltas import DeltasFull, UnknownDelta
 from app.engine.front import EngineStopped, GenerationFailed
 from app.engine.sequence import ContextLengthExceeded, InvalidRequest, QueueFull
-from app.serving.messages import Collector, Completion, GenerateRequest, ModelInfo, Piece, Refusal, Started
-from app.serving.served_model import ServedModel, load_models
+from app.errors import UserError
+from app.serving.messages import (
+    ChatPrompt,
+    Collector,
+    Completion,
+    GenerateRequest,
+    ModelInfo,
+    Piece,
+    Refusal,
+    Started,
+)
+from app.serving.model_library import ModelLibrary
+from app.serving.served_model import ServedModel
+
+_ATTEMPTS = 3
+"""A model can be replaced or unloaded between its being found and its engine's being asked."""
 
 
 class GeneratorDeployment:
     def __init__(self, config: ApplicationConfig) -> None:
         torch.set_num_threads(config.generator.threads)
-        self._max_prompts = config.generator.max_batch_size + config.generator.max_queue
-        self._models = load_models(config.generator, name=config.name)
+        self._max_choices = config.generator.max_batch_size + config.generator.max_queue
+        self._refresh_s = config.generator.refresh_s
+        self._library = ModelLibrary(config.generator, name=config.name)
+        self._ending = threading.Event()
+        if self._library.has_aliases:
+            threading.Thread(target=self._follow_aliases, name="registry", daemon=True).start()
 
     async def models(self) -> list[ModelInfo]:
-        return [model.info for model in self._models.values()]
+        """Those that are loaded."""
+        return [model.info for model in self._library.models.values()]
 
-    async def stats(self) -> dict[str, dict[str, int]]:
-        """Queues and token counts by model."""
-        return {name: vars(model.front.stats()) for name, model in self._models.items()}
+    async def stats(self) -> dict[str, dict[str, Any]]:
+        """Queues and token counts of each engine, by the name of the first model on it."""
+        return {name: vars(front.stats()) for name, front in self._library.fronts.items()}
 
     async def complete(self, request: GenerateRequest) -> Completion | Refusal:
         """The whole answer. Cancelling the call aborts the generation."""
@@ -42,42 +65,77 @@ class GeneratorDeployment:
 
     async def stream(self, request: GenerateRequest) -> AsyncGenerator[Started | Piece | Refusal, None]:
         """`Started`, then pieces. A `Refusal` may come first, or where a failure ends the stream."""
-        model = self._models.get(request.model)
-        if model is None:
-            yield _unknown_model(request.model, list(self._models))
+        if request.num_choices > self._max_choices:
+            yield _too_many_choices(request, self._max_choices)
             return
-        if len(request.prompts) > self._max_prompts:
-            yield _too_many_prompts(len(request.prompts), self._max_prompts)
-            return
-        try:
-            prompts = await model.encode(request)
-            started = Started(model.info.hash, tuple(info for _, info in prompts))
-            async with aclosing(model.generate(request, [ids for ids, _ in prompts])) as pieces:
-                is_first = True
-                async for piece in pieces:
-                    if is_first:  # only now is it certain that the engine has taken the request
-                        yield started
-                    is_first = False
-                    yield piece
-        except (InvalidRequest, QueueFull, GenerationFailed, EngineStopped) as error:
-            yield _refusal(error, model)
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                model = await self._find(request.model)
+            except (UserError, DeltasFull) as error:
+                yield _unavailable_model(request.model, error)
+                return
+            if model is None:
+                yield _unknown_model(request.model, list(self._library.models))
+                return
+            has_started = False
+            try:
+                async with aclosing(_answered(model, request)) as items:
+                    async for item in items:
+                        has_started = True
+                        yield item
+                return
+            except (InvalidRequest, QueueFull, GenerationFailed) as error:
+                yield _refusal(error, model, request)
+                return
+            except (UnknownDelta, EngineStopped) as error:
+                is_gone = isinstance(error, EngineStopped) and self._library.get(request.model) is model
+                if has_started or is_gone or attempt == _ATTEMPTS:
+                    yield _refusal(error, model, request)
+                    return
+                if isinstance(error, UnknownDelta):
+                    try:
+                        await asyncio.to_thread(self._library.load_again, model)
+                    except (UserError, DeltasFull) as full:
+                        yield _unavailable_model(request.model, full)
+                        return
+
+    async def _find(self, name: str) -> ServedModel | None:
+        return self._library.get(name) or await asyncio.to_thread(self._library.find, name)
+
+    def _follow_aliases(self) -> None:
+        while not self._ending.wait(self._refresh_s):
+            self._library.follow_aliases()
 
     def check_health(self) -> None:
-        dead = [name for name, model in self._models.items() if not model.front.is_alive]
+        dead = [name for name, front in self._library.fronts.items() if not front.is_alive]
         if dead:
             raise RuntimeError(f"the engine of {', '.join(dead)} has ended")
 
     def __del__(self) -> None:
-        for model in getattr(self, "_models", {}).values():
-            model.front.shutdown()
+        if hasattr(self, "_ending"):
+            self._ending.set()
+            self._library.shutdown()
 
 
-def _refusal(error: Exception, model: ServedModel) -> Refusal:
+async def _answered(model: ServedModel, request: GenerateRequest) -> AsyncGenerator[Started | Piece, None]:
+    prompts = await model.encode(request)
+    started = Started(model.info.hash, tuple(info for _, info in prompts))
+    is_first = True
+    async with aclosing(model.generate(request, [ids for ids, _ in prompts])) as pieces:
+        async for piece in pieces:
+            if is_first:  # only now is it certain that the engine has taken the request
+                yield started
+            is_first = False
+            yield piece
+
+
+def _refusal(error: Exception, model: ServedModel, request: GenerateRequest) -> Refusal:
     message = str(error)
+    param = "messages" if isinstance(request.prompts[0], ChatPrompt) else "prompt"
     if isinstance(error, ContextLengthExceeded):
-        return Refusal(400, message, code="context_length_exceeded", param="prompt")
+        return Refusal(400, message, code="context_length_exceeded", param=param)
     if isinstance(error, InvalidRequest):
-        return Refusal(400, message, code="invalid_prompt", param="prompt")
+        return Refusal(400, message, code="invalid_prompt", param=param)
     if isinstance(error, QueueFull):
         return Refusal(429, message, code="queue_full", retry_after_s=model.retry_after_s())
     code = "generation_failed" if isinstance(error, GenerationFailed) else "shutting_down"
@@ -89,6 +147,12 @@ def _unknown_model(name: str, known: list[str]) -> Refusal:
     return Refusal(404, message, code="model_not_found", param="model")
 
 
-def _too_many_prompts(count: int, limit: int) -> Refusal:
-    message = f"{count} prompts in one request; this server takes at most {limit}"
-    return Refusal(400, message, code="too_many_prompts", param="prompt")
+def _unavailable_model(name: str, error: Exception) -> Refusal:
+    """It is registered, and cannot be had now, or at all until someone registers another."""
+    message = f"model {name!r} cannot be loaded: {error}"
+    return Refusal(503, message, code="model_unavailable", param="model", retry_after_s=5)
+
+
+def _too_many_choices(request: GenerateRequest, limit: int) -> Refusal:
+    message = f"{len(request.prompts)} prompts, {request.n} answers to each; this server gives at most {limit} at once"
+    return Refusal(400, message, code="too_many_choices", param="n" if request.n > 1 else "prompt")

@@ -3,7 +3,6 @@
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from functools import partial
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -14,11 +13,12 @@ from app import __version__
 from app.config import ApplicationConfig
 from app.serving.answering import Answering, Stopwatch
 from app.serving.api_errors import INTERNAL_ERROR, ApiError, BodyLimit, add_error_handlers
+from app.serving.chat_schema import ChatChunk, ChatRequest, ChatResponse, ChatStream, chat_response
 from app.serving.messages import GenerateRequest, Piece, RagPrompt, Started
 from app.serving.openai_schema import (
-    CompletionChoice,
     CompletionRequest,
     CompletionResponse,
+    CompletionStream,
     ErrorResponse,
     Model,
     ModelList,
@@ -74,9 +74,18 @@ def create_api(answering: Answering) -> FastAPI:
     async def completions(body: CompletionRequest) -> Response:
         """Continue a raw prompt, as OpenAI's completions API does; `stream: true` sends server-sent events."""
         if body.stream:
-            return await stream_completion(answering, body)
+            return await _streamed(answering, body.to_request(), CompletionStream(body))
         completion, was_cached = await answering.complete(body.to_request())
         return JSONResponse(completion_response(body, completion).model_dump(), headers=_cache_header(was_cached))
+
+    @api.post("/v1/chat/completions", response_model=ChatResponse, responses=_ERRORS)
+    async def chat_completions(body: ChatRequest) -> Response:
+        """Answer a conversation, put into the model's own template; `stream: true` sends server-sent events."""
+        request = body.to_request()
+        if body.stream:
+            return await _streamed(answering, request, ChatStream(body))
+        completion, was_cached = await answering.complete(request)
+        return JSONResponse(chat_response(body, completion).model_dump(), headers=_cache_header(was_cached))
 
     @api.post("/v1/rag", response_model=RagResponse, responses=_ERRORS)
     async def rag(body: RagRequest) -> Response:
@@ -132,7 +141,7 @@ async def answer_question(answering: Answering, body: RagRequest) -> tuple[RagRe
         finish_reason=choice.finish_reason,
         sources=[
             Source(**{name: passage[name] for name in Source.model_fields})
-            for passage in passages[: choice.prompt.num_passages]
+            for passage in passages[: completion.prompts[0].num_passages]
         ],
         usage=usage(completion.prompt_tokens, completion.completion_tokens),
         timings=Timings(retrieve_s=retrieve_s, generate_s=watch.lap(), total_s=watch.total()),
@@ -140,40 +149,41 @@ async def answer_question(answering: Answering, body: RagRequest) -> tuple[RagRe
     return answer, was_cached
 
 
-async def stream_completion(answering: Answering, body: CompletionRequest) -> StreamingResponse:
+async def _streamed(
+    answering: Answering, request: GenerateRequest, stream: CompletionStream | ChatStream
+) -> StreamingResponse:
     """Waits for the first item, so that a refusal still has a status code of its own."""
-    items = answering.stream(body.to_request())
+    items = answering.stream(request)
     started = await anext(items)
     assert isinstance(started, Started)
     # without these, a reverse proxy may gather the events before it sends them on
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **_cache_header(started.was_cached)}
-    return StreamingResponse(_events(body, started, items), media_type="text/event-stream", headers=headers)
+    return StreamingResponse(_events(stream, started, items), media_type="text/event-stream", headers=headers)
 
 
 async def _events(
-    body: CompletionRequest, started: Started, items: AsyncGenerator[Started | Piece, None]
+    stream: CompletionStream | ChatStream, started: Started, items: AsyncGenerator[Started | Piece, None]
 ) -> AsyncIterator[str]:
-    chunk = partial(CompletionResponse, id=new_id("cmpl"), created=now(), model=body.model)
     num_tokens = 0
     try:
         async with aclosing(items):
             async for item in items:
                 assert isinstance(item, Piece)
                 num_tokens += item.num_tokens
-                choice = CompletionChoice(index=item.index, text=item.text, finish_reason=item.finish_reason)
-                yield _event(chunk(choices=[choice]))
+                if chunk := stream.chunk(item):
+                    yield _event(chunk)
     except Exception as error:  # the status is out already: say it in the stream, which then has no [DONE]
         yield _event(error_response(error.refusal if isinstance(error, ApiError) else INTERNAL_ERROR))
         if not isinstance(error, ApiError):
             raise
         return
-    if body.stream_options and body.stream_options.include_usage:
+    if stream.includes_usage:
         prompt_tokens = sum(prompt.num_tokens for prompt in started.prompts)
-        yield _event(chunk(choices=[], usage=usage(prompt_tokens, num_tokens)))
+        yield _event(stream.usage_chunk(usage(prompt_tokens, num_tokens)))
     yield "data: [DONE]\n\n"
 
 
-def _event(message: CompletionResponse | ErrorResponse) -> str:
+def _event(message: CompletionResponse | ChatChunk | ErrorResponse) -> str:
     return f"data: {json.dumps(message.model_dump(), ensure_ascii=False)}\n\n"
 
 

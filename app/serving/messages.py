@@ -4,11 +4,19 @@ A predictable failure travels as a `Refusal`, not as an exception: Ray would log
 long, and wrap it.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from app.data.records import Message
 from app.engine.sequence import FinishReason
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """A conversation that the model is to go on with."""
+
+    messages: tuple[Message, ...]
 
 
 @dataclass(frozen=True)
@@ -19,7 +27,7 @@ class RagPrompt:
     passages: tuple[str, ...]
 
 
-Prompt = str | tuple[int, ...] | RagPrompt
+Prompt = str | tuple[int, ...] | ChatPrompt | RagPrompt
 
 
 @dataclass(frozen=True)
@@ -28,10 +36,24 @@ class GenerateRequest:
     prompts: tuple[Prompt, ...]
     max_tokens: int
     temperature: float
+    n: int = 1
+    """Answers to each prompt."""
     top_p: float = 1.0
     top_k: int | None = None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """Report each token's log-probability, and those of so many of the likeliest ones."""
+
+    @property
+    def num_choices(self) -> int:
+        return len(self.prompts) * self.n
 
     @property
     def is_deterministic(self) -> bool:
@@ -70,13 +92,34 @@ class Started:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    text: str
+    """With a replacement character where the token is no whole character."""
+    bytes: tuple[int, ...]
+    logprob: float
+    """Natural logarithm of its probability."""
+    top: tuple["TokenLogprob", ...] = ()
+    """The likeliest tokens in its place, likeliest first."""
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "TokenLogprob":
+        top = tuple(map(cls.from_json, values["top"]))
+        return cls(values["text"], tuple(values["bytes"]), values["logprob"], top)
+
+
+@dataclass(frozen=True)
 class Piece:
-    """New text of prompt `index`; the last piece of each prompt has a finish reason."""
+    """New text of choice `index`; the last piece of each choice has a finish reason.
+
+    The `n` answers to one prompt follow each other: choice `index` answers prompt `index // n`.
+    """
 
     index: int
     text: str
     num_tokens: int
     finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Of its tokens, where the request asked for them."""
 
 
 @dataclass(frozen=True)
@@ -84,19 +127,21 @@ class Choice:
     text: str
     finish_reason: FinishReason
     num_tokens: int
-    prompt: PromptInfo
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A whole answer: one choice per prompt."""
+    """A whole answer: `n` choices per prompt."""
 
     model_hash: str
+    prompts: tuple[PromptInfo, ...]
     choices: tuple[Choice, ...]
 
     @property
     def prompt_tokens(self) -> int:
-        return sum(choice.prompt.num_tokens for choice in self.choices)
+        """Each prompt counts once, however many answers it gets."""
+        return sum(prompt.num_tokens for prompt in self.prompts)
 
     @property
     def completion_tokens(self) -> int:
@@ -108,8 +153,12 @@ class Completion:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Completion":
         """Raises KeyError or TypeError where `values` are not what `to_json` wrote."""
-        choices = tuple(Choice(**choice | {"prompt": PromptInfo(**choice["prompt"])}) for choice in values["choices"])
-        return cls(model_hash=values["model_hash"], choices=choices)
+        choices = tuple(
+            Choice(**choice | {"logprobs": tuple(map(TokenLogprob.from_json, choice["logprobs"]))})
+            for choice in values["choices"]
+        )
+        prompts = tuple(PromptInfo(**prompt) for prompt in values["prompts"])
+        return cls(model_hash=values["model_hash"], prompts=prompts, choices=choices)
 
 
 @dataclass(frozen=True)
@@ -128,20 +177,23 @@ class Collector:
 
     def __init__(self, started: Started) -> None:
         self._started = started
-        self._texts = [""] * len(started.prompts)
-        self._tokens = [0] * len(started.prompts)
-        self._reasons: dict[int, FinishReason] = {}
+        self._choices: dict[int, list[Piece]] = {}
 
     def add(self, piece: Piece) -> None:
-        self._texts[piece.index] += piece.text
-        self._tokens[piece.index] += piece.num_tokens
-        if piece.finish_reason:
-            self._reasons[piece.index] = piece.finish_reason
+        self._choices.setdefault(piece.index, []).append(piece)
 
     def completion(self) -> Completion:
-        """Once every prompt has had its last piece."""
-        choices = (
-            Choice(self._texts[index], self._reasons[index], self._tokens[index], prompt)
-            for index, prompt in enumerate(self._started.prompts)
-        )
-        return Completion(self._started.model_hash, tuple(choices))
+        """Once every choice has had its last piece."""
+        choices = tuple(_joined(pieces) for _, pieces in sorted(self._choices.items()))
+        return Completion(self._started.model_hash, self._started.prompts, choices)
+
+
+def _joined(pieces: Sequence[Piece]) -> Choice:
+    reason = pieces[-1].finish_reason
+    assert reason is not None
+    return Choice(
+        text="".join(piece.text for piece in pieces),
+        finish_reason=reason,
+        num_tokens=sum(piece.num_tokens for piece in pieces),
+        logprobs=tuple(logprob for piece in pieces for logprob in piece.logprobs),
+    )

@@ -1,12 +1,14 @@
 """The wire: requests and responses in OpenAI's shapes. Knows no models and no Ray.
 
-A parameter that this server cannot honour is refused by name, unless it says what is done anyway (`n=1`).
+A parameter that this server cannot honour is refused by name, unless it says what is done anyway (`best_of=1`).
 """
 
 import math
 import time
 import uuid
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -21,18 +23,14 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from app.serving.messages import Choice, Completion, GenerateRequest, Refusal
+from app.serving import messages
+from app.serving.messages import Choice, Completion, GenerateRequest, Piece, Refusal, TokenLogprob
 
 UNSUPPORTED = "unsupported_parameter"
 # OpenAI's parameters that are not built (yet), with the values that ask for nothing.
 _INERT_VALUES: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
     "echo": (False,),
-    "logprobs": (),
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
     "suffix": ("",),
 }
 
@@ -68,6 +66,9 @@ StopStrings = Annotated[
 MaxTokens = Annotated[int, Field(ge=1)]
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
 TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+TokenId = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
 
 
 class Wire(BaseModel):
@@ -97,40 +98,70 @@ class StreamOptions(WireRequest):
     """Send a last chunk with the token counts."""
 
 
-class CompletionRequest(WireRequest):
+class SamplingRequest(WireRequest):
+    """How tokens are chosen, and what is sent of them."""
+
     model: Text
-    prompt: Prompt
-    """Raw text or token ids; a list of either asks for several completions."""
-    max_tokens: MaxTokens = 16
+    n: Annotated[int, Field(ge=1, le=128)] = 1
+    """Answers to each prompt."""
     temperature: Temperature = 1.0
     top_p: TopP = 1.0
     top_k: Annotated[int, Field(ge=1)] | None = None
-    """Draw from the k likeliest tokens only; not in OpenAI's own API."""
+    """Draw from the k likeliest tokens only; not in OpenAI's own API, as the next two and `ignore_eos`."""
+    min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
+    """Draw from tokens of at least this share of the likeliest one's probability only."""
+    repetition_penalty: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] = 1.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    logit_bias: dict[TokenId, Bias] = {}
     seed: int | None = None
     """Equal seeds give equal answers."""
     stop: StopStrings = []
+    ignore_eos: bool = False
+    """Go on to `max_tokens`, also past an end of text."""
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: Text | None = None
     """Accepted, and not used."""
 
-    def to_request(self) -> GenerateRequest:
-        return GenerateRequest(
-            model=self.model,
-            prompts=_prompts(self.prompt),
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            seed=self.seed,
-            stop=tuple(self.stop),
-        )
-
     @model_validator(mode="after")
-    def _check(self) -> "CompletionRequest":
+    def _check(self) -> Self:
         if self.stream_options and not self.stream:
             raise PydanticCustomError("stream_options", "stream_options needs stream=true")
         return self
+
+    def _request(
+        self, prompts: tuple[messages.Prompt, ...], *, max_tokens: int, logprobs: int | None
+    ) -> GenerateRequest:
+        return GenerateRequest(
+            model=self.model,
+            prompts=prompts,
+            max_tokens=max_tokens,
+            temperature=self.temperature,
+            n=self.n,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias={int(token): bias for token, bias in self.logit_bias.items()},
+            seed=self.seed,
+            stop=tuple(self.stop),
+            ignore_eos=self.ignore_eos,
+            logprobs=logprobs,
+        )
+
+
+class CompletionRequest(SamplingRequest):
+    prompt: Prompt
+    """Raw text or token ids; a list of either asks for several completions."""
+    max_tokens: MaxTokens = 16
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    """Send each token's log-probability, and those of so many of the likeliest ones."""
+
+    def to_request(self) -> GenerateRequest:
+        return self._request(_prompts(self.prompt), max_tokens=self.max_tokens, logprobs=self.logprobs)
 
 
 class RagRequest(WireRequest):
@@ -151,10 +182,20 @@ class Usage(Wire):
     total_tokens: int
 
 
+class CompletionLogprobs(Wire):
+    """One entry for each token, in all four lists."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+    """Where the token begins, in characters of the answer."""
+
+
 class CompletionChoice(Wire):
     index: int
     text: str
-    logprobs: None = None
+    logprobs: CompletionLogprobs | None = None
     finish_reason: Literal["stop", "length"] | None = None
 
 
@@ -260,16 +301,55 @@ def completion_response(request: CompletionRequest, completion: Completion) -> C
         id=new_id("cmpl"),
         created=now(),
         model=request.model,
-        choices=[_choice(index, choice) for index, choice in enumerate(completion.choices)],
+        choices=[
+            completion_choice(index, choice, asks_logprobs=request.logprobs is not None)
+            for index, choice in enumerate(completion.choices)
+        ],
         usage=usage(completion.prompt_tokens, completion.completion_tokens),
     )
 
 
-def _choice(index: int, choice: Choice) -> CompletionChoice:
-    return CompletionChoice(index=index, text=choice.text, finish_reason=choice.finish_reason)
+class CompletionStream:
+    """The chunks of one streamed answer."""
+
+    def __init__(self, request: CompletionRequest) -> None:
+        self._request = request
+        self._head: dict[str, Any] = {"id": new_id("cmpl"), "created": now(), "model": request.model}
+        self._offsets: dict[int, int] = {}
+
+    @property
+    def includes_usage(self) -> bool:
+        options = self._request.stream_options
+        return options is not None and options.include_usage
+
+    def chunk(self, piece: Piece) -> CompletionResponse:
+        offset = self._offsets.get(piece.index, 0)
+        self._offsets[piece.index] = offset + sum(len(token.text) for token in piece.logprobs)
+        asks_logprobs = self._request.logprobs is not None
+        choice = completion_choice(piece.index, piece, asks_logprobs=asks_logprobs, offset=offset)
+        return CompletionResponse(**self._head, choices=[choice])
+
+    def usage_chunk(self, usage: Usage) -> CompletionResponse:
+        return CompletionResponse(**self._head, choices=[], usage=usage)
 
 
-def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> tuple[str | tuple[int, ...], ...]:
+def completion_choice(index: int, choice: Choice | Piece, *, asks_logprobs: bool, offset: int = 0) -> CompletionChoice:
+    """`offset`: the characters of the answer's earlier tokens."""
+    logprobs = completion_logprobs(choice.logprobs, offset=offset) if asks_logprobs else None
+    return CompletionChoice(index=index, text=choice.text, logprobs=logprobs, finish_reason=choice.finish_reason)
+
+
+def completion_logprobs(tokens: Sequence[TokenLogprob], *, offset: int) -> CompletionLogprobs:
+    lengths = [len(token.text) for token in tokens]
+    return CompletionLogprobs(
+        tokens=[token.text for token in tokens],
+        token_logprobs=[token.logprob for token in tokens],
+        top_logprobs=[{likely.text: likely.logprob for likely in reversed(token.top)} for token in tokens],
+        text_offset=list(accumulate(lengths, initial=offset))[:-1],
+    )
+
+
+def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> tuple[messages.Prompt, ...]:
     if isinstance(prompt, str):
         return (prompt,)
     if prompt and isinstance(prompt[0], int):

@@ -1,37 +1,63 @@
-"""Deltas that a server's settings name by the model registry: `models:/NAME@ALIAS`, `models:/NAME/VERSION`.
+"""Deltas that settings name by the model registry: `models:/NAME@ALIAS`, `models:/NAME/VERSION`.
 
-An alias is looked up once, when the application is built, so that all its replicas, those of a later hour too, answer
-with the same version. A promotion takes effect at the next start.
+A server follows an alias: what `pacos promote` moves it to is answered with soon. A batch looks it up once, so that all
+its workers answer with the same version.
 """
 
+import re
 from pathlib import Path
 
 from app.config import GenerateConfig, GeneratorConfig, StoreConfig
-from app.tracking.registry import fetch, is_reference, pinned
+from app.tracking.registry import SCHEME, fetch, is_reference, pinned
 from app.tracking.store import tracking_uri
 
 
-def with_pinned_deltas(config: GeneratorConfig) -> GeneratorConfig:
-    """`config` with a version in place of each alias, and the registry's own address in place of `auto`.
+def with_registry(config: GeneratorConfig) -> GeneratorConfig:
+    """`config` with the registry's own address in place of `auto`, for replicas that run elsewhere.
 
     Raises:
         UserError: a name, alias or version is not registered, or the registry does not answer.
     """
-    if not any(map(is_reference, config.deltas.values())):
+    references = [delta for delta in config.deltas.values() if is_reference(delta)]
+    if not references and not config.load_registered:
         return config
     uri = tracking_uri(config.tracking.uri)
-    deltas = {name: pinned(delta, uri=uri) if is_reference(delta) else delta for name, delta in config.deltas.items()}
-    return config.model_copy(update={"deltas": deltas, "tracking": StoreConfig(uri=uri)})
+    for reference in references:
+        pinned(reference, uri=uri)
+    return config.model_copy(update={"tracking": StoreConfig(uri=uri)})
 
 
 def with_pinned_delta(config: GenerateConfig) -> GenerateConfig:
-    """The same for the one delta of a batch; that of a folder becomes absolute, for workers in other directories."""
+    """`config` with a version in place of an alias, and a folder absolute, for workers in other directories.
+
+    Raises:
+        UserError: as `with_registry`.
+    """
     if config.delta is None:
         return config
     if not is_reference(config.delta):
         return config.model_copy(update={"delta": str(Path(config.delta).expanduser().absolute())})
     uri = tracking_uri(config.tracking.uri)
     return config.model_copy(update={"delta": pinned(config.delta, uri=uri), "tracking": StoreConfig(uri=uri)})
+
+
+def follows_alias(delta: str) -> bool:
+    return is_reference(delta) and "@" in delta
+
+
+def production(name: str) -> str | None:
+    """How the registry's `name` in production is asked for; None if nothing there can have such a name."""
+    return f"{SCHEME}{name}@production" if re.fullmatch(r"[\w.-]+", name) else None
+
+
+def version_now(delta: str, tracking: StoreConfig) -> str:
+    """A reference's version, as a reference; a folder stays one.
+
+    Raises:
+        NotRegistered: there is no such name, alias or version.
+        UserError: the registry does not answer.
+    """
+    return pinned(delta, uri=tracking.uri) if is_reference(delta) else delta
 
 
 def delta_folder(delta: str, tracking: StoreConfig) -> Path:

@@ -1,109 +1,74 @@
-"""One model that answers requests: text in, text out, an engine inside. Knows no Ray and no HTTP."""
+"""One model that answers requests: text in, text out. Knows no Ray and no HTTP."""
 
 import asyncio
-import hashlib
-import json
 import math
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
 
-import torch
-
-from app.assets import model_folder
-from app.config import GeneratorConfig
-from app.data.prompts import PacosTemplate, Template, template_from_json
-from app.data.tokenization import Tokenizer, load_tokenizer
-from app.engine.engine import Engine
+from app.data.prompts import Segment, Template
+from app.data.records import Message
+from app.data.tokenization import Tokenizer
 from app.engine.front import EngineFront
 from app.engine.sampling import Sampling
-from app.engine.sequence import ContextLengthExceeded
+from app.engine.sequence import ContextLengthExceeded, Event, InvalidRequest
 from app.errors import UserError
-from app.methods.delta import Delta, check_base, fold_delta, read_delta
-from app.models.checkpoints import load_decoder, read_provenance, weights_hash
-from app.models.decoder import Decoder
-from app.serving.messages import GenerateRequest, ModelInfo, Piece, Prompt, PromptInfo, RagPrompt
-from app.serving.registered_deltas import delta_folder
+from app.serving.messages import (
+    ChatPrompt,
+    GenerateRequest,
+    ModelInfo,
+    Piece,
+    Prompt,
+    PromptInfo,
+    RagPrompt,
+    TokenLogprob,
+)
 from app.serving.streams import merge
 from app.serving.text_stream import TextStream
 
 
-def load_models(config: GeneratorConfig, *, name: str) -> dict[str, "ServedModel"]:
-    """The base model as `name`, and each delta applied to a copy of it as `name:DELTA`.
+@dataclass
+class _Answer:
+    """One choice on its way."""
 
-    Raises:
-        UserError: a folder is missing or damaged, or a delta is not registered, or of another base or tokenizer.
-    """
-    folder = model_folder(config.model)
-    tokenizer = load_tokenizer(folder)
-    base_hash = weights_hash(folder)
-    template = template_of(read_provenance(folder))
-    models = {name: _serve(name, load_decoder(folder), tokenizer, template, base_hash, config)}
-    for delta_name, source in config.deltas.items():
-        model, delta = load_with_delta(folder, delta_folder(source, config.tracking), base_hash, tokenizer)
-        template = template_of(delta.metadata)
-        full_name = f"{name}:{delta_name}"
-        models[full_name] = _serve(full_name, model, tokenizer, template, base_hash + delta.hash, config)
-    return models
-
-
-def template_of(metadata: dict[str, Any]) -> Template:
-    """The one that a model says it was tuned with."""
-    stored = metadata.get("template")
-    return template_from_json(stored) if stored else PacosTemplate()
-
-
-def _serve(
-    name: str, model: Decoder, tokenizer: Tokenizer, template: Template, weights: str, config: GeneratorConfig
-) -> "ServedModel":
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"model={config.model!r}: the tokenizer has {tokenizer.vocab_size} tokens, the model only "
-            f"{model.config.vocab_size}; their files do not belong together"
-        )
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    engine = Engine(model.to(config.device, dtype), max_batch_size=config.max_batch_size, max_queue=config.max_queue)
-    identity = ":".join([weights, tokenizer.fingerprint(), config.precision, json.dumps(template.to_json())])
-    model_hash = hashlib.sha256(identity.encode()).hexdigest()
-    info = ModelInfo(name, model_hash, model.max_length, template.to_json())
-    return ServedModel(info, EngineFront(engine, name=f"engine {name}"), tokenizer, template)
-
-
-def load_with_delta(folder: Path, trained: Path, base_hash: str, tokenizer: Tokenizer) -> tuple[Decoder, Delta]:
-    delta = read_delta(trained)
-    check_base(
-        delta,
-        str(trained),
-        base_hash=base_hash,
-        tokenizer_hash=tokenizer.fingerprint(),
-    )
-    model = load_decoder(folder)  # in fp32, whatever is served: merging rounds only once
-    fold_delta(model, delta)
-    return model.requires_grad_(False).eval(), delta
+    text: TextStream
+    num_tokens: int = 0
+    """Whose text is still held back."""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
 class ServedModel:
-    def __init__(self, info: ModelInfo, front: EngineFront, tokenizer: Tokenizer, template: Template) -> None:
+    """A name's tokenizer and template over an engine, which other names may share; `delta` is the engine's name of its
+    own part."""
+
+    def __init__(
+        self, info: ModelInfo, front: EngineFront, tokenizer: Tokenizer, template: Template, *, delta: str | None = None
+    ) -> None:
         self.info = info
         self.front = front
         self.tokenizer = tokenizer
         self.template = template
+        self.delta = delta
+        self._token_bytes = tokenizer.token_bytes()
         self._mean_duration_s = 1.0
 
     async def encode(self, request: GenerateRequest) -> list[tuple[list[int], PromptInfo]]:
-        """Token ids of each prompt. Long texts take a while, so this is off the event loop."""
+        """Token ids of each prompt. Long texts take a while, so this is off the event loop.
+
+        Raises:
+            InvalidRequest: the template has no place for a conversation, or a question leaves no room.
+        """
         return await asyncio.to_thread(lambda: [self._encode(prompt, request.max_tokens) for prompt in request.prompts])
 
     async def generate(self, request: GenerateRequest, prompts: Sequence[list[int]]) -> AsyncGenerator[Piece, None]:
         """Pieces of all prompts' answers as they come.
 
         Raises:
-            InvalidRequest, QueueFull, GenerationFailed, EngineStopped: as `EngineFront.generate`; one prompt's
-                exception ends all.
+            InvalidRequest, UnknownDelta, QueueFull, GenerationFailed, EngineStopped: as `EngineFront.generate`; one
+                prompt's exception ends all.
         """
-        answers = [self._answer(index, ids, request) for index, ids in enumerate(prompts)]
+        answers = [self._answers(index * request.n, ids, request) for index, ids in enumerate(prompts)]
         stream = answers[0] if len(answers) == 1 else merge(answers)
         async with aclosing(stream):
             async for piece in stream:
@@ -115,41 +80,83 @@ class ServedModel:
         rounds = stats.waiting / max(1, stats.running)
         return max(1, min(60, math.ceil(rounds * self._mean_duration_s)))
 
-    async def _answer(self, index: int, ids: list[int], request: GenerateRequest) -> AsyncGenerator[Piece, None]:
-        text = TextStream(self.tokenizer, stop=request.stop)
-        sampling = Sampling(
+    async def _answers(self, first: int, ids: list[int], request: GenerateRequest) -> AsyncGenerator[Piece, None]:
+        """Of the `n` answers to one prompt, of which the first is choice `first`."""
+        answers = [_Answer(TextStream(self.tokenizer, stop=request.stop)) for _ in range(request.n)]
+        start = time.monotonic()
+        async with aclosing(self.front.generate(ids, self._sampling(request), self.delta)) as events:
+            async for event in events:
+                piece = self._piece(first + event.index, answers[event.index], event)
+                if piece.text or piece.finish_reason:
+                    yield piece
+        self._mean_duration_s += 0.1 * (time.monotonic() - start - self._mean_duration_s)
+
+    def _piece(self, index: int, answer: _Answer, event: Event) -> Piece:
+        """What `event` makes certain of the answer; without text while that is held back."""
+        new = ""
+        if event.token is not None:
+            answer.num_tokens += 1
+            new = answer.text.push(event.token)
+            if event.logprob is not None:
+                answer.logprobs.append(self._logprob(event.token, event.logprob, event.top_logprobs))
+        if event.finish_reason and not answer.text.stopped:
+            new += answer.text.finish()
+        reason = "stop" if event.finish_reason and answer.text.stopped else event.finish_reason
+        if not (new or reason):
+            return Piece(index, "", 0)
+        piece = Piece(index, new, answer.num_tokens, reason, tuple(answer.logprobs))
+        answer.num_tokens, answer.logprobs = 0, []
+        return piece
+
+    def _sampling(self, request: GenerateRequest) -> Sampling:
+        return Sampling(
             max_tokens=request.max_tokens,
+            n=request.n,
             temperature=request.temperature,
             top_k=request.top_k,
             top_p=request.top_p,
+            min_p=request.min_p,
+            repetition_penalty=request.repetition_penalty,
+            presence_penalty=request.presence_penalty,
+            frequency_penalty=request.frequency_penalty,
+            logit_bias=request.logit_bias,
             seed=request.seed,
-            stop_ids=frozenset({self.tokenizer.end_id}),
+            end_id=self.tokenizer.end_id,
+            ignore_eos=request.ignore_eos,
+            stop=request.stop,
+            logprobs=request.logprobs,
         )
-        start = time.monotonic()
-        unreported = 0  # tokens whose text is still held back
-        async with aclosing(self.front.generate(ids, sampling)) as events:
-            async for event in events:
-                new = ""
-                if event.token is not None:
-                    unreported += 1
-                    new = text.push(event.token)
-                reason = event.finish_reason
-                if reason and not text.stopped:
-                    new += text.finish()
-                if text.stopped:
-                    reason = "stop"
-                if new or reason:
-                    yield Piece(index, new, unreported, reason)
-                    unreported = 0
-                if reason:
-                    break
-        self._mean_duration_s += 0.1 * (time.monotonic() - start - self._mean_duration_s)
+
+    def _logprob(self, token: int, logprob: float, top: Sequence[tuple[int, float]] = ()) -> TokenLogprob:
+        content = self._token_bytes[token]
+        text = content.decode(errors="replace") if content else self.tokenizer.decode([token], keep_special=True)
+        return TokenLogprob(text, tuple(content), logprob, tuple(self._logprob(*likely) for likely in top))
 
     def _encode(self, prompt: Prompt, max_tokens: int) -> tuple[list[int], PromptInfo]:
         if isinstance(prompt, RagPrompt):
             return self._encode_question(prompt, max_tokens)
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if isinstance(prompt, ChatPrompt):
+            ids = self._encode_conversation(prompt.messages)
+        else:
+            ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         return ids, PromptInfo(len(ids))
+
+    def _encode_conversation(self, messages: Sequence[Message]) -> list[int]:
+        cleaned = [Message(message.role, self._without_marks(message.content)) for message in messages]
+        try:
+            segments = self.template.conversation(cleaned)
+        except UserError as error:
+            raise InvalidRequest(str(error)) from None
+        return self._ids_of(segments)
+
+    def _ids_of(self, segments: Sequence[Segment]) -> list[int]:
+        """As training encodes them: one by one, each response with an end of text."""
+        ids: list[int] = []
+        for segment in segments:
+            ids += self.tokenizer.encode(segment.text)
+            if segment.ends:
+                ids.append(self.tokenizer.end_id)
+        return ids
 
     def _encode_question(self, prompt: RagPrompt, max_tokens: int) -> tuple[list[int], PromptInfo]:
         """The template with as many passages as leave room for the answer, which gets half the context at most.

@@ -27,6 +27,10 @@ SCHEME = "models:/"
 _HASH = "delta_hash"
 
 
+class NotRegistered(UserError):
+    """The registry has no such name, alias or version."""
+
+
 @dataclass(frozen=True)
 class Version:
     """One line of `pacos models`."""
@@ -110,7 +114,8 @@ def pinned(reference: str, *, uri: str) -> str:
     """`models:/NAME@ALIAS` as the `models:/NAME/VERSION` that it means now.
 
     Raises:
-        UserError: there is no such name, alias or version.
+        NotRegistered: there is no such name, alias or version.
+        UserError: it is no reference, or the store does not answer.
     """
     found = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", reference)
     if found is None:
@@ -124,13 +129,13 @@ def pinned(reference: str, *, uri: str) -> str:
             aliases = _aliases(client, name)
             if alias not in aliases:
                 known = ", ".join(sorted(aliases)) or "none"
-                raise UserError(
+                raise NotRegistered(
                     f"{reference!r}: {name!r} has no alias {alias!r} (it has {known}); "
                     f"`pacos promote {name} VERSION` sets production"
                 )
             version = aliases[alias]
         if version not in versions:
-            raise UserError(f"{reference!r}: {name!r} has {_listed(versions)}")
+            raise NotRegistered(f"{reference!r}: {name!r} has {_listed(versions)}")
     return f"{SCHEME}{name}/{version}"
 
 
@@ -176,10 +181,10 @@ def _downloaded(source: str, delta_hash: str, *, uri: str) -> Path:
 
 
 def _versions(client: "MlflowClient", name: str) -> dict[str, "ModelVersion"]:
-    """By number. Raises `UserError` where there is no such model."""
+    """By number. Raises `NotRegistered` where there is no such model."""
     if not _exists(client, name):
         known = ", ".join(_names(client)) or "none"
-        raise UserError(f"no model {name!r} is registered; there are: {known}")
+        raise NotRegistered(f"no model {name!r} is registered; there are: {known}")
     return {str(version.version): version for version in client.search_model_versions(f"name='{name}'")}
 
 

@@ -7,10 +7,11 @@ import pytest
 
 from app.config import ApplicationConfig, PromoteConfig, TrackingConfig
 from app.data.prompts import AlpacaTemplate, PacosTemplate
+from app.data.records import Message
 from app.errors import UserError
 from app.serving.generator import GeneratorDeployment
-from app.serving.messages import Completion, GenerateRequest, Piece, RagPrompt, Refusal, Started
-from app.serving.registered_deltas import with_pinned_deltas
+from app.serving.messages import ChatPrompt, Completion, GenerateRequest, Piece, RagPrompt, Refusal, Started
+from app.serving.registered_deltas import with_registry
 from app.tracking.registry import promote, register
 from app.tracking.run import open_tracker, tracked_run
 
@@ -122,8 +123,8 @@ def test_a_registered_delta_is_served_as_its_folder_is(generator, model_dir, del
         assert register(run, "served", delta_folder=copy, figures={}) == "served/1"
     promote(PromoteConfig(name="served", version=1))
     settings = config(model_dir, deltas={"tuned": "models:/served@production"})
-    settings = settings.model_copy(update={"generator": with_pinned_deltas(settings.generator)})
-    assert settings.generator.deltas == {"tuned": "models:/served/1"}
+    settings = settings.model_copy(update={"generator": with_registry(settings.generator)})
+    assert settings.generator.tracking.uri == tracking_store, "not auto, which means another store elsewhere"
     registered = GeneratorDeployment(settings)
     try:
         answers = [
@@ -155,7 +156,11 @@ def test_a_registered_delta_of_another_base_is_refused(delta_dir, tmp_path, tiny
         ({"prompts": ("hay", (-1,))}, 400, "invalid_prompt"),
         ({"prompts": ((1,) * 2048,)}, 400, "context_length_exceeded"),
         ({"prompts": (RagPrompt("hay " * 2048, ("x",)),)}, 400, "context_length_exceeded"),
-        ({"prompts": ("x",) * 50}, 400, "too_many_prompts"),
+        ({"prompts": ("x",) * 50}, 400, "too_many_choices"),
+        ({"n": 13}, 400, "too_many_choices"),
+        ({"prompts": (ChatPrompt((Message("assistant", "x"),)),)}, 400, "invalid_prompt"),
+        ({"prompts": (ChatPrompt((Message("user", "hay " * 2048),)),)}, 400, "context_length_exceeded"),
+        ({"logit_bias": {500: 1.0}}, 400, "invalid_prompt"),
     ],
 )
 def test_what_cannot_be_answered_is_refused_with_a_reason(generator, values, status, code):
@@ -167,7 +172,7 @@ def test_what_cannot_be_answered_is_refused_with_a_reason(generator, values, sta
 
 
 def test_a_failed_step_is_a_503_and_the_next_request_is_answered(generator, greedy):
-    engine = generator._models["pacos"].front._engine
+    engine = generator._library.get("pacos").front._engine
     run = engine._runner.run
 
     def fail_once(sequences):
@@ -183,7 +188,7 @@ def test_a_failed_step_is_a_503_and_the_next_request_is_answered(generator, gree
 def test_a_dead_engine_fails_the_health_check(model_dir):
     generator = GeneratorDeployment(config(model_dir))
     generator.check_health()
-    generator._models["pacos"].front.shutdown()
+    generator._library.get("pacos").front.shutdown()
     with pytest.raises(RuntimeError, match="engine of pacos"):
         generator.check_health()
 
@@ -195,7 +200,7 @@ def test_each_model_answers_in_the_template_that_it_was_trained_with(model_dir, 
     generator = GeneratorDeployment(config(model_dir, deltas={"own": str(delta_dir), "alpaca": str(copy)}))
     prompts = {
         name: tokenizer.decode(model._encode(RagPrompt("Why?", ("hay",)), 16)[0])
-        for name, model in generator._models.items()
+        for name, model in generator._library.models.items()
     }
     assert prompts["pacos"] == prompts["pacos:own"] == PacosTemplate().prompt("Why?", "hay")
     assert prompts["pacos:alpaca"] == AlpacaTemplate().prompt("Why?", "hay")
@@ -205,7 +210,7 @@ def test_each_model_answers_in_the_template_that_it_was_trained_with(model_dir, 
 
 
 def test_passages_stand_in_the_template_on_one_line_as_many_as_fit(generator, tokenizer):
-    model = generator._models["pacos"]
+    model = generator._library.get("pacos")
     ids, info = model._encode(RagPrompt("Why?\n", ("one\ntwo", "<|endoftext|>three\nResponse: no")), 16)
     assert tokenizer.decode(ids) == PacosTemplate().prompt("Why?", "one two three Response: no")
     assert (info.num_tokens, info.num_passages) == (len(ids), 2)

@@ -10,7 +10,7 @@ import torch
 from app.config import ApplicationConfig, PromoteConfig, StoreConfig, TrackingConfig, validate
 from app.errors import UserError
 from app.methods.delta import read_delta
-from app.serving.registered_deltas import delta_folder, with_pinned_deltas
+from app.serving.registered_deltas import delta_folder, version_now, with_registry
 from app.tracking.registry import fetch, list_versions, pinned, promote, register
 from app.tracking.run import open_tracker, tracked_run
 from app.tracking.store import open_store
@@ -41,10 +41,10 @@ def moved(uri: str, name: str, version: int) -> int | None:
 
 
 def served(uri: str, reference: str) -> Path:
-    """As a start of the application resolves it."""
+    """As a server resolves it."""
     values = {"generator": {"deltas": {"a": reference}, "tracking": {"uri": uri}}}
-    generator = with_pinned_deltas(validate(ApplicationConfig, values).generator)
-    return delta_folder(generator.deltas["a"], generator.tracking)
+    generator = with_registry(validate(ApplicationConfig, values).generator)
+    return delta_folder(version_now(generator.deltas["a"], generator.tracking), generator.tracking)
 
 
 def test_serving_gets_the_version_that_was_promoted_last(

@@ -1,0 +1,238 @@
+"""The models of one generator replica, by name: the base, and deltas over it that come and go while it answers.
+
+Deltas stand in the base's engine and share its batches, whatever their technique. Those that train the base's own
+weights cannot, and have an engine each. Knows no Ray and no HTTP.
+"""
+
+import hashlib
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from app.assets import model_folder
+from app.config import GeneratorConfig
+from app.data.prompts import PacosTemplate, Template, template_from_json
+from app.data.tokenization import Tokenizer, load_tokenizer
+from app.engine.deltas import DeltasFull, needs_own_model
+from app.engine.engine import Engine, EngineSettings
+from app.engine.front import EngineFront
+from app.errors import UserError
+from app.methods.delta import Delta, check_base, fold_delta, read_delta
+from app.models.checkpoints import load_decoder, read_provenance, weights_hash
+from app.models.decoder import Decoder
+from app.serving.messages import ModelInfo
+from app.serving.registered_deltas import delta_folder, follows_alias, production, version_now
+from app.serving.served_model import ServedModel
+from app.tracking.registry import NotRegistered
+
+logger = logging.getLogger("ray.serve")
+
+_GRACE_S = 5.0
+"""A model that was replaced is kept for so long, for requests that have found it and not reached its engine yet."""
+
+
+class ModelLibrary:
+    def __init__(self, config: GeneratorConfig, *, name: str) -> None:
+        """Load the base as `name`, and each delta of the settings as `name:DELTA`.
+
+        Raises:
+            UserError: a folder is missing or damaged, or a delta is not registered, or of another base or tokenizer,
+                or all of them together are larger than `max_delta_bytes`.
+        """
+        self.name = name
+        self._config = config
+        self._folder = model_folder(config.model)
+        self._tokenizer = load_tokenizer(self._folder)
+        self._base_hash = weights_hash(self._folder)
+        base = load_decoder(self._folder)
+        _check_vocabulary(base, self._tokenizer, config)
+        self._front = self._engine(base, name)
+        template = template_of(read_provenance(self._folder))
+        self._models = {name: self._served(name, self._front, template, self._base_hash, base.max_length)}
+        self._references = dict(config.deltas)
+        """By the delta's name, what it is loaded from; an alias is looked up again and again."""
+        self._versions: dict[str, str] = {}
+        """By the delta's name, what its reference meant when it was loaded."""
+        self._unknown_until: dict[str, float] = {}
+        self._loading = threading.Lock()
+        try:
+            for delta_name, reference in config.deltas.items():
+                self._load(delta_name, version_now(reference, config.tracking), pin=True)
+        except DeltasFull as error:
+            self.shutdown()
+            raise UserError(f"generator.max_delta_bytes={config.max_delta_bytes}: {error}; raise it") from None
+        except BaseException:
+            self.shutdown()
+            raise
+
+    @property
+    def models(self) -> dict[str, ServedModel]:
+        """Those that are loaded, by full name."""
+        return dict(self._models)
+
+    def get(self, full_name: str) -> ServedModel | None:
+        return self._models.get(full_name)
+
+    def find(self, full_name: str) -> ServedModel | None:
+        """The same, and a registered delta that nobody has asked for yet is loaded. Blocks while it does.
+
+        Raises:
+            UserError: the registered delta does not fit the base, or is not what was registered.
+            DeltasFull: deltas that are in use leave no room for it.
+        """
+        delta_name = full_name.removeprefix(f"{self.name}:")
+        if full_name in self._models or delta_name == full_name or not self._config.load_registered:
+            return self._models.get(full_name)
+        with self._loading:
+            if full_name not in self._models and time.monotonic() >= self._unknown_until.get(delta_name, 0):
+                self._load_registered(delta_name)
+        return self._models.get(full_name)
+
+    def load_again(self, model: ServedModel) -> None:
+        """Put a delta back that had to make room for others.
+
+        Raises:
+            UserError, DeltasFull: as `find`.
+        """
+        delta_name = model.info.name.removeprefix(f"{self.name}:")
+        with self._loading:
+            self._load(delta_name, self._versions[delta_name], pin=delta_name in self._config.deltas)
+
+    def follow_aliases(self) -> None:
+        """Load what each alias means now, and answer with it from then on; requests that run end as they began.
+
+        One that cannot be loaded is told in the log, and the old one stays.
+        """
+        for delta_name, reference in list(self._references.items()):
+            if not follows_alias(reference):
+                continue
+            try:
+                version = version_now(reference, self._config.tracking)
+                if version != self._versions.get(delta_name):
+                    with self._loading:
+                        self._load(delta_name, version, pin=delta_name in self._config.deltas)
+                    logger.info(f"{self.name}:{delta_name} is {version} now")
+            except (UserError, DeltasFull) as error:
+                logger.error(f"{self.name}:{delta_name} stays {self._versions.get(delta_name)}: {error}")
+            except Exception:  # whatever a store or a damaged file raises: what is loaded still answers
+                logger.exception(f"{self.name}:{delta_name} stays {self._versions.get(delta_name)}")
+
+    @property
+    def has_aliases(self) -> bool:
+        return self._config.load_registered or any(map(follows_alias, self._references.values()))
+
+    @property
+    def fronts(self) -> dict[str, EngineFront]:
+        """The engines, by the name of the first model on each."""
+        fronts: dict[int, tuple[str, EngineFront]] = {}
+        for name, model in self.models.items():
+            fronts.setdefault(id(model.front), (name, model.front))
+        return dict(fronts.values())
+
+    def shutdown(self) -> None:
+        for front in self.fronts.values():
+            front.shutdown()
+
+    def _load_registered(self, delta_name: str) -> None:
+        reference = production(delta_name)
+        try:
+            version = version_now(reference, self._config.tracking) if reference else None
+        except NotRegistered:
+            version = None
+        if reference is None or version is None:
+            if len(self._unknown_until) > 1000:  # whoever guesses names
+                self._unknown_until.clear()
+            self._unknown_until[delta_name] = time.monotonic() + self._config.refresh_s
+            return
+        self._load(delta_name, version, pin=False)
+        self._references[delta_name] = reference
+
+    def _load(self, delta_name: str, version: str, *, pin: bool) -> None:
+        """Have `NAME:delta_name` answer with the delta that `version` is, a folder or a registered version."""
+        full_name = f"{self.name}:{delta_name}"
+        folder = delta_folder(version, self._config.tracking)
+        delta = read_delta(folder)
+        fingerprint = self._tokenizer.fingerprint()
+        check_base(delta, str(folder), base_hash=self._base_hash, tokenizer_hash=fingerprint)
+        template, weights = template_of(delta.metadata), self._base_hash + delta.hash
+        if needs_own_model(delta):
+            model = with_delta(self._folder, delta)
+            front = self._engine(model, full_name)
+            served = self._served(full_name, front, template, weights, model.max_length)
+        else:
+            variant = self._front.load_delta(delta, pin=pin)
+            room = self._models[self.name].info.context_length - variant.prefix_length
+            served = self._served(full_name, self._front, template, weights, room, delta=variant.hash)
+        replaced = self._models.get(full_name)
+        self._models[full_name] = served
+        self._versions[delta_name] = version
+        if replaced is not None:
+            self._retire(replaced)
+
+    def _retire(self, model: ServedModel) -> None:
+        if model.front is not self._front:
+            threading.Thread(target=_shutdown_when_idle, args=(model.front,), daemon=True).start()
+        elif model.delta is not None and not any(other.delta == model.delta for other in self._models.values()):
+            self._front.unpin_delta(model.delta)
+
+    def _engine(self, model: Decoder, name: str) -> EngineFront:
+        config = self._config
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        settings = EngineSettings(
+            max_batch_size=config.max_batch_size,
+            max_queue=config.max_queue,
+            max_kv_bytes=config.max_kv_bytes,
+            max_delta_bytes=config.max_delta_bytes,
+        )
+        model = model.requires_grad_(False).eval().to(config.device, dtype)
+        engine = Engine(model, settings, token_bytes=self._tokenizer.token_bytes())
+        return EngineFront(engine, name=f"engine {name}")
+
+    def _served(
+        self,
+        full_name: str,
+        front: EngineFront,
+        template: Template,
+        weights: str,
+        context_length: int,
+        *,
+        delta: str | None = None,
+    ) -> ServedModel:
+        parts = [weights, self._tokenizer.fingerprint(), self._config.precision, json.dumps(template.to_json())]
+        model_hash = hashlib.sha256(":".join(parts).encode()).hexdigest()
+        info = ModelInfo(full_name, model_hash, context_length, template.to_json())
+        return ServedModel(info, front, self._tokenizer, template, delta=delta)
+
+
+def template_of(metadata: dict[str, Any]) -> Template:
+    """The one that a model says it was tuned with."""
+    stored = metadata.get("template")
+    return template_from_json(stored) if stored else PacosTemplate()
+
+
+def with_delta(folder: Path, delta: Delta) -> Decoder:
+    """The model in `folder` with `delta` folded into it."""
+    model = load_decoder(folder)  # in fp32, whatever is served: merging rounds only once
+    fold_delta(model, delta)
+    return model.requires_grad_(False).eval()
+
+
+def _check_vocabulary(model: Decoder, tokenizer: Tokenizer, config: GeneratorConfig) -> None:
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"model={config.model!r}: the tokenizer has {tokenizer.vocab_size} tokens, the model only "
+            f"{model.config.vocab_size}; their files do not belong together"
+        )
+
+
+def _shutdown_when_idle(front: EngineFront, *, sleep: Callable[[float], None] = time.sleep) -> None:
+    sleep(_GRACE_S)
+    while front.stats().running or front.stats().waiting:
+        sleep(1.0)
+    front.shutdown()

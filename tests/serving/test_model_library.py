@@ -1,0 +1,228 @@
+"""Deltas that come and go while requests run: from folders and from the registry."""
+
+import asyncio
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from app.config import ApplicationConfig, PromoteConfig, StoreConfig, TrackingConfig
+from app.config.methods import AdapterConfig, FreezeConfig, LoraConfig, MethodConfig, PrefixConfig
+from app.data.tokenization import Tokenizer
+from app.errors import UserError
+from app.methods import apply_method
+from app.methods.delta import Delta, apply_delta, read_delta, write_delta
+from app.models.checkpoints import load_decoder, weights_hash
+from app.serving.generator import GeneratorDeployment
+from app.serving.messages import Completion, GenerateRequest, Refusal
+from app.tracking.registry import promote, register
+from app.tracking.run import open_tracker, tracked_run
+
+PROMPT = "An adult alpaca"
+MakeDelta = Callable[..., Path]
+
+
+@pytest.fixture
+def make_delta(model_dir: Path, tokenizer: Tokenizer, tmp_path: Path) -> MakeDelta:
+    def make(name: str, method: MethodConfig, *, seed: int = 0) -> Path:
+        model = load_decoder(model_dir)
+        apply_method(model, method)
+        generator = torch.Generator().manual_seed(seed)
+        weights = {
+            key: parameter + 0.5 * torch.randn(parameter.shape, generator=generator)
+            for key, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
+        folder = tmp_path / name
+        folder.mkdir()
+        metadata = {
+            "base": str(model_dir), "base_hash": weights_hash(model_dir), "tokenizer_hash": tokenizer.fingerprint(),
+        }  # fmt: skip
+        write_delta(folder, Delta(method, {key: weight.detach() for key, weight in weights.items()}, metadata))
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def deploy(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., GeneratorDeployment]]:
+    monkeypatch.setattr("app.serving.model_library._GRACE_S", 0.1)
+    made = []
+
+    def make(**values) -> GeneratorDeployment:
+        values = {"model": str(model_dir), "threads": 1, "max_batch_size": 8, "refresh_s": 0.2} | values
+        made.append(GeneratorDeployment(ApplicationConfig.model_validate({"generator": values})))
+        return made[-1]
+
+    yield make
+    for deployment in made:
+        deployment.__del__()
+
+
+@pytest.fixture
+def registry(tracking_store: str, tmp_path: Path) -> Callable[[str, Path], int]:
+    """Registers a delta and promotes it; returns its version."""
+
+    def put(name: str, delta: Path) -> int:
+        tracker = open_tracker(TrackingConfig(), output=str(tmp_path))
+        output = tmp_path / f"run-{delta.name}"
+        output.mkdir()
+        copy = Path(shutil.copytree(delta, output / "delta"))
+        with tracked_run(tracker, name=name, output=output, settings={}, resume=False, warn=pytest.fail) as run:
+            assert run is not None and run.keep(copy)
+            version = int(register(run, name, delta_folder=copy, figures={}).rpartition("/")[2])
+        promote(PromoteConfig(name=name, version=version, tracking=StoreConfig(uri=tracking_store)))
+        return version
+
+    return put
+
+
+def ask(generator: GeneratorDeployment, name: str, **values) -> Completion | Refusal:
+    full_name = f"pacos:{name}" if name else "pacos"
+    values = {"max_tokens": 12, "temperature": 0.0} | values
+    return asyncio.run(generator.complete(GenerateRequest(full_name, (PROMPT,), **values)))
+
+
+def text(generator: GeneratorDeployment, name: str) -> str:
+    answer = ask(generator, name)
+    assert isinstance(answer, Completion), answer
+    return answer.choices[0].text
+
+
+@torch.inference_mode()
+def alone(model_dir: Path, delta: Path, tokenizer: Tokenizer) -> str:
+    """What the model with `delta` alone answers, token by token without an engine."""
+    model = load_decoder(model_dir)
+    apply_delta(model, read_delta(delta))
+    ids = tokenizer.encode(PROMPT)
+    for _ in range(12):
+        ids.append(int(model.head(model(torch.tensor([ids]))[0, -1]).argmax()))
+    return tokenizer.decode(ids[-12:])
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_deltas_of_all_kinds_answer_as_each_does_alone_and_share_the_bases_engine(
+    deploy, make_delta, model_dir, tokenizer
+):
+    methods = {
+        "lora": LoraConfig(rank=2), "adapter": AdapterConfig(size=4), "prefix": PrefixConfig(length=3),
+        "frozen": FreezeConfig(frozen=("embeddings", "blocks.0")),
+    }  # fmt: skip
+    deltas = {name: make_delta(name, method) for name, method in methods.items()}
+    generator = deploy(deltas={name: str(folder) for name, folder in deltas.items()})
+
+    async def all_at_once() -> list[Completion | Refusal]:
+        requests = [GenerateRequest(f"pacos:{name}", (PROMPT,), max_tokens=12, temperature=0.0) for name in deltas]
+        return await asyncio.gather(*map(generator.complete, requests))
+
+    texts = [answer.choices[0].text for answer in asyncio.run(all_at_once())]
+    assert texts == [alone(model_dir, folder, tokenizer) for folder in deltas.values()]
+    assert len({*texts, text(generator, "")}) == 5, "each its own answer"
+    assert list(asyncio.run(generator.stats())) == ["pacos", "pacos:frozen"], "one trains the base's own weights"
+    lengths = {info.name: info.context_length for info in asyncio.run(generator.models())}
+    assert lengths["pacos:prefix"] == lengths["pacos"] - 3
+
+
+def test_a_promoted_delta_answers_soon_and_no_request_fails_meanwhile(deploy, make_delta, registry):
+    first, second = (make_delta(f"v{seed}", LoraConfig(rank=2), seed=seed) for seed in (1, 2))
+    registry("followed", first)
+    generator = deploy(deltas={"live": "models:/followed@production", "old": str(first), "new": str(second)})
+    old, new = text(generator, "old"), text(generator, "new")
+    assert text(generator, "live") == old != new
+    answers: list[Completion | Refusal] = []
+    ended = threading.Event()
+
+    def load() -> None:
+        while not ended.is_set():
+            answers.append(ask(generator, "live"))
+
+    threads = [threading.Thread(target=load) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    registry("followed", second)
+    until(lambda: text(generator, "live") == new)
+    ended.set()
+    for thread in threads:
+        thread.join()
+    assert {answer.choices[0].text for answer in answers if isinstance(answer, Completion)} >= {old}
+    assert all(isinstance(answer, Completion) and answer.choices[0].text in (old, new) for answer in answers)
+
+
+def test_a_model_with_an_engine_of_its_own_is_replaced_under_load_too(deploy, make_delta, registry):
+    first, second = (
+        make_delta(f"v{seed}", FreezeConfig(frozen=("embeddings", "blocks.0")), seed=seed) for seed in (1, 2)
+    )
+    registry("whole", first)
+    generator = deploy(deltas={"live": "models:/whole@production"})
+    old = text(generator, "live")
+    front = generator._library.get("pacos:live").front
+    found = generator._library.get("pacos:live")
+    registry("whole", second)
+    until(lambda: text(generator, "live") != old)
+    until(lambda: not front.is_alive)
+    # a request that found the old one before, and comes to its engine only now
+    generator._library.get = lambda name, get=generator._library.get, stale=[found]: stale.pop() if stale else get(name)
+    assert text(generator, "live") != old
+    generator.check_health()
+
+
+def test_a_broken_delta_is_refused_and_the_old_one_stays(deploy, make_delta, registry, tmp_path, caplog):
+    good = make_delta("good", LoraConfig(rank=2), seed=1)
+    registry("breaking", good)
+    generator = deploy(deltas={"live": "models:/breaking@production"}, refresh_s=1000)
+    old = text(generator, "live")
+    bad = make_delta("bad", LoraConfig(rank=2), seed=2)
+    registry("breaking", bad)
+    weights = tmp_path / "run-bad" / "delta" / "delta.safetensors"
+    for file in [weights, *Path(tmp_path).rglob("delta.safetensors"), *_artifacts(weights)]:
+        if file.read_bytes() == (bad / "delta.safetensors").read_bytes() and bad not in file.parents:
+            file.write_bytes(file.read_bytes()[:-8])
+    generator._library.follow_aliases()
+    (line,) = [record.getMessage() for record in caplog.records if "stays" in record.getMessage()]
+    assert line.startswith("pacos:live stays models:/breaking/1: ") and "damaged" in line
+    assert text(generator, "live") == old
+
+
+def _artifacts(weights: Path) -> list[Path]:
+    import mlflow
+
+    root = mlflow.get_tracking_uri().removeprefix("sqlite:///")
+    return list(Path(root).parent.rglob("delta.safetensors"))
+
+
+def test_a_registered_delta_is_loaded_when_it_is_first_asked_for(deploy, make_delta, registry):
+    folder = make_delta("late", LoraConfig(rank=2), seed=4)
+    generator = deploy(load_registered=True, deltas={"reference": str(folder)})
+    unknown = ask(generator, "first-asked")
+    assert isinstance(unknown, Refusal) and unknown.status == 404
+    registry("first-asked", folder)
+    until(lambda: isinstance(ask(generator, "first-asked"), Completion))
+    assert text(generator, "first-asked") == text(generator, "reference")
+    assert "pacos:first-asked" in [info.name for info in asyncio.run(generator.models())]
+    for name in ("../x", "a@b", "x'or'", "", "a/b"):
+        assert ask(generator, name or " ").status == 404
+    assert ask(deploy(), "first-asked").status == 404, "not without load_registered"
+
+
+def test_what_was_unloaded_for_another_is_loaded_again(deploy, make_delta, registry):
+    folders = [make_delta(f"delta-{seed}", LoraConfig(rank=4), seed=seed) for seed in range(3)]
+    for number, folder in enumerate(folders):
+        registry(f"many-{number}", folder)
+    size = sum(weight.numel() * 4 for weight in read_delta(folders[0]).weights.values())
+    generator = deploy(load_registered=True, max_delta_bytes=2 * size + 64)
+    texts = [text(generator, f"many-{number}") for number in range(3)]
+    assert asyncio.run(generator.stats())["pacos"]["deltas"] == 2
+    assert [text(generator, f"many-{number}") for number in range(3)] == texts
+    pinned = {f"pinned-{number}": str(folder) for number, folder in enumerate(folders)}
+    with pytest.raises(UserError, match=r"max_delta_bytes=\d+.*raise it"):
+        deploy(max_delta_bytes=2 * size + 64, deltas=pinned)
