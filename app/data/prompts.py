@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from app.config.data import ChatTemplateConfig, TemplateConfig
-from app.data.records import Conversation, Instruction, Message, Record, Text
+from app.data.records import Instruction, Message, Record, Text
 from app.errors import UserError
 
 
@@ -28,8 +28,10 @@ class Template(Protocol):
         """What the model reads before it answers."""
         ...
 
-    def conversation(self, messages: Sequence[Message]) -> list[Segment]:
+    def conversation(self, messages: Sequence[Message], input: str = "") -> list[Segment]:
         """What the model reads before it answers the last of `messages`: what training put before that answer.
+
+        `input` is that message's, as an instruction has one.
 
         Raises:
             UserError: the template has no place for such messages.
@@ -56,7 +58,7 @@ class _Plain:
     def prompt(self, instruction: str, input: str = "") -> str:
         raise NotImplementedError
 
-    def conversation(self, messages: Sequence[Message]) -> list[Segment]:
+    def conversation(self, messages: Sequence[Message], input: str = "") -> list[Segment]:
         roles = [message.role for message in messages]
         turns = roles[1:] if roles[:1] == ["system"] else roles
         if turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
@@ -64,7 +66,7 @@ class _Plain:
                 f"messages of {', '.join(roles)}: the template {self.type!r} has a place for one system message, then "
                 "user and assistant in turn, the user last"
             )
-        *before, _ = self.segments(Conversation((*messages, Message("assistant", ""))))
+        *before, _ = self._segments_of((*messages, Message("assistant", "")), last_input=input)
         return before
 
     def segments(self, record: Record) -> list[Segment]:
@@ -73,10 +75,15 @@ class _Plain:
         if isinstance(record, Instruction):
             clean = str if self.is_verbatim else str.strip
             return self._turn(self.prompt(clean(record.instruction), record.input), clean(record.output))
-        system, turns = _without_system(record)
+        return self._segments_of(record.messages)
+
+    def _segments_of(self, messages: Sequence[Message], *, last_input: str = "") -> list[Segment]:
+        system, turns = _without_system(messages)
         segments = []
         for index in range(0, len(turns), 2):
-            prompt = self._later(turns[index].content) if index else system + self.prompt(turns[0].content)
+            input = last_input if index + 2 == len(turns) else ""
+            content = turns[index].content
+            prompt = self._later(_join(content, input)) if index else system + self.prompt(content, input)
             segments += self._turn(prompt, turns[index + 1].content)
         return segments
 
@@ -141,8 +148,10 @@ class ChatTemplate:
     def prompt(self, instruction: str, input: str = "") -> str:
         return self._render([Message("user", _join(instruction, input))], add_generation_prompt=True)
 
-    def conversation(self, messages: Sequence[Message]) -> list[Segment]:
-        return [Segment(self._render(messages, add_generation_prompt=True), in_loss=False)]
+    def conversation(self, messages: Sequence[Message], input: str = "") -> list[Segment]:
+        *before, last = messages
+        asked = [*before, Message(last.role, _join(last.content, input))]
+        return [Segment(self._render(asked, add_generation_prompt=True), in_loss=False)]
 
     def segments(self, record: Record) -> list[Segment]:
         if isinstance(record, Text):
@@ -261,10 +270,10 @@ def template_from_json(values: Mapping[str, Any]) -> Template:
     return kinds[values["type"]]
 
 
-def _without_system(record: Conversation) -> tuple[str, Sequence[Message]]:
-    first, *rest = record.messages
+def _without_system(messages: Sequence[Message]) -> tuple[str, Sequence[Message]]:
+    first, *rest = messages
     if first.role != "system":
-        return "", record.messages
+        return "", messages
     return f"{first.content}\n\n" if first.content else "", rest
 
 

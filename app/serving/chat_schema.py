@@ -1,14 +1,30 @@
 """The wire of `/v1/chat/completions`, in OpenAI's shapes. Knows no models and no Ray."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from app.data.records import Message
-from app.serving.messages import ChatPrompt, Choice, Completion, GenerateRequest, Piece, TokenLogprob
-from app.serving.openai_schema import MaxTokens, SamplingRequest, Text, Usage, Wire, WireRequest, new_id, now, usage
+from app.serving.messages import ChatPrompt, Choice, Completion, GenerateRequest, Piece, Started, TokenLogprob
+from app.serving.openai_schema import (
+    MaxTokens,
+    SamplingRequest,
+    Source,
+    Text,
+    Usage,
+    Wire,
+    WireRequest,
+    new_id,
+    now,
+    sources,
+    usage,
+)
 
+Value = TypeVar("Value")
+Left = Annotated[Value | None, Field(exclude_if=lambda value: value is None)]
+"""A field that is left out rather than sent as null."""
 NO_LIMIT = 2**20
 """Tokens, for a request that names none: the context ends the answer."""
 
@@ -40,6 +56,11 @@ class ChatRequest(SamplingRequest):
     max_completion_tokens: MaxTokens | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    rag: bool = False
+    """Look for passages of the server's documents, and put them before the model with the last message; not in
+    OpenAI's own API."""
+    rag_top_k: Annotated[int, Field(ge=1, le=50)] | None = None
+    """Passages to retrieve; the server's setting if not given."""
 
     @model_validator(mode="after")
     def _check_chat(self) -> "ChatRequest":
@@ -47,15 +68,17 @@ class ChatRequest(SamplingRequest):
             raise PydanticCustomError("top_logprobs", "top_logprobs needs logprobs=true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise PydanticCustomError("max_tokens", "max_tokens and max_completion_tokens differ; give one of them")
+        if self.rag and self.messages[-1].role != "user":
+            raise PydanticCustomError("rag", "rag needs a last message of the user, which asks")
         return self
 
-    def to_request(self) -> GenerateRequest:
+    def to_request(self, passages: tuple[str, ...] = ()) -> GenerateRequest:
         conversation = tuple(
             Message("system" if message.role == "developer" else message.role, message.content)
             for message in self.messages
         )
         return self._request(
-            (ChatPrompt(conversation),),
+            (ChatPrompt(conversation, passages),),
             max_tokens=self.max_completion_tokens or self.max_tokens or NO_LIMIT,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )
@@ -94,13 +117,15 @@ class ChatResponse(Wire):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    citations: Left[list[Source]] = None
+    """With `rag`, the passages that stood before the model, best first."""
 
 
 class Delta(Wire):
     """What is new of a message."""
 
-    role: Literal["assistant"] | None = None
-    content: str | None = None
+    role: Left[Literal["assistant"]] = None
+    content: Left[str] = None
 
 
 class ChunkChoice(Wire):
@@ -117,23 +142,29 @@ class ChatChunk(Wire):
     model: str
     choices: list[ChunkChoice]
     usage: Usage | None = None
+    citations: Left[list[Source]] = None
+    """With `rag`, in the first chunk alone."""
 
 
-def chat_response(request: ChatRequest, completion: Completion) -> ChatResponse:
+def chat_response(
+    request: ChatRequest, completion: Completion, *, citations: list[Source] | None = None
+) -> ChatResponse:
     return ChatResponse(
         id=new_id("chatcmpl"),
         created=now(),
         model=request.model,
         choices=[_choice(request, index, choice) for index, choice in enumerate(completion.choices)],
         usage=usage(completion.prompt_tokens, completion.completion_tokens),
+        citations=citations,
     )
 
 
 class ChatStream:
     """The chunks of one streamed answer: the text of each choice joins to that of the unstreamed one."""
 
-    def __init__(self, request: ChatRequest) -> None:
+    def __init__(self, request: ChatRequest, *, passages: Sequence[Mapping[str, Any]] | None = None) -> None:
         self._request = request
+        self._passages = passages
         self._head: dict[str, Any] = {"id": new_id("chatcmpl"), "created": now(), "model": request.model}
         self._begun: set[int] = set()
         self._blank: dict[int, tuple[TokenLogprob, ...]] = {}
@@ -143,6 +174,12 @@ class ChatStream:
     def includes_usage(self) -> bool:
         options = self._request.stream_options
         return options is not None and options.include_usage
+
+    def first_chunk(self, started: Started) -> ChatChunk | None:
+        """The citations, where there can be some, before the first word."""
+        if self._passages is None:
+            return None
+        return ChatChunk(**self._head, choices=[], citations=sources(self._passages, started.prompts[0]))
 
     def chunk(self, piece: Piece) -> ChatChunk | None:
         """None where nothing but white space has come yet, with which no message begins."""

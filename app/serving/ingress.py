@@ -11,10 +11,11 @@ from ray.serve.handle import DeploymentHandle
 
 from app import __version__
 from app.config import ApplicationConfig
+from app.data.records import Message
 from app.serving.answering import Answering, Stopwatch
 from app.serving.api_errors import INTERNAL_ERROR, ApiError, BodyLimit, add_error_handlers
 from app.serving.chat_schema import ChatChunk, ChatRequest, ChatResponse, ChatStream, chat_response
-from app.serving.messages import GenerateRequest, Piece, RagPrompt, Started
+from app.serving.messages import ChatPrompt, GenerateRequest, Piece, Started
 from app.serving.openai_schema import (
     CompletionRequest,
     CompletionResponse,
@@ -24,12 +25,12 @@ from app.serving.openai_schema import (
     ModelList,
     RagRequest,
     RagResponse,
-    Source,
     Timings,
     completion_response,
     error_response,
     new_id,
     now,
+    sources,
     usage,
 )
 
@@ -81,11 +82,17 @@ def create_api(answering: Answering) -> FastAPI:
     @api.post("/v1/chat/completions", response_model=ChatResponse, responses=_ERRORS)
     async def chat_completions(body: ChatRequest) -> Response:
         """Answer a conversation, put into the model's own template; `stream: true` sends server-sent events."""
-        request = body.to_request()
+        passages = None
+        if body.rag:
+            top_k = body.rag_top_k or answering.config.retriever.top_k
+            passages = await answering.search(body.messages[-1].content, top_k=top_k)
+        request = body.to_request(passages=tuple(passage["text"] for passage in passages or ()))
         if body.stream:
-            return await _streamed(answering, request, ChatStream(body))
+            return await _streamed(answering, request, ChatStream(body, passages=passages))
         completion, was_cached = await answering.complete(request)
-        return JSONResponse(chat_response(body, completion).model_dump(), headers=_cache_header(was_cached))
+        citations = None if passages is None else sources(passages, completion.prompts[0])
+        response = chat_response(body, completion, citations=citations)
+        return JSONResponse(response.model_dump(), headers=_cache_header(was_cached))
 
     @api.post("/v1/rag", response_model=RagResponse, responses=_ERRORS)
     async def rag(body: RagRequest) -> Response:
@@ -124,7 +131,7 @@ async def answer_question(answering: Answering, body: RagRequest) -> tuple[RagRe
     retrieve_s = watch.lap()
     request = GenerateRequest(
         model=body.model or config.name,
-        prompts=(RagPrompt(body.question, tuple(passage["text"] for passage in passages)),),
+        prompts=(ChatPrompt((Message("user", body.question),), tuple(passage["text"] for passage in passages)),),
         max_tokens=body.max_tokens,
         temperature=body.temperature,
         top_p=body.top_p,
@@ -139,10 +146,7 @@ async def answer_question(answering: Answering, body: RagRequest) -> tuple[RagRe
         model=request.model,
         answer=choice.text.strip(),
         finish_reason=choice.finish_reason,
-        sources=[
-            Source(**{name: passage[name] for name in Source.model_fields})
-            for passage in passages[: completion.prompts[0].num_passages]
-        ],
+        sources=sources(passages, completion.prompts[0]),
         usage=usage(completion.prompt_tokens, completion.completion_tokens),
         timings=Timings(retrieve_s=retrieve_s, generate_s=watch.lap(), total_s=watch.total()),
     )
@@ -166,6 +170,8 @@ async def _events(
 ) -> AsyncIterator[str]:
     num_tokens = 0
     try:
+        if first := stream.first_chunk(started):
+            yield _event(first)
         async with aclosing(items):
             async for item in items:
                 assert isinstance(item, Piece)

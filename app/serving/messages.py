@@ -14,20 +14,14 @@ from app.engine.sequence import FinishReason
 
 @dataclass(frozen=True)
 class ChatPrompt:
-    """A conversation that the model is to go on with."""
+    """A conversation that the model is to go on with, in its own template."""
 
     messages: tuple[Message, ...]
+    passages: tuple[str, ...] = ()
+    """What was found for the last message, best first; the generator takes as many as fit."""
 
 
-@dataclass(frozen=True)
-class RagPrompt:
-    """A question and what was found for it, best first; the generator takes as many passages as fit."""
-
-    question: str
-    passages: tuple[str, ...]
-
-
-Prompt = str | tuple[int, ...] | ChatPrompt | RagPrompt
+Prompt = str | tuple[int, ...] | ChatPrompt
 
 
 @dataclass(frozen=True)
@@ -79,7 +73,7 @@ class ModelInfo:
 class PromptInfo:
     num_tokens: int
     num_passages: int = 0
-    """How many of a `RagPrompt`'s passages fitted."""
+    """How many of a `ChatPrompt`'s passages fitted."""
 
 
 @dataclass(frozen=True)

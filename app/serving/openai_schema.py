@@ -6,7 +6,7 @@ A parameter that this server cannot honour is refused by name, unless it says wh
 import math
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Annotated, Any, Literal, Self
 
@@ -24,7 +24,16 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from app.serving import messages
-from app.serving.messages import Choice, Completion, GenerateRequest, Piece, Refusal, TokenLogprob
+from app.serving.messages import (
+    Choice,
+    Completion,
+    GenerateRequest,
+    Piece,
+    PromptInfo,
+    Refusal,
+    Started,
+    TokenLogprob,
+)
 
 UNSUPPORTED = "unsupported_parameter"
 # OpenAI's parameters that are not built (yet), with the values that ask for nothing.
@@ -280,6 +289,13 @@ def error_response(refusal: Refusal) -> ErrorResponse:
     )
 
 
+def sources(passages: Sequence[Mapping[str, Any]], prompt: PromptInfo) -> list[Source]:
+    """Of the passages that were found, those that stood before the model."""
+    return [
+        Source(**{name: passage[name] for name in Source.model_fields}) for passage in passages[: prompt.num_passages]
+    ]
+
+
 def usage(prompt_tokens: int, completion_tokens: int) -> Usage:
     return Usage(
         prompt_tokens=prompt_tokens,
@@ -321,6 +337,9 @@ class CompletionStream:
     def includes_usage(self) -> bool:
         options = self._request.stream_options
         return options is not None and options.include_usage
+
+    def first_chunk(self, started: Started) -> None:
+        """None: nothing is known before the first word."""
 
     def chunk(self, piece: Piece) -> CompletionResponse:
         offset = self._offsets.get(piece.index, 0)

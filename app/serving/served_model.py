@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from app.data.prompts import Segment, Template
+from app.data.prompts import Template
 from app.data.records import Message
 from app.data.tokenization import Tokenizer
 from app.engine.front import EngineFront
@@ -21,7 +21,6 @@ from app.serving.messages import (
     Piece,
     Prompt,
     PromptInfo,
-    RagPrompt,
     TokenLogprob,
 )
 from app.serving.streams import merge
@@ -133,58 +132,48 @@ class ServedModel:
         return TokenLogprob(text, tuple(content), logprob, tuple(self._logprob(*likely) for likely in top))
 
     def _encode(self, prompt: Prompt, max_tokens: int) -> tuple[list[int], PromptInfo]:
-        if isinstance(prompt, RagPrompt):
-            return self._encode_question(prompt, max_tokens)
         if isinstance(prompt, ChatPrompt):
-            ids = self._encode_conversation(prompt.messages)
-        else:
-            ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+            return self._encode_conversation(prompt, max_tokens)
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         return ids, PromptInfo(len(ids))
 
-    def _encode_conversation(self, messages: Sequence[Message]) -> list[int]:
-        cleaned = [Message(message.role, self._without_marks(message.content)) for message in messages]
-        try:
-            segments = self.template.conversation(cleaned)
-        except UserError as error:
-            raise InvalidRequest(str(error)) from None
-        return self._ids_of(segments)
-
-    def _ids_of(self, segments: Sequence[Segment]) -> list[int]:
-        """As training encodes them: one by one, each response with an end of text."""
-        ids: list[int] = []
-        for segment in segments:
-            ids += self.tokenizer.encode(segment.text)
-            if segment.ends:
-                ids.append(self.tokenizer.end_id)
-        return ids
-
-    def _encode_question(self, prompt: RagPrompt, max_tokens: int) -> tuple[list[int], PromptInfo]:
+    def _encode_conversation(self, prompt: ChatPrompt, max_tokens: int) -> tuple[list[int], PromptInfo]:
         """The template with as many passages as leave room for the answer, which gets half the context at most.
 
         Raises:
-            ContextLengthExceeded: the question alone leaves no room.
+            InvalidRequest: the template has no place for such a conversation.
+            ContextLengthExceeded: the messages alone leave no room.
         """
         context_length = self.info.context_length
         room = min(max_tokens, context_length // 2)
-        ids = self._render(prompt.question, ())
+        messages = [Message(message.role, self._without_marks(message.content)) for message in prompt.messages]
+        ids = self._render(messages, ())
         if len(ids) >= context_length:
             raise ContextLengthExceeded(prompt_length=len(ids), context_length=context_length)
         num_passages = 0
         for count in range(1, len(prompt.passages) + 1):
-            longer = self._render(prompt.question, prompt.passages[:count])
+            longer = self._render(messages, prompt.passages[:count])
             if len(longer) + room > context_length:
                 break
             ids, num_passages = longer, count
         return ids, PromptInfo(len(ids), num_passages)
 
+    def _render(self, messages: Sequence[Message], passages: Sequence[str]) -> list[int]:
+        # On one line, as in the records that models are tuned on; so no passage can forge a line of the template.
+        lines = (" ".join(self._without_marks(text).split()) for text in passages)
+        try:
+            segments = self.template.conversation(messages, " ".join(lines))
+        except UserError as error:
+            raise InvalidRequest(str(error)) from None
+        ids: list[int] = []
+        for segment in segments:  # one by one, as training encodes them: BPE would merge across the seams
+            ids += self.tokenizer.encode(segment.text)
+            if segment.ends:
+                ids.append(self.tokenizer.end_id)
+        return ids
+
     def _without_marks(self, text: str) -> str:
         """`text` without what the tokenizer takes for its own marks, such as the end of text."""
         for token in self.tokenizer.special_tokens:
             text = text.replace(token, " ")
-        return text
-
-    def _render(self, question: str, passages: Sequence[str]) -> list[int]:
-        # On one line, as in the records that models are tuned on; so no passage can forge a line of the template.
-        lines = (" ".join(self._without_marks(text).split()) for text in passages)
-        question = self._without_marks(question).strip()
-        return self.tokenizer.encode(self.template.prompt(question, " ".join(lines)))
+        return text.strip()

@@ -1,5 +1,6 @@
 """The application on a real Serve, asked over HTTP."""
 
+import asyncio
 import json
 from concurrent.futures import ThreadPoolExecutor
 
@@ -157,12 +158,120 @@ def test_ask_gets_the_answers(client, url, greedy):
         ask(AskConfig(question="?", url=url, model="other"))
 
 
+@pytest.fixture
+def openai(url):
+    from openai import OpenAI
+
+    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        yield client
+
+
+def test_openais_client_completes(openai, greedy):
+    answer = openai.completions.create(
+        model="pacos", prompt=[PROMPT, "foxes"], max_tokens=12, temperature=0, logprobs=2
+    )
+    assert [choice.text for choice in answer.choices] == [greedy(PROMPT, 12), greedy("foxes", 12)]
+    logprobs = answer.choices[0].logprobs
+    assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.top_logprobs) == 12
+    assert all(
+        max(top, key=top.get) == token for token, top in zip(logprobs.tokens, logprobs.top_logprobs, strict=True)
+    )
+    assert logprobs.text_offset[0] == 0 and logprobs.text_offset[-1] == len("".join(logprobs.tokens[:-1]))
+    pieces = openai.completions.create(
+        model="pacos", prompt=PROMPT, max_tokens=12, temperature=0, logprobs=2, stream=True
+    )
+    chunks = [chunk.choices[0] for chunk in pieces]
+    assert "".join(choice.text for choice in chunks) == answer.choices[0].text
+    offsets = [offset for choice in chunks for offset in choice.logprobs.text_offset]
+    assert offsets == logprobs.text_offset
+
+
+def test_openais_client_chats(openai, greedy):
+    from app.data.prompts import PacosTemplate
+
+    messages = [{"role": "user", "content": "Why do alpacas hum?"}]
+    answer = openai.chat.completions.create(
+        model="pacos", messages=messages, max_completion_tokens=12, temperature=0, logprobs=True, top_logprobs=2
+    )
+    (choice,) = answer.choices
+    expected = greedy(PacosTemplate().prompt("Why do alpacas hum?"), 12)
+    assert choice.message.role == "assistant" and choice.message.content == expected.lstrip()
+    assert b"".join(bytes(token.bytes) for token in choice.logprobs.content).decode(errors="replace") == expected
+    assert [len(token.top_logprobs) for token in choice.logprobs.content] == [2] * 12
+    assert answer.usage.completion_tokens == 12 and choice.finish_reason == "length"
+    several = openai.chat.completions.create(
+        model="pacos", messages=messages, max_tokens=12, temperature=1.5, n=3, seed=1, presence_penalty=0.5
+    )
+    assert len({choice.message.content for choice in several.choices}) == 3
+
+
+def test_openais_client_streams_a_chat(openai):
+    asked = {
+        "model": "pacos:tuned", "messages": [{"role": "user", "content": "hay?"}], "max_tokens": 30, "temperature": 1.5,
+        "seed": 3, "n": 2,
+    }  # fmt: skip
+    *chunks, last = openai.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    whole = openai.chat.completions.create(**asked)
+    for index, choice in enumerate(whole.choices):
+        mine = [chunk.choices[0] for chunk in chunks if chunk.choices[0].index == index]
+        assert mine[0].delta.role == "assistant" and mine[-1].finish_reason == choice.finish_reason
+        assert "".join(choice.delta.content for choice in mine) == choice.message.content
+    assert last.usage == whole.usage and not last.choices
+
+
+def test_openais_client_is_asynchronous_too(url, greedy):
+    from openai import AsyncOpenAI
+
+    async def ask_all(prompts: list[str]) -> list[str]:
+        async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+            answers = [client.completions.create(model="pacos", prompt=p, max_tokens=9, temperature=0) for p in prompts]
+            texts = [answer.choices[0].text for answer in await asyncio.gather(*answers)]
+            stream = await client.completions.create(
+                model="pacos", prompt=prompts[0], max_tokens=9, temperature=0, stream=True
+            )
+            return [*texts, "".join([chunk.choices[0].text async for chunk in stream])]
+
+    prompts = ["winter", "llamas", "clippers"]
+    assert asyncio.run(ask_all(prompts)) == [greedy(prompt, 9) for prompt in [*prompts, prompts[0]]]
+
+
+def test_openais_client_understands_what_went_wrong(openai):
+    import openai as api
+
+    assert [model.id for model in openai.models.list()] == ["pacos", "pacos:tuned"]
+    with pytest.raises(api.NotFoundError, match="model 'other' does not exist"):
+        openai.completions.create(model="other", prompt="x")
+    with pytest.raises(api.BadRequestError) as error:
+        openai.chat.completions.create(model="pacos", messages=[{"role": "user", "content": "hay " * 3000}])
+    assert error.value.code == "context_length_exceeded" and error.value.param == "messages"
+    with pytest.raises(api.BadRequestError, match="user and assistant in turn, the user last"):
+        openai.chat.completions.create(model="pacos", messages=[{"role": "assistant", "content": "x"}])
+    with pytest.raises(api.BadRequestError, match="not supported by this server: tools"):
+        openai.chat.completions.create(model="pacos", messages=[{"role": "user", "content": "x"}], tools=[])
+    with pytest.raises(api.UnprocessableEntityError, match="temperature"):
+        openai.completions.create(model="pacos", prompt="x", temperature=9)
+
+
+def test_a_chat_from_documents_cites_them(openai):
+    asked = {
+        "model": "pacos", "messages": [{"role": "user", "content": "How often does shearing take place?"}],
+        "max_tokens": 8, "temperature": 0, "extra_body": {"rag": True, "rag_top_k": 1},
+    }  # fmt: skip
+    answer = openai.chat.completions.create(**asked)
+    (citation,) = answer.citations
+    assert citation["document"] == "shearing.md" and "once a year" in citation["text"]
+    first, *chunks = openai.chat.completions.create(**asked, stream=True)
+    assert first.citations == answer.citations and not first.choices
+    assert "".join(chunk.choices[0].delta.content for chunk in chunks) == answer.choices[0].message.content
+    plain = openai.chat.completions.create(**asked | {"extra_body": {}})
+    assert plain.usage.prompt_tokens < answer.usage.prompt_tokens and not hasattr(plain, "citations")
+
+
 def test_health_and_documentation_answer(client):
     assert client.get("/healthz").json() == {"status": "ok"}
     assert client.get("/docs").status_code == 200
-    assert {"/v1/completions", "/v1/rag", "/v1/models", "/healthz"} <= client.get("/openapi.json").json()[
-        "paths"
-    ].keys()
+    paths = client.get("/openapi.json").json()["paths"]
+    assert {"/v1/completions", "/v1/chat/completions", "/v1/rag", "/v1/models", "/healthz"} <= paths.keys()
 
 
 @pytest.mark.parametrize(
@@ -177,8 +286,9 @@ def test_health_and_documentation_answer(client):
         ({"prompt": "\ud83d"}, 422, "invalid_value", "prompt"),
         ({"max_tokens": "12"}, 422, "invalid_value", "max_tokens"),
         ({"temperature": 9}, 422, "invalid_value", "temperature"),
-        ({"n": 2}, 400, "unsupported_parameter", "n"),
-        ({"logprobs": 3}, 400, "unsupported_parameter", "logprobs"),
+        ({"n": 10_000}, 422, "invalid_value", "n"),
+        ({"n": 128, "prompt": ["x"] * 10}, 400, "too_many_choices", "n"),
+        ({"echo": True}, 400, "unsupported_parameter", "echo"),
         ({"\ud83d": 3}, 400, "unsupported_parameter", "?"),
     ],
 )

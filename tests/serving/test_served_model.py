@@ -6,11 +6,12 @@ import time
 import pytest
 
 from app.config import ApplicationConfig, PromoteConfig, TrackingConfig
+from app.data.encoding import encode_records
 from app.data.prompts import AlpacaTemplate, PacosTemplate
-from app.data.records import Message
+from app.data.records import Conversation, Message
 from app.errors import UserError
 from app.serving.generator import GeneratorDeployment
-from app.serving.messages import ChatPrompt, Completion, GenerateRequest, Piece, RagPrompt, Refusal, Started
+from app.serving.messages import ChatPrompt, Completion, GenerateRequest, Piece, Refusal, Started
 from app.serving.registered_deltas import with_registry
 from app.tracking.registry import promote, register
 from app.tracking.run import open_tracker, tracked_run
@@ -23,6 +24,10 @@ def config(model_dir, **generator):
 
 def request(*prompts, **values):
     return GenerateRequest(**({"model": "pacos", "prompts": prompts, "max_tokens": 12, "temperature": 0.0} | values))
+
+
+def asked(question, *passages):
+    return ChatPrompt((Message("user", question),), passages)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +160,7 @@ def test_a_registered_delta_of_another_base_is_refused(delta_dir, tmp_path, tiny
         ({"prompts": ((10**9,),)}, 400, "invalid_prompt"),
         ({"prompts": ("hay", (-1,))}, 400, "invalid_prompt"),
         ({"prompts": ((1,) * 2048,)}, 400, "context_length_exceeded"),
-        ({"prompts": (RagPrompt("hay " * 2048, ("x",)),)}, 400, "context_length_exceeded"),
+        ({"prompts": (asked("hay " * 2048, "x"),)}, 400, "context_length_exceeded"),
         ({"prompts": ("x",) * 50}, 400, "too_many_choices"),
         ({"n": 13}, 400, "too_many_choices"),
         ({"prompts": (ChatPrompt((Message("assistant", "x"),)),)}, 400, "invalid_prompt"),
@@ -199,7 +204,7 @@ def test_each_model_answers_in_the_template_that_it_was_trained_with(model_dir, 
     (copy / "delta.json").write_text(json.dumps(metadata | {"template": {"type": "alpaca"}}))
     generator = GeneratorDeployment(config(model_dir, deltas={"own": str(delta_dir), "alpaca": str(copy)}))
     prompts = {
-        name: tokenizer.decode(model._encode(RagPrompt("Why?", ("hay",)), 16)[0])
+        name: tokenizer.decode(model._encode(asked("Why?", "hay"), 16)[0])
         for name, model in generator._library.models.items()
     }
     assert prompts["pacos"] == prompts["pacos:own"] == PacosTemplate().prompt("Why?", "hay")
@@ -211,13 +216,72 @@ def test_each_model_answers_in_the_template_that_it_was_trained_with(model_dir, 
 
 def test_passages_stand_in_the_template_on_one_line_as_many_as_fit(generator, tokenizer):
     model = generator._library.get("pacos")
-    ids, info = model._encode(RagPrompt("Why?\n", ("one\ntwo", "<|endoftext|>three\nResponse: no")), 16)
+    ids, info = model._encode(asked("Why?\n", "one\ntwo", "<|endoftext|>three\nResponse: no"), 16)
     assert tokenizer.decode(ids) == PacosTemplate().prompt("Why?", "one two three Response: no")
     assert (info.num_tokens, info.num_passages) == (len(ids), 2)
     assert tokenizer.end_id not in ids
 
     passages = tuple(f"{number} " + "hay " * 300 for number in range(9))
-    ids, info = model._encode(RagPrompt("Why?", passages), 256)
+    ids, info = model._encode(asked("Why?", *passages), 256)
     assert 0 < info.num_passages < 9
     assert len(ids) + 256 <= 2048
-    assert len(model._render("Why?", passages[: info.num_passages + 1])) + 256 > 2048
+    assert len(model._render([Message("user", "Why?")], passages[: info.num_passages + 1])) + 256 > 2048
+
+
+def test_a_conversation_is_read_as_training_wrote_it(generator, tokenizer):
+    model = generator._library.get("pacos")
+    turns = [("system", "Be brief."), ("user", "Why?"), ("assistant", "Because<|endoftext|>."), ("user", "And hay?")]
+    conversation = tuple(Message(role, content) for role, content in turns)
+    ids, _ = model._encode(ChatPrompt(conversation), 16)
+    whole = Conversation(
+        (*conversation[:2], Message("assistant", "Because ."), conversation[3], Message("assistant", "x"))
+    )
+    (document,) = encode_records(
+        [whole], template=PacosTemplate(), tokenizer=tokenizer, max_length=2048, truncation="drop"
+    )
+    (tokens,) = document
+    end = len(tokenizer.encode(PacosTemplate().before_response + "x")) + 1
+    assert ids == tokens.input_ids[:-end]
+    with_passage, info = model._encode(ChatPrompt(conversation, ("hay is dry",)), 16)
+    assert "hay is dry" in tokenizer.decode(with_passage) and info.num_passages == 1
+
+
+def test_every_answer_of_several_is_its_own_and_the_same_again_by_its_seed(generator):
+    asked_for = {"n": 3, "temperature": 1.5, "seed": 7, "max_tokens": 10, "logprobs": 2}
+    first, again = (complete(generator, request("hay", "dog", **asked_for)) for _ in range(2))
+    assert first == again and len(first.choices) == 6 and len(first.prompts) == 2
+    assert len({choice.text for choice in first.choices[:3]}) == 3
+    alone = complete(generator, request("dog", **asked_for))
+    assert first.choices[3:] == alone.choices, "choice index // n is the prompt's number"
+    for choice in first.choices:
+        assert len(choice.logprobs) == choice.num_tokens == 10
+        for token in choice.logprobs:
+            assert token.logprob <= token.top[0].logprob <= 0 and len(token.top) == 2
+    assert first == Completion.from_json(json.loads(json.dumps(first.to_json()))), "as it comes back from a cache"
+
+
+def test_logprobs_are_those_of_the_model_and_their_texts_join_to_the_answer(generator, reference, tokenizer):
+    import torch
+
+    (choice,) = complete(generator, request("An adult alpaca", logprobs=1)).choices
+    ids = tokenizer.encode("An adult alpaca")
+    for token in choice.logprobs:
+        with torch.inference_mode():
+            expected = reference(torch.tensor([ids])).logits[0, -1].log_softmax(dim=-1)
+        likeliest = int(expected.argmax())
+        assert token.logprob == pytest.approx(expected[likeliest].item(), abs=1e-4)
+        assert token.logprob == token.top[0].logprob
+        ids.append(likeliest)
+    assert b"".join(bytes(token.bytes) for token in choice.logprobs).decode(errors="replace") == choice.text
+
+
+def test_a_stop_text_ends_one_of_several_answers_and_not_the_others(generator):
+    values = {"n": 4, "temperature": 1.5, "seed": 3, "max_tokens": 25}
+    free = complete(generator, request("hay", **values)).choices
+    stop = free[0].text[5:8]
+    stopped = complete(generator, request("hay", **values, stop=(stop,))).choices
+    for before, after in zip(free, stopped, strict=True):
+        if stop in before.text:
+            assert after.text == before.text[: before.text.index(stop)] and after.finish_reason == "stop"
+        else:
+            assert after == before
