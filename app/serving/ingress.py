@@ -4,8 +4,8 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
-from fastapi import FastAPI
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi import FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
@@ -21,6 +21,7 @@ from app.serving.openai_schema import (
     CompletionResponse,
     CompletionStream,
     ErrorResponse,
+    Greeting,
     Model,
     ModelList,
     RagRequest,
@@ -33,6 +34,8 @@ from app.serving.openai_schema import (
     sources,
     usage,
 )
+from app.serving.plain_schema import PlainRequest, PlainResponse, plain_response
+from app.serving.playground import content_security_policy, page
 
 CACHE_HEADER = "x-pacos-cache"
 _ERRORS: dict[int | str, dict] = {
@@ -100,6 +103,25 @@ def create_api(answering: Answering) -> FastAPI:
         answer, was_cached = await answer_question(answering, body)
         return JSONResponse(answer.model_dump(), headers=_cache_header(was_cached))
 
+    @api.post("/generate", response_model=PlainResponse, responses=_ERRORS)
+    @api.post("/generate_text", response_model=PlainResponse, responses=_ERRORS)
+    async def generate_text(body: PlainRequest) -> Response:
+        """Answer an instruction, put into the model's own template."""
+        return await _plain(answering, body, in_template=True)
+
+    @api.post("/generate_text_without_prompt", response_model=PlainResponse, responses=_ERRORS)
+    async def generate_text_without_prompt(body: PlainRequest) -> Response:
+        """Go on with a text as it is, without a template."""
+        return await _plain(answering, body, in_template=False)
+
+    @api.get("/", response_model=Greeting)
+    async def root(request: Request) -> Response:
+        """The playground in a browser; elsewhere what this is."""
+        if "text/html" not in request.headers.get("accept", ""):
+            return JSONResponse(Greeting(name=answering.config.name).model_dump())
+        headers = {"Content-Security-Policy": content_security_policy(), "X-Content-Type-Options": "nosniff"}
+        return HTMLResponse(page(), headers=headers)
+
     @api.get("/v1/models", responses={503: _ERRORS[503]})
     async def models() -> ModelList:
         """The base model and its fine-tuned variants."""
@@ -123,6 +145,14 @@ def create_api(answering: Answering) -> FastAPI:
         return {"status": "ok"}
 
     return api
+
+
+async def _plain(answering: Answering, body: PlainRequest, *, in_template: bool) -> Response:
+    model = body.model or answering.config.name
+    request = body.to_request(model=model, in_template=in_template)
+    completion, was_cached = await answering.complete(request)
+    response = plain_response(model, completion, in_template=in_template)
+    return JSONResponse(response.model_dump(), headers=_cache_header(was_cached))
 
 
 async def answer_question(answering: Answering, body: RagRequest) -> tuple[RagResponse, bool]:

@@ -23,6 +23,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from app import __version__
 from app.serving import messages
 from app.serving.messages import (
     Choice,
@@ -263,6 +264,12 @@ class Model(Wire):
 class ModelList(Wire):
     object: Literal["list"] = "list"
     data: list[Model]
+
+
+class Greeting(Wire):
+    name: str
+    version: str = __version__
+    documentation: str = "/docs"
 
 
 class ErrorBody(Wire):
