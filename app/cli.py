@@ -135,6 +135,16 @@ def promote(
 
 
 @cli.command()
+def key(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Whose key it is.")],
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+) -> None:
+    """A new API key for an endpoint: its hash to keys_file=FILE, the key itself to the terminal."""
+    _run("key", "KeyConfig", [f"name={name}", *(overrides or ())], config)
+
+
+@cli.command()
 def index(overrides: Overrides = None, config: ConfigFile = None, address: Address = None) -> None:
     """A folder of documents to a searchable index."""
     _run("index", "IndexConfig", overrides, config, address=address)

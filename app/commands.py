@@ -19,6 +19,7 @@ from app.config import (
     ImportConfig,
     IndexConfig,
     InspectConfig,
+    KeyConfig,
     MergeConfig,
     ModelsConfig,
     PrepareConfig,
@@ -143,6 +144,14 @@ def promote(config: PromoteConfig) -> None:
     from app.tracking.registry import promote as run
 
     show_promoted(config, run(config))
+
+
+def key(config: KeyConfig) -> None:
+    from app.serving.access import new_key
+
+    made = new_key(config)
+    console.say(f"added {config.name!r} to {config.keys_file}; the key, which is shown only now:", style="dim")
+    console.say(made)
 
 
 def index(config: IndexConfig, *, address: Address) -> None:

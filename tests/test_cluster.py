@@ -81,7 +81,7 @@ def takes_jobs(cluster: dict[str, str]) -> bool:
     return subprocess.run(probe, env=cluster, capture_output=True, timeout=120).returncode == 0
 
 
-def wait_for(condition, *, what: str, timeout_s: float = 180) -> None:
+def wait_for(condition, *, what: str, timeout_s: float = 300) -> None:
     deadline = time.monotonic() + timeout_s
     while True:
         try:

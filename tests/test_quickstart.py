@@ -51,7 +51,7 @@ def test_quickstart_goes_through_every_stage_and_leaves_nothing_running(tmp_path
         start_new_session=True,
     )
     try:
-        printed, _ = process.communicate(timeout=400)
+        printed, _ = process.communicate(timeout=560)
         assert process.returncode == 0, printed
         assert not descendants(mark)
     finally:

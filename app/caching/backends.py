@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from app.config.schema import MemoryCacheConfig, RedisCacheConfig
+from app.config.serving import MemoryCacheConfig, RedisCacheConfig
 from app.errors import UserError
 
 if TYPE_CHECKING:

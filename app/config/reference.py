@@ -4,7 +4,7 @@ import typing
 
 from pydantic.fields import FieldInfo
 
-from app.config import data, schema, tracking, transfer
+from app.config import data, schema, serving, tracking, transfer
 from app.config.base import Config
 
 COMMANDS: dict[str, type[Config]] = {
@@ -23,8 +23,9 @@ COMMANDS: dict[str, type[Config]] = {
     "pacos models": tracking.ModelsConfig,
     "pacos promote": tracking.PromoteConfig,
     "pacos index": schema.IndexConfig,
-    "pacos serve": schema.ServeConfig,
-    "pacos ask": schema.AskConfig,
+    "pacos serve": serving.ServeConfig,
+    "pacos ask": serving.AskConfig,
+    "pacos key": serving.KeyConfig,
     "pacos quickstart": schema.QuickstartConfig,
 }
 

@@ -171,22 +171,35 @@ def _draw(logits: Tensor, samplings: Sequence[Sampling], uniform: Tensor) -> Ten
     if plain:
         kept = _at_least(weights[plain], [samplings[number].min_p for number in plain])
         chosen[plain] = _at(kept, uniform[plain])
-    for number in ordered:
-        chosen[number] = _draw_ordered(weights[number], samplings[number], uniform[number])
+    if ordered:
+        chosen[ordered] = _draw_ordered(weights[ordered], [samplings[n] for n in ordered], uniform[ordered])
     return chosen
 
 
-def _draw_ordered(weights: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
-    """The same for one row, `weights` [vocab_size], of which only the likeliest tokens can be drawn."""
-    vocab_size = len(weights)
-    kept, ids = weights.topk(min(sampling.top_k or _CANDIDATES, vocab_size))  # in descending order
-    mass = kept.sum() if sampling.top_k is not None else weights.sum()
-    if sampling.top_k is None and kept.sum() < sampling.top_p * mass:
-        kept, ids = weights.sort(descending=True, stable=True)
+def _draw_ordered(weights: Tensor, samplings: Sequence[Sampling], uniform: Tensor, *, is_whole: bool = False) -> Tensor:
+    """The same for rows of `weights` [rows, vocab_size] of which only the likeliest tokens can be drawn.
+
+    Sums are in double precision, so that no row's depend on how many others are beside it. `is_whole`: all tokens are
+    ordered, not as many as will nearly always do.
+    """
+    vocab_size = weights.shape[1]
+    counts = [min(s.top_k or (vocab_size if is_whole else _CANDIDATES), vocab_size) for s in samplings]
+    kept, ids = weights.topk(max(counts))  # in descending order
+    count = torch.tensor(counts, device=weights.device).unsqueeze(1)
+    kept = torch.where(torch.arange(kept.shape[1], device=weights.device) < count, kept, 0.0)
+    has_top_k = torch.tensor([s.top_k is not None for s in samplings], device=weights.device)
+    held = kept.sum(dim=-1, dtype=torch.float64)
+    mass = torch.where(has_top_k, held, weights.sum(dim=-1, dtype=torch.float64))
+    nucleus = mass * torch.tensor([s.top_p for s in samplings], dtype=torch.float64, device=weights.device)
     # A token is kept while those before it hold less than top_p; the likeliest always is.
-    before = kept.cumsum(dim=-1) - kept
-    kept = torch.where((before < sampling.top_p * mass) & (kept >= sampling.min_p * kept[0]), kept, 0.0)
-    return ids[_at(kept.unsqueeze(0), uniform.unsqueeze(0))[0]]
+    before = kept.cumsum(dim=-1, dtype=torch.float64) - kept
+    least = kept[:, :1] * kept.new_tensor([s.min_p for s in samplings]).unsqueeze(1)
+    can_be_drawn = (before < nucleus.unsqueeze(1)) & (kept >= least)
+    chosen = ids.gather(1, _at(torch.where(can_be_drawn, kept, 0.0), uniform).unsqueeze(1)).squeeze(1)
+    short = [] if is_whole else (held < nucleus).nonzero().flatten().tolist()  # those candidates were too few
+    if short:
+        chosen[short] = _draw_ordered(weights[short], [samplings[n] for n in short], uniform[short], is_whole=True)
+    return chosen
 
 
 def _at_least(weights: Tensor, shares: Sequence[float]) -> Tensor:

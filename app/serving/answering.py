@@ -13,8 +13,10 @@ from ray.serve.handle import DeploymentHandle
 
 from app.caching.exact import cache_key
 from app.config import ApplicationConfig
+from app.serving.access import current_key
 from app.serving.api_errors import ApiError
 from app.serving.cache import CacheClient
+from app.serving.limiter import LimiterClient
 from app.serving.messages import (
     Collector,
     Completion,
@@ -42,12 +44,14 @@ class Answering:
         generator: DeploymentHandle,
         retriever: DeploymentHandle,
         cache: DeploymentHandle,
+        limiter: LimiterClient | None = None,
     ) -> None:
         self.config = config
         self._generator = generator
         self._streaming = generator.options(stream=True)
         self._retriever = retriever
         self._cache = CacheClient(cache)
+        self._limiter = limiter
         self._models: dict[str, ModelInfo] = {}
         self._models_until = 0.0
 
@@ -67,6 +71,7 @@ class Answering:
         if key and (cached := await self._cached(key)):
             return cached, True
         completion = await self._call(self._generator.complete.remote(request))
+        self._charge(completion.prompt_tokens + completion.completion_tokens)
         self._keep(key, request, completion)
         return completion, False
 
@@ -78,14 +83,19 @@ class Answering:
             for item in _replay(cached):
                 yield item
             return
-        collector = None
-        async with aclosing(self._generated(request, deadline)) as items:
-            async for item in items:
-                yield item
-                if isinstance(item, Started):
-                    collector = Collector(item)
-                elif collector:
-                    collector.add(item)
+        collector, num_tokens = None, 0
+        try:
+            async with aclosing(self._generated(request, deadline)) as items:
+                async for item in items:
+                    if isinstance(item, Started):
+                        collector = Collector(item)
+                        num_tokens += sum(prompt.num_tokens for prompt in item.prompts)
+                    elif collector:
+                        collector.add(item)
+                        num_tokens += item.num_tokens
+                    yield item
+        finally:  # a client that leaves pays for what was computed
+            self._charge(num_tokens)
         if collector:
             self._keep(key, request, collector.completion())
 
@@ -134,6 +144,11 @@ class Answering:
                 Refusal(503, "the replica that worked on this has ended", code="unavailable", retry_after_s=2)
             )
         return error
+
+    def _charge(self, num_tokens: int) -> None:
+        key = current_key.get()
+        if self._limiter is not None and key is not None:
+            self._limiter.charge(key, num_tokens)
 
     # --- the cache ---
 

@@ -8,9 +8,11 @@ from ray.serve import Application
 
 from app.config import ApplicationConfig, validate
 from app.errors import UserError
+from app.serving.access import KeyRing, keys_of_environment
 from app.serving.cache import CacheDeployment
 from app.serving.generator import GeneratorDeployment
 from app.serving.ingress import IngressDeployment
+from app.serving.limiter import LimiterDeployment
 from app.serving.registered_deltas import with_registry
 from app.serving.retriever import RetrieverDeployment
 from app.tracking.registry import is_reference
@@ -58,6 +60,18 @@ def build(args: dict[str, Any]) -> Application:
         max_ongoing_requests=_MAX_ONGOING,
         max_queued_requests=_MAX_ONGOING,
     )(CacheDeployment).bind(config.cache)
+    limiter = None
+    access = config.access.model_copy(update={"keys": (*config.access.keys, *keys_of_environment())})
+    config = config.model_copy(update={"access": access})
+    if access.keys or access.keys_file is not None:
+        KeyRing(access)  # a file that cannot be read is told now
+        limiter = serve.deployment(
+            name="limiter",
+            num_replicas=1,  # it counts for all
+            ray_actor_options={"num_cpus": 0.1},
+            max_ongoing_requests=_MAX_ONGOING,
+            max_queued_requests=_MAX_ONGOING,
+        )(LimiterDeployment).bind()
     return serve.deployment(
         name="ingress",
         ray_actor_options={"num_cpus": 0.1},
@@ -65,7 +79,7 @@ def build(args: dict[str, Any]) -> Application:
         max_queued_requests=_MAX_ONGOING,
         backpressure_config={"status_code": 429, "retry_after_s": 1},
         graceful_shutdown_timeout_s=20,
-    )(IngressDeployment).bind(config, generator, retriever, cache)
+    )(IngressDeployment).bind(config, generator, retriever, cache, limiter)
 
 
 def _check_absolute(config: ApplicationConfig) -> None:
@@ -74,6 +88,8 @@ def _check_absolute(config: ApplicationConfig) -> None:
     paths = {f"generator.deltas.{name}": folder for name, folder in deltas if not is_reference(folder)}
     if config.retriever.index is not None:
         paths["retriever.index"] = config.retriever.index
+    if config.access.keys_file is not None:
+        paths["access.keys_file"] = config.access.keys_file
     if config.generator.model.startswith("."):
         paths["generator.model"] = config.generator.model
     for key, path in paths.items():

@@ -12,9 +12,11 @@ from ray.serve.handle import DeploymentHandle
 from app import __version__
 from app.config import ApplicationConfig
 from app.data.records import Message
+from app.serving.access import KeyRing, RequireKey
 from app.serving.answering import Answering, Stopwatch
 from app.serving.api_errors import INTERNAL_ERROR, ApiError, BodyLimit, add_error_handlers
 from app.serving.chat_schema import ChatChunk, ChatRequest, ChatResponse, ChatStream, chat_response
+from app.serving.limiter import LimiterClient
 from app.serving.messages import ChatPrompt, GenerateRequest, Piece, Started
 from app.serving.openai_schema import (
     CompletionRequest,
@@ -42,10 +44,11 @@ _ERRORS: dict[int | str, dict] = {
     status: {"model": ErrorResponse, "description": description}
     for status, description in {
         400: "A parameter is not supported, or the prompt does not fit into the context",
+        401: "The server asks for an API key",
         404: "No such model",
         413: "The body is too large",
         422: "The body is not JSON, or a value has the wrong type or range",
-        429: "The queue is full; see Retry-After",
+        429: "The queue is full, or the key's limit used up; see Retry-After",
         503: "The server cannot answer just now",
         504: "The answer took longer than request_timeout_s",
     }.items()
@@ -60,11 +63,19 @@ class IngressDeployment:
         generator: DeploymentHandle,
         retriever: DeploymentHandle,
         cache: DeploymentHandle,
+        limiter: DeploymentHandle | None,
     ) -> None:
-        self._answering = Answering(config, generator=generator, retriever=retriever, cache=cache)
+        self._limiter = None if limiter is None else LimiterClient(limiter)
+        self._answering = Answering(
+            config, generator=generator, retriever=retriever, cache=cache, limiter=self._limiter
+        )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_api(self._answering)
+        api = create_api(self._answering)
+        if self._limiter is not None:
+            ring = KeyRing(self._answering.config.access)
+            api.add_middleware(RequireKey, ring=ring, limiter=self._limiter)  # added last, asked first
+        return api
 
 
 def create_api(answering: Answering) -> FastAPI:

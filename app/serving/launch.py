@@ -77,10 +77,12 @@ def with_absolute_paths(config: ServeConfig) -> ServeConfig:
     is_folder = generator.model != "embedded" and Path(generator.model).expanduser().is_dir()
     model = _absolute(generator.model) if is_folder else generator.model
     index = None if retriever.index is None else _absolute(retriever.index)
+    keys_file = None if config.access.keys_file is None else _absolute(config.access.keys_file)
     return config.model_copy(
         update={
             "generator": generator.model_copy(update={"deltas": deltas, "model": model}),
             "retriever": retriever.model_copy(update={"index": index}),
+            "access": config.access.model_copy(update={"keys_file": keys_file}),
         }
     )
 
@@ -96,12 +98,16 @@ def check_folders(config: ServeConfig) -> None:
     from app.methods.delta import read_delta
     from app.models.checkpoints import read_config
     from app.retrieval.folder import read_manifest
+    from app.serving.access import keys_of_environment, read_keys
     from app.serving.registered_deltas import delta_folder
 
     config = with_absolute_paths(config)
     deltas = {
         name: str(delta_folder(delta, config.generator.tracking)) for name, delta in config.generator.deltas.items()
     }
+    keys_of_environment()
+    if config.access.keys_file is not None:
+        read_keys(Path(config.access.keys_file))
     folders = {f"generator.deltas.{name}": folder for name, folder in deltas.items()}
     if config.retriever.index is not None:
         folders["retriever.index"] = config.retriever.index

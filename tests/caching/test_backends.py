@@ -12,7 +12,7 @@ import pytest
 
 from app.caching.backends import BackendUnavailable, MemoryBackend, RedisBackend, make_backend
 from app.caching.exact import ResponseCache
-from app.config.schema import MemoryCacheConfig, RedisCacheConfig
+from app.config.serving import MemoryCacheConfig, RedisCacheConfig
 from app.errors import UserError
 
 
@@ -189,7 +189,7 @@ def test_memory_is_the_default_and_needs_no_redis() -> None:
     check = (
         "import sys\n"
         "from app.caching.backends import MemoryBackend, make_backend\n"
-        "from app.config.schema import CacheConfig\n"
+        "from app.config.serving import CacheConfig\n"
         "assert isinstance(make_backend(CacheConfig().backend), MemoryBackend)\n"
         "assert not {'redis', 'ray', 'torch'} & set(sys.modules)"
     )

@@ -47,7 +47,7 @@ def steps(feed: Feed, *, start_step: int = 0, workers: int = 1) -> list[list[int
     start=st.integers(0, 24), workers=st.integers(1, 4), window=st.integers(4, 60), seed=st.integers(0, 3),
     batch_size=st.integers(4, 9),
 )  # fmt: skip
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_run_that_goes_on_anywhere_with_any_workers_sees_the_rows_it_would_have(
     shards, start: int, workers: int, window: int, seed: int, batch_size: int
 ) -> None:

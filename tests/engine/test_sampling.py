@@ -119,11 +119,14 @@ def kept_by(logits: torch.Tensor, sampling: Sampling) -> list[set[int]]:
             return self.value
 
     kept: list[set[int]] = [set() for _ in logits]
-    for part in range(1000):
-        stream = Fixed()
-        stream.value = part / 1000
-        for tokens, choice in zip(kept, sample(logits.clone(), [Row(sampling, stream)] * len(logits)), strict=True):
-            tokens.add(choice.token)
+    for first in range(0, 1000, 50):  # so many draws in one step
+        rows = []
+        for part in range(first, first + 50):
+            stream = Fixed()
+            stream.value = part / 1000
+            rows += [Row(sampling, stream)] * len(logits)
+        for number, choice in enumerate(sample(logits.repeat(50, 1), rows)):
+            kept[number % len(logits)].add(choice.token)
     return kept
 
 
@@ -148,6 +151,19 @@ def test_a_nucleus_larger_than_the_ordered_candidates_is_whole():
     row = Row(Sampling(max_tokens=1, temperature=1.0, top_p=0.999), random.Random(1))
     drawn = {sample(flat.clone(), [row])[0].token for _ in range(300)}
     assert max(drawn) > 4000 and len(drawn) > 250
+
+
+def test_a_rows_token_does_not_depend_on_what_is_asked_for_beside_it(logits):
+    asked = [
+        {"top_k": 5}, {"top_p": 0.7}, {"top_k": 900, "top_p": 0.9}, {"top_p": 0.999, "min_p": 0.001},
+        {"top_p": 0.99999}, {"min_p": 0.1}, {},
+    ]  # fmt: skip
+    flat = torch.cat([logits, torch.zeros(2, logits.shape[1])])  # whose nucleus is larger than the candidates
+    samplings = [Sampling(max_tokens=1, temperature=1.3, **values) for values in asked]
+    rows = [(number % len(flat), samplings[number % len(samplings)]) for number in range(60)]
+    together = sample(flat[[row for row, _ in rows]], [Row(s, random.Random(n)) for n, (_, s) in enumerate(rows)])
+    alone = [sample(flat[[row]], [Row(s, random.Random(n))])[0] for n, (row, s) in enumerate(rows)]
+    assert together == alone
 
 
 def test_repetition_penalty_is_that_of_transformers(logits):

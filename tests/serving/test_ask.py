@@ -7,11 +7,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from app.config import AskConfig
-from app.data.prompts import AlpacaTemplate
 from app.errors import UserError
 from app.serving.ask import ask
-
-MODELS = json.dumps({"data": [{"id": "pacos", "template": {"type": "alpaca"}}]})
 
 
 @pytest.fixture
@@ -19,12 +16,9 @@ def endpoint():
     """A server that answers each request with the (status, text) in `replies`, and keeps what it was sent."""
 
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.do_POST()
-
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers.get("content-length", 0))) or "null")
-            server.received.append((self.path, body))
+            server.received.append((self.path, body, self.headers.get("authorization")))
             status, text = server.replies.pop(0)
             self.send_response(status)
             self.end_headers()
@@ -41,28 +35,29 @@ def endpoint():
     server.shutdown()
 
 
-def test_a_question_goes_out_in_the_template_and_the_answer_comes_back(endpoint):
-    reply = {"choices": [{"text": " Once a year."}], "model": "pacos", "usage": {"total_tokens": 9}}
-    endpoint.replies += [(200, MODELS), (200, json.dumps(reply))]
+def test_a_question_goes_out_as_a_chat_and_the_answer_comes_back(endpoint, monkeypatch):
+    reply = {"choices": [{"message": {"content": "Once a year. "}}], "model": "pacos", "usage": {"total_tokens": 9}}
+    endpoint.replies += [(200, json.dumps(reply)), (200, json.dumps(reply | {"citations": [{"document": "a.md"}]}))]
     answer = ask(AskConfig(question="How often?", url=endpoint.url, max_tokens=7))
     assert answer == {"text": "Once a year.", "model": "pacos", "usage": {"total_tokens": 9}}
-    assert endpoint.received[0] == ("/v1/models", None)
-    path, body = endpoint.received[1]
-    assert path == "/v1/completions"
-    prompt = AlpacaTemplate().prompt("How often?")
-    assert body == {"model": "pacos", "prompt": prompt, "max_tokens": 7, "temperature": 0.0}
+    path, body, authorization = endpoint.received[0]
+    assert path == "/v1/chat/completions" and authorization is None
+    message = {"role": "user", "content": "How often?"}
+    assert body == {"model": "pacos", "messages": [message], "max_tokens": 7, "temperature": 0.0, "rag": False}
+    monkeypatch.setenv("PACOS_API_KEY", "pacos-secret")
+    answer = ask(AskConfig(question="How often?", url=endpoint.url, rag=True))
+    assert answer["sources"] == [{"document": "a.md"}]
+    assert endpoint.received[1][1]["rag"] and endpoint.received[1][2] == "Bearer pacos-secret"
+
+
+def test_a_key_is_not_shown_with_the_settings():
+    assert "pacos-secret" not in repr(AskConfig(question="?", api_key="pacos-secret"))
 
 
 def test_an_error_answer_is_told_in_its_own_words(endpoint):
-    endpoint.replies += [(200, MODELS), (429, json.dumps({"error": {"message": "the queue is full"}}))]
+    endpoint.replies.append((429, json.dumps({"error": {"message": "the queue is full"}})))
     with pytest.raises(UserError, match="429: the queue is full"):
         ask(AskConfig(question="?", url=endpoint.url))
-
-
-def test_a_model_that_is_not_there_is_told_with_those_that_are(endpoint):
-    endpoint.replies.append((200, MODELS))
-    with pytest.raises(UserError, match="model='x' does not exist; .* has pacos"):
-        ask(AskConfig(question="?", url=endpoint.url, model="x"))
 
 
 @pytest.mark.parametrize("text", ["<html>", "[]", '{"error": "no"}'])

@@ -1,5 +1,6 @@
 """The application on a real Serve with tight limits: full queue, timeout, large bodies, clients that leave."""
 
+import hashlib
 import json
 import threading
 import time
@@ -22,6 +23,14 @@ pytestmark = pytest.mark.ray
 REQUEST_TIMEOUT_S = 4.0
 LONG = {"model": "pacos", "prompt": "An adult alpaca", "max_tokens": 8000, "temperature": 0}
 SHORT = LONG | {"max_tokens": 5}
+
+
+KEYS = [("ana", "key-of-ana", {}), ("ben", "key-of-ben", {"requests_per_minute": 3, "tokens_per_minute": 40})]
+HEADERS = {"authorization": "Bearer key-of-ana"}
+
+
+def digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +59,7 @@ def url(ray_cluster, slow_model, free_port):
         "generator": {"model": str(slow_model), "threads": 1, "max_batch_size": 2, "max_queue": 1},
         "request_timeout_s": REQUEST_TIMEOUT_S,
         "max_body_bytes": 5000,
+        "access": {"keys": [{"name": name, "sha256": digest(key), **limits} for name, key, limits in KEYS]},
     }
     yield serve_application(validate(ServeConfig, config))
     stop_application()
@@ -57,7 +67,7 @@ def url(ray_cluster, slow_model, free_port):
 
 @pytest.fixture
 def client(url):
-    with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
+    with httpx.Client(base_url=url, timeout=60, trust_env=False, headers=HEADERS) as client:
         yield client
     wait_until_idle()
 
@@ -81,7 +91,7 @@ def wait_until_idle():
 
 
 def post_and_leave(url, body, *, after_s):
-    with httpx.Client(base_url=url, trust_env=False) as client, pytest.raises(httpx.ReadTimeout):
+    with httpx.Client(base_url=url, trust_env=False, headers=HEADERS) as client, pytest.raises(httpx.ReadTimeout):
         client.post("/v1/completions", json=body, timeout=httpx.Timeout(60, read=after_s))
 
 
@@ -146,6 +156,22 @@ def test_a_body_over_the_limit_is_a_413_declared_or_not(client):
     chunked = client.post("/v1/completions", content=iter([content[:3000], content[3000:]]), headers=headers)
     for response in (declared, chunked):
         assert response.status_code == 413 and response.json()["error"]["code"] == "body_too_large"
+
+
+def test_a_key_is_asked_for_and_its_limits_are_kept(client):
+    def ask(**values):
+        headers = {"authorization": "Bearer key-of-ben"}
+        return client.post("/v1/completions", json=SHORT | values, headers=headers)
+
+    assert client.get("/v1/models", headers={"authorization": "Bearer of-nobody"}).status_code == 401
+    assert client.get("/healthz", headers={"authorization": ""}).status_code == 200
+    assert ask(max_tokens=50, seed=300).status_code == 200
+    deadline = time.monotonic() + 10
+    while (refused := ask(seed=301)).status_code == 200 and time.monotonic() < deadline:
+        time.sleep(0.1)  # what the first has cost is counted in the background
+    assert refused.status_code == 429 and "tokens_per_minute=40" in refused.json()["error"]["message"]
+    assert int(refused.headers["retry-after"]) >= 1
+    assert client.post("/v1/completions", json=SHORT).status_code == 200, "another key's is its own"
 
 
 def test_without_an_index_rag_says_how_to_get_one(client):

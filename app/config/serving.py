@@ -1,0 +1,125 @@
+"""Settings of serving: the application, `pacos serve`, `pacos ask`, keys. A field's docstring is its documentation."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, SecretStr
+
+from app.config.base import Config, LocalPath, Positive
+from app.config.tracking import StoreConfig
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class GeneratorConfig(Config):
+    model: str = "embedded"
+    deltas: dict[str, str] = {}
+    """Fine-tuned variants by name: a request for model `pacos:NAME` is answered with the delta in that folder, or with
+    that of the model registry: `models:/NAME@production`, `models:/NAME/3`."""
+    load_registered: bool = False
+    """Whether a request for `pacos:NAME` that `deltas` lacks loads `models:/NAME@production`, when it first comes."""
+    refresh_s: Annotated[float, Field(gt=0)] = 5.0
+    """How often the registry is asked whether an alias has moved."""
+    tracking: StoreConfig = StoreConfig()
+    """Of the model registry."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    max_batch_size: Positive = 64
+    """Answers that are generated together."""
+    max_queue: Positive = 512
+    """Answers that may wait; the next request is refused with 429."""
+    max_kv_bytes: Positive | None = None
+    """Of the KV cache; none: room for `max_batch_size` whole contexts. Memory is taken as it is used."""
+    max_delta_bytes: Positive = 2**30
+    """Of the deltas in the base's engine; those that `deltas` does not name are unloaded beyond it, the least recently
+    used first."""
+    threads: Positive = 2
+    device: Literal["cpu", "cuda"] = "cpu"
+
+
+class RetrieverConfig(Config):
+    index: str | None = None
+    """Folder that `pacos index` wrote; none turns /v1/rag off."""
+    top_k: Positive = 3
+    """Passages put before the model, if the request does not say."""
+
+
+class MemoryCacheConfig(Config):
+    type: Literal["memory"] = "memory"
+    max_entries: Positive = 10_000
+
+
+class RedisCacheConfig(Config):
+    type: Literal["redis"] = "redis"
+    url: str
+    """redis://host:port/db"""
+    timeout_s: Annotated[float, Field(gt=0)] = 0.2
+    """A lookup that takes longer counts as a miss."""
+
+
+class CacheConfig(Config):
+    backend: Annotated[MemoryCacheConfig | RedisCacheConfig, Field(discriminator="type")] = MemoryCacheConfig()
+    ttl_s: Annotated[float, Field(gt=0)] = 3600
+
+
+class ApiKeyConfig(Config):
+    """One entry of a file of keys."""
+
+    name: Annotated[str, Field(pattern=r"^[\w.@-]{1,100}$")]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    """Of the key, which itself is kept nowhere."""
+    requests_per_minute: Positive | None = None
+    tokens_per_minute: Positive | None = None
+    """Prompt and answer tokens that are computed; an answer from the cache costs none."""
+
+
+class AccessConfig(Config):
+    """Who may ask, and how much. Without any key everyone may."""
+
+    keys_file: str | None = None
+    """YAML, a list of what `keys` holds, as `pacos key NAME` writes it; read again when it changes."""
+    keys: tuple[ApiKeyConfig, ...] = ()
+    """Beside those of the file and of PACOS_API_KEYS (`NAME:SHA256,NAME:SHA256`)."""
+
+
+class ApplicationConfig(Config):
+    """The typed `args` of `serve_config.yaml`."""
+
+    name: str = "pacos"
+    """The base model's name in the API; deltas are `NAME:DELTA`."""
+    generator: GeneratorConfig = GeneratorConfig()
+    retriever: RetrieverConfig = RetrieverConfig()
+    cache: CacheConfig = CacheConfig()
+    access: AccessConfig = AccessConfig()
+    request_timeout_s: Annotated[float, Field(gt=0)] = 120
+    max_body_bytes: Positive = 1_000_000
+
+
+class ServeConfig(ApplicationConfig):
+    """`pacos serve`: the application, and where it listens."""
+
+    host: str = "127.0.0.1"
+    port: Port = 8000
+
+
+class AskConfig(Config):
+    """`pacos ask`: one question to a running endpoint."""
+
+    question: str
+    url: str = "http://127.0.0.1:8000"
+    model: str = "pacos"
+    rag: bool = False
+    """Retrieve passages first and print the sources."""
+    api_key: SecretStr | None = None
+    """If the endpoint asks for one; unset, PACOS_API_KEY."""
+    max_tokens: Positive = 128
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
+    timeout_s: Annotated[float, Field(gt=0)] = 120
+
+
+class KeyConfig(Config):
+    """`pacos key NAME`: a new key for an endpoint."""
+
+    name: Annotated[str, Field(pattern=r"^[\w.@-]{1,100}$")]
+    keys_file: LocalPath
+    """The entry is added to it; it is made if need be."""
+    requests_per_minute: Positive | None = None
+    tokens_per_minute: Positive | None = None
