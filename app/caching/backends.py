@@ -1,6 +1,7 @@
 """Where cached texts are kept: in this process, or in Redis. Knows nothing of what they mean."""
 
 import asyncio
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
@@ -40,17 +41,18 @@ def make_backend(config: MemoryCacheConfig | RedisCacheConfig) -> Backend:
         UserError: redis is asked for but not installed, or its URL cannot be one.
     """
     if isinstance(config, MemoryCacheConfig):
-        return MemoryBackend(max_entries=config.max_entries)
+        return MemoryBackend(max_bytes=config.max_bytes)
     return RedisBackend(config.url, timeout_s=config.timeout_s)
 
 
 class MemoryBackend:
-    """The `max_entries` texts that were used last; each replica of a deployment has its own."""
+    """The texts that were used last, as many as `max_bytes` hold; each replica of a deployment has its own."""
 
-    def __init__(self, *, max_entries: int, clock: Clock = time.monotonic) -> None:
-        self._max_entries = max_entries
+    def __init__(self, *, max_bytes: int, clock: Clock = time.monotonic) -> None:
+        self._max_bytes = max_bytes
         self._clock = clock
         self._entries: OrderedDict[str, tuple[str, float]] = OrderedDict()  # text and the time when it expires
+        self.num_bytes = 0
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -60,19 +62,26 @@ class MemoryBackend:
             return None
         value, expires = self._entries[key]
         if self._clock() >= expires:
-            del self._entries[key]
+            self._remove(key)
             return None
         self._entries.move_to_end(key)
         return value
 
     async def put(self, key: str, value: str, *, ttl_s: float) -> None:
+        self._remove(key)
         self._entries[key] = (value, self._clock() + ttl_s)
-        self._entries.move_to_end(key)
-        while len(self._entries) > self._max_entries:
-            self._entries.popitem(last=False)
+        self.num_bytes += _bytes_of(key, value)
+        while self.num_bytes > self._max_bytes:
+            self._remove(next(iter(self._entries)))
 
     async def close(self) -> None:
         self._entries.clear()
+        self.num_bytes = 0
+
+    def _remove(self, key: str) -> None:
+        if key in self._entries:
+            value, _ = self._entries.pop(key)
+            self.num_bytes -= _bytes_of(key, value)
 
 
 class RedisBackend:
@@ -129,3 +138,8 @@ def _client(url: str, timeout_s: float) -> tuple["Redis", tuple[type[Exception],
     except ValueError as error:  # the URL itself may hold a password, so it is not shown
         raise UserError(f"cache.backend.url is not a Redis URL like redis://host:6379/0: {error}") from None
     return client, (RedisError, OSError, TimeoutError)
+
+
+def _bytes_of(key: str, value: str) -> int:
+    """What an entry takes, with Python's own objects around it."""
+    return sys.getsizeof(key) + sys.getsizeof(value) + 250

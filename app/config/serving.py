@@ -44,7 +44,8 @@ class RetrieverConfig(Config):
 
 class MemoryCacheConfig(Config):
     type: Literal["memory"] = "memory"
-    max_entries: Positive = 10_000
+    max_bytes: Positive = 2**28
+    """Of each replica's entries; the least recently used go first."""
 
 
 class RedisCacheConfig(Config):

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
+from dataclasses import replace
 from typing import Any
 
 from ray.exceptions import RayActorError
@@ -12,6 +13,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 
 from app.caching.exact import cache_key
+from app.caching.single_flight import SingleFlight
 from app.config import ApplicationConfig
 from app.serving.access import current_key
 from app.serving.api_errors import ApiError
@@ -52,6 +54,7 @@ class Answering:
         self._retriever = retriever
         self._cache = CacheClient(cache)
         self._limiter = limiter
+        self._flights = SingleFlight()
         self._models: dict[str, ModelInfo] = {}
         self._models_until = 0.0
 
@@ -66,23 +69,38 @@ class Answering:
         return await self._call(self._retriever.search.remote(question, top_k))
 
     async def complete(self, request: GenerateRequest) -> tuple[Completion, bool]:
-        """The answer, and whether it came from the cache."""
+        """The answer, and whether it came from the cache, or from an equal request that ran already."""
         key = await self._key(request)
-        if key and (cached := await self._cached(key)):
+        if key is None:
+            return await self._computed(key, request), False
+        if cached := await self._cached(key):
             return cached, True
-        completion = await self._call(self._generator.complete.remote(request))
-        self._charge(completion.prompt_tokens + completion.completion_tokens)
-        self._keep(key, request, completion)
-        return completion, False
+        return await self._flights.result(f"whole {key}", lambda: self._computed(key, request))
 
     async def stream(self, request: GenerateRequest) -> AsyncGenerator[Started | Piece, None]:
         """`Started`, then pieces, within `request_timeout_s` altogether. A cached answer is streamed as one piece."""
-        deadline = asyncio.get_running_loop().time() + self.config.request_timeout_s
         key = await self._key(request)
-        if key and (cached := await self._cached(key)):
+        if key is None:
+            async with aclosing(self._streamed(key, request)) as items:
+                async for item in items:
+                    yield item
+            return
+        if cached := await self._cached(key):
             for item in _replay(cached):
                 yield item
             return
+        async with aclosing(self._flights.stream(key, lambda: self._streamed(key, request))) as shared:
+            async for item, is_anothers in shared:
+                yield replace(item, was_cached=True) if is_anothers and isinstance(item, Started) else item
+
+    async def _computed(self, key: str | None, request: GenerateRequest) -> Completion:
+        completion = await self._call(self._generator.complete.remote(request))
+        self._charge(completion.prompt_tokens + completion.completion_tokens)
+        self._keep(key, request, completion)
+        return completion
+
+    async def _streamed(self, key: str | None, request: GenerateRequest) -> AsyncGenerator[Started | Piece, None]:
+        deadline = asyncio.get_running_loop().time() + self.config.request_timeout_s
         collector, num_tokens = None, 0
         try:
             async with aclosing(self._generated(request, deadline)) as items:
@@ -159,7 +177,9 @@ class Answering:
         if request.model not in self._models or time.monotonic() > self._models_until:
             await self.models()
         model = self._models.get(request.model)
-        return cache_key(model.hash, **request.identity()) if model else None
+        key = current_key.get()
+        tenant = None if key is None else key.name  # what one has asked is nothing that another can find out
+        return cache_key(model.hash, tenant=tenant, **request.identity()) if model else None
 
     async def _cached(self, key: str) -> Completion | None:
         values = await self._cache.get(key)

@@ -57,13 +57,17 @@ def wait_for(port: int) -> None:
 
 def test_memory_forgets_what_was_used_longest_ago() -> None:
     async def scenario() -> None:
-        backend = MemoryBackend(max_entries=2)
-        await backend.put("a", "1", ttl_s=60)
-        await backend.put("b", "2", ttl_s=60)
-        assert await backend.get("a") == "1"
-        await backend.put("c", "3", ttl_s=60)
-        assert [await backend.get(key) for key in "abc"] == ["1", None, "3"]
-        assert len(backend) == 2
+        backend = MemoryBackend(max_bytes=10_000)
+        await backend.put("a", "1" * 4000, ttl_s=60)
+        await backend.put("b", "2" * 4000, ttl_s=60)
+        assert await backend.get("a") == "1" * 4000
+        await backend.put("c", "3" * 4000, ttl_s=60)
+        assert [(await backend.get(key) or "none")[0] for key in "abc"] == ["1", "n", "3"]
+        assert len(backend) == 2 and 8000 < backend.num_bytes <= 10_000
+        await backend.put("a", "4", ttl_s=60)
+        assert 4000 < backend.num_bytes < 5000, "what was replaced takes nothing"
+        await backend.put("b", "5" * 20_000, ttl_s=60)
+        assert len(backend) == 0 and backend.num_bytes == 0, "what fits nowhere is not kept"
 
     asyncio.run(scenario())
 
@@ -71,7 +75,7 @@ def test_memory_forgets_what_was_used_longest_ago() -> None:
 def test_memory_forgets_what_has_expired_and_a_new_value_lives_anew() -> None:
     async def scenario() -> None:
         now = 0.0
-        backend = MemoryBackend(max_entries=2, clock=lambda: now)
+        backend = MemoryBackend(max_bytes=10_000, clock=lambda: now)
         await backend.put("a", "1", ttl_s=10)
         now = 9.9
         assert await backend.get("a") == "1"
@@ -87,7 +91,7 @@ def test_memory_forgets_what_has_expired_and_a_new_value_lives_anew() -> None:
 
 def test_an_empty_text_is_a_value() -> None:
     async def scenario() -> None:
-        backend = MemoryBackend(max_entries=1)
+        backend = MemoryBackend(max_bytes=10_000)
         await backend.put("a", "", ttl_s=10)
         assert await backend.get("a") == ""
 
@@ -194,4 +198,4 @@ def test_memory_is_the_default_and_needs_no_redis() -> None:
         "assert not {'redis', 'ray', 'torch'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", check], check=True)
-    assert isinstance(make_backend(MemoryCacheConfig(max_entries=3)), MemoryBackend)
+    assert isinstance(make_backend(MemoryCacheConfig(max_bytes=3)), MemoryBackend)

@@ -62,7 +62,7 @@ def test_what_json_does_not_know_has_no_key() -> None:
 
 def test_a_kept_answer_is_found_and_counted() -> None:
     async def scenario() -> None:
-        cache = ResponseCache(MemoryBackend(max_entries=2), ttl_s=60)
+        cache = ResponseCache(MemoryBackend(max_bytes=10_000), ttl_s=60)
         answer = {"text": "Größe 🦙", "tokens": 3}
         assert await cache.get("k") is None
         await cache.put("k", answer)
@@ -76,7 +76,7 @@ def test_a_kept_answer_is_found_and_counted() -> None:
 
 def test_an_outage_is_a_miss_counted_each_time_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
-        backend = FlakyBackend(max_entries=2)
+        backend = FlakyBackend(max_bytes=10_000)
         cache = ResponseCache(backend, ttl_s=60)
         await cache.put("k", {"text": "a"})
         backend.is_up = False
@@ -102,7 +102,7 @@ def test_an_outage_is_a_miss_counted_each_time_and_logged_once(caplog: pytest.Lo
 @pytest.mark.parametrize("text", ["", "{", "[1]", '"text"', "null"])
 def test_what_is_no_object_under_our_key_is_a_miss(text: str) -> None:
     async def scenario() -> None:
-        backend = MemoryBackend(max_entries=2)
+        backend = MemoryBackend(max_bytes=10_000)
         await backend.put("k", text, ttl_s=60)
         cache = ResponseCache(backend, ttl_s=60)
         assert await cache.get("k") is None

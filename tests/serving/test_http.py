@@ -126,6 +126,34 @@ def test_a_repeated_greedy_request_comes_from_the_cache_streamed_or_not(client):
     assert complete(client, prompt="only asked here", model="pacos:tuned").headers["x-pacos-cache"] == "miss"
 
 
+def test_a_hundred_equal_requests_at_once_compute_one(client, url, greedy):
+    def stats():
+        from ray import serve
+
+        return serve.get_deployment_handle("generator", "pacos").stats.remote().result()["pacos"]
+
+    before = stats()["generated_tokens"]
+    body = {"model": "pacos", "prompt": "asked by many at once", "max_tokens": 60, "temperature": 0}
+    streams, wholes = 20, 80
+
+    async def ask_all() -> list[str]:
+        limits = httpx.Limits(max_connections=100)
+        async with httpx.AsyncClient(base_url=url, timeout=60, trust_env=False, limits=limits) as client:
+
+            async def whole() -> str:
+                return (await client.post("/v1/completions", json=body)).json()["choices"][0]["text"]
+
+            async def streamed() -> str:
+                response = await client.post("/v1/completions", json=body | {"stream": True})
+                events = [json.loads(line[6:]) for line in response.text.split("\n\n")[:-2]]
+                return "".join(event["choices"][0]["text"] for event in events)
+
+            return await asyncio.gather(*(whole() for _ in range(wholes)), *(streamed() for _ in range(streams)))
+
+    assert set(asyncio.run(ask_all())) == {greedy("asked by many at once", 60)}
+    assert stats()["generated_tokens"] - before in (60, 120), "once for all, or once for each of both ways"
+
+
 def test_a_delta_is_a_model_of_its_own(client):
     names = [model["id"] for model in client.get("/v1/models").json()["data"]]
     assert names == ["pacos", "pacos:tuned"]
