@@ -151,9 +151,29 @@ def index(overrides: Overrides = None, config: ConfigFile = None, address: Addre
 
 
 @cli.command()
-def serve(overrides: Overrides = None, config: ConfigFile = None, address: Address = None) -> None:
+def serve(
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    address: Address = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Only say whether the settings, or a file for `serve deploy`, would do."),
+    ] = False,
+) -> None:
     """An HTTP endpoint for a model, its deltas and an index, until Ctrl-C."""
-    _run("serve", "ServeConfig", overrides, config, address=address)
+    if check and config is not None:
+        from app.serving.check import check_deploy_file, is_deploy_file
+
+        if is_deploy_file(config):
+            print(f"{config}: {', '.join(check_deploy_file(config))}: nothing is wrong with it")
+            return
+    _run(
+        "check_serving" if check else "serve",
+        "ServeConfig",
+        overrides,
+        config,
+        **({} if check else {"address": address}),
+    )
 
 
 @cli.command()

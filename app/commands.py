@@ -176,6 +176,13 @@ def serve(config: ServeConfig, *, address: Address) -> None:
         wait_for_interrupt()
 
 
+def check_serving(config: ServeConfig) -> None:
+    from app.serving.launch import check_folders
+
+    check_folders(config)
+    console.say("nothing is wrong with these settings")
+
+
 def generate(config: GenerateConfig, *, address: Address, resume: bool) -> None:
     from app.serving.batch import generate_answers, plan_answers
 

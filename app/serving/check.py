@@ -1,0 +1,110 @@
+"""A file for `serve deploy`, looked at before anything is deployed. Serve itself drops unknown keys without a word."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from app.config import ApplicationConfig, ServeConfig, validate
+from app.errors import UserError
+from app.serving.launch import check_folders
+
+IMPORT_PATH = "app.serving.application:build"
+DEPLOYMENTS = ("ingress", "generator", "retriever", "cache", "limiter")
+
+
+def is_deploy_file(file: str) -> bool:
+    """Whether it is for `serve deploy`, and not for `pacos serve`.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    return "applications" in _read(file)
+
+
+def check_deploy_file(file: str) -> list[str]:
+    """The names of the applications of ours in `file`.
+
+    Raises:
+        UserError: a key that nobody knows, a wrong value, a folder that is not there, or none of the applications is
+            ours.
+    """
+    from ray.serve.schema import ServeDeploySchema
+
+    values = _read(file)
+    try:
+        _check_known(ServeDeploySchema.model_validate(values), values, where="")
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    ours = [application for application in values["applications"] if application.get("import_path") == IMPORT_PATH]
+    if not ours:
+        raise UserError(f"{file}: no application has import_path: {IMPORT_PATH}")
+    for application in ours:
+        name = application.get("name", "default")
+        try:
+            config = validate(ApplicationConfig, application.get("args") or {})
+            check_folders(ServeConfig.model_validate(config.model_dump()))
+            for deployment in application.get("deployments") or ():
+                _check_deployment(deployment)
+        except UserError as error:
+            raise UserError(f"{file}: application {name!r}: {error}") from None
+    return [application.get("name", "default") for application in ours]
+
+
+def _check_deployment(values: dict[str, Any]) -> None:
+    from ray.serve.config import AutoscalingConfig
+
+    name = values["name"]
+    if name not in DEPLOYMENTS:
+        raise UserError(f"deployments: {name!r} is none of {', '.join(DEPLOYMENTS)}")
+    scaling = values.get("autoscaling_config")
+    if isinstance(scaling, dict):
+        _refuse_unknown(scaling, set(AutoscalingConfig.model_fields), where=f"deployments.{name}.autoscaling_config")
+        try:
+            AutoscalingConfig(**scaling)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise UserError(f"deployments.{name}.autoscaling_config.{where}: {first['msg']}") from None
+
+
+def _check_known(model: BaseModel, values: Any, *, where: str) -> None:
+    """Refuse keys of `values` that `model`, which was read from it, has no field for."""
+    if not isinstance(values, dict):
+        return
+    _refuse_unknown(values, set(type(model).model_fields), where=where)
+    for key, value in values.items():
+        inside = getattr(model, key)
+        place = f"{where}.{key}" if where else key
+        if isinstance(inside, BaseModel):
+            _check_known(inside, value, where=place)
+        elif isinstance(inside, list):
+            for number, (part, given) in enumerate(zip(inside, value, strict=True)):
+                if isinstance(part, BaseModel):
+                    _check_known(part, given, where=f"{place}.{number}")
+
+
+def _refuse_unknown(values: dict[str, Any], known: set[str], *, where: str) -> None:
+    import difflib
+
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise UserError(f"unknown key {where + '.' if where else ''}{key}{hint}")
+
+
+def _read(file: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file!r} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file!r} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file!r} holds no settings")
+    return values
