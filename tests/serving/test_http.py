@@ -182,7 +182,7 @@ def test_ask_gets_the_answers(client, url, greedy):
     assert ask(AskConfig(question="Why?", url=url, max_tokens=9))["text"] == greedy(prompt, 9).strip()
     answer = ask(AskConfig(question="Who will guard the herd?", url=url, max_tokens=9, rag=True))
     assert answer["sources"][0]["document"] == "guards.md"
-    with pytest.raises(UserError, match="model='other' does not exist"):
+    with pytest.raises(UserError, match="404: model 'other' does not exist"):
         ask(AskConfig(question="?", url=url, model="other"))
 
 
