@@ -2,6 +2,7 @@
 all deployments here are: `application` puts it on Serve."""
 
 import asyncio
+import gc
 import threading
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -37,6 +38,8 @@ class GeneratorDeployment:
         self._max_choices = config.generator.max_batch_size + config.generator.max_queue
         self._refresh_s = config.generator.refresh_s
         self._library = ModelLibrary(config.generator, name=config.name)
+        gc.collect()
+        gc.freeze()  # a collection over all that is loaded would hold up every answer for a tenth of a second
         self._ending = threading.Event()
         if self._library.has_aliases:
             threading.Thread(target=self._follow_aliases, name="registry", daemon=True).start()
