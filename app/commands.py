@@ -398,7 +398,13 @@ def show_answer(answer: Any) -> None:
 
 def show_addresses(url: str) -> None:
     console.table(
-        "Up", {"endpoint": f"{url}/v1/completions", "documentation": f"{url}/docs", "dashboard": dashboard_url()}
+        "Up",
+        {
+            "playground": url,
+            "endpoint": f"{url}/v1/chat/completions",
+            "documentation": f"{url}/docs",
+            "dashboard": dashboard_url(),
+        },
     )
 
 

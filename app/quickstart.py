@@ -100,7 +100,7 @@ def _serve_config(config: QuickstartConfig, model: str, delta: str, index: Path)
 def _ask(config: QuickstartConfig, url: str) -> None:
     tuned = f"{ApplicationConfig().name}:{config.delta_name}"
     for question, rag in ((config.plain_question, False), (config.rag_question, True)):
-        console.say(f"\n{'POST /v1/rag' if rag else 'POST /v1/completions'}  {question}", style="bold")
+        console.say(f"\nPOST /v1/chat/completions{' with rag' if rag else ''}  {question}", style="bold")
         commands.ask(AskConfig(question=question, url=url, model=tuned, rag=rag))
 
 

@@ -61,7 +61,7 @@ def test_quickstart_goes_through_every_stage_and_leaves_nothing_running(tmp_path
     assert re.search(r"held-out loss +\d\.\d+ → \d\.\d+", printed)
     for stage in ("Prepare", "Evaluate the base", "Train", "Evaluate the tuned", "Index", "Serve", "Ask"):
         assert re.search(rf"{stage}.* \d+\.\d s", printed), stage
-    for address in ("/v1/completions", "/docs", "dashboard"):
+    for address in ("/v1/chat/completions", "/docs", "dashboard", "playground"):
         assert address in printed
     assert "[1] " in printed, "the retrieved answer names its sources"
     assert (tmp_path / "run/train/delta/delta.json").exists()

@@ -166,6 +166,19 @@ class Refusal:
     retry_after_s: int | None = None
 
 
+def joined(earlier: "Started | Piece | Refusal", later: "Started | Piece | Refusal") -> Piece | None:
+    """Two pieces of the same choice as one; None for anything else."""
+    if not (isinstance(earlier, Piece) and isinstance(later, Piece) and earlier.index == later.index):
+        return None
+    return Piece(
+        earlier.index,
+        earlier.text + later.text,
+        earlier.num_tokens + later.num_tokens,
+        later.finish_reason,
+        (*earlier.logprobs, *later.logprobs),
+    )
+
+
 class Collector:
     """Puts a stream's pieces together to the `Completion` that an unstreamed request gets."""
 
