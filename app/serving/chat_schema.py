@@ -163,17 +163,12 @@ class ChatStream:
     """The chunks of one streamed answer: the text of each choice joins to that of the unstreamed one."""
 
     def __init__(self, request: ChatRequest, *, passages: Sequence[Mapping[str, Any]] | None = None) -> None:
-        self._request = request
+        self.request = request
         self._passages = passages
         self._head: dict[str, Any] = {"id": new_id("chatcmpl"), "created": now(), "model": request.model}
         self._begun: set[int] = set()
         self._blank: dict[int, tuple[TokenLogprob, ...]] = {}
         """Of choices without text so far, what is known of the tokens that came."""
-
-    @property
-    def includes_usage(self) -> bool:
-        options = self._request.stream_options
-        return options is not None and options.include_usage
 
     def first_chunk(self, started: Started) -> ChatChunk | None:
         """The citations, where there can be some, before the first word."""
@@ -191,7 +186,7 @@ class ChatStream:
             return None
         self._begun.add(piece.index)
         delta = Delta(role="assistant" if is_first else None, content=text)
-        logprobs = chat_logprobs(self._request, tokens)
+        logprobs = chat_logprobs(self.request, tokens)
         choice = ChunkChoice(index=piece.index, delta=delta, logprobs=logprobs, finish_reason=piece.finish_reason)
         return ChatChunk(**self._head, choices=[choice])
 

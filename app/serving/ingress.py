@@ -224,7 +224,7 @@ async def _events(
         if not isinstance(error, ApiError):
             raise
         return
-    if stream.includes_usage:
+    if stream.request.includes_usage:
         prompt_tokens = sum(prompt.num_tokens for prompt in started.prompts)
         yield _event(stream.usage_chunk(usage(prompt_tokens, num_tokens)))
     yield "data: [DONE]\n\n"

@@ -1,7 +1,5 @@
 """How much each key may ask: one deployment of one replica counts for all, so limits hold whoever answers."""
 
-import asyncio
-import logging
 import math
 import time
 from collections.abc import Callable
@@ -10,13 +8,10 @@ from dataclasses import dataclass
 from ray.serve.handle import DeploymentHandle
 
 from app.config import ApiKeyConfig
+from app.serving.guarded import PAUSE_S, GuardedHandle, Unavailable
 from app.serving.messages import Refusal
 
-logger = logging.getLogger("ray.serve")
-
 DEADLINE_S = 0.5
-PAUSE_S = 5.0
-"""After a failure each replica counts for itself for so long."""
 
 
 @dataclass
@@ -84,13 +79,8 @@ class LimiterClient:
         pause_s: float = PAUSE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._handle = handle
-        self._deadline_s = deadline_s
-        self._pause_s = pause_s
-        self._clock = clock
-        self._paused_until = 0.0
+        self._limiter = GuardedHandle(handle, name="limiter", deadline_s=deadline_s, pause_s=pause_s, clock=clock)
         self._own = Limits(clock=clock)
-        self._charges: set[asyncio.Task[tuple[str, float] | None]] = set()
 
     async def admit(self, key: ApiKeyConfig) -> Refusal | None:
         if key.requests_per_minute is None and key.tokens_per_minute is None:
@@ -104,18 +94,11 @@ class LimiterClient:
 
     def charge(self, key: ApiKeyConfig, num_tokens: int) -> None:
         """In the background; nobody waits for it."""
-        if key.tokens_per_minute is None or not num_tokens:
-            return
-        task = asyncio.get_running_loop().create_task(self._call("charge", key, num_tokens))
-        self._charges.add(task)  # the loop itself keeps only a weak reference
-        task.add_done_callback(self._charges.discard)
+        if key.tokens_per_minute is not None and num_tokens:
+            self._limiter.in_background(self._call("charge", key, num_tokens))
 
     async def _call(self, method: str, *args: object) -> tuple[str, float] | None:
-        if self._clock() >= self._paused_until:
-            call = self._handle.options(method_name=method).remote(*args)
-            try:
-                return await asyncio.wait_for(call, self._deadline_s)
-            except Exception as error:  # a dead replica, a full queue, a timeout
-                self._paused_until = self._clock() + self._pause_s
-                logger.warning(f"limiter: {method} failed ({type(error).__name__}); this replica counts for itself")
-        return getattr(self._own, method)(*args)
+        try:
+            return await self._limiter.call(method, *args)
+        except Unavailable:
+            return getattr(self._own, method)(*args)

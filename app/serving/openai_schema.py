@@ -134,6 +134,10 @@ class SamplingRequest(WireRequest):
     user: Text | None = None
     """Accepted, and not used."""
 
+    @property
+    def includes_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.stream_options and not self.stream:
@@ -174,16 +178,22 @@ class CompletionRequest(SamplingRequest):
         return self._request(_prompts(self.prompt), max_tokens=self.max_tokens, logprobs=self.logprobs)
 
 
-class RagRequest(WireRequest):
-    question: Annotated[Text, Field(min_length=1)]
-    top_k: Annotated[int, Field(ge=1, le=50)] | None = None
-    """Passages to retrieve; the server's setting if not given."""
+class AnswerRequest(WireRequest):
+    """What the routes beside OpenAI's share; greedy if nothing is said."""
+
     model: Text | None = None
+    """The base, if not given."""
     max_tokens: MaxTokens = 128
     temperature: Temperature = 0.0
     top_p: TopP = 1.0
     seed: int | None = None
     stop: StopStrings = []
+
+
+class RagRequest(AnswerRequest):
+    question: Annotated[Text, Field(min_length=1)]
+    top_k: Annotated[int, Field(ge=1, le=50)] | None = None
+    """Passages to retrieve; the server's setting if not given."""
 
 
 class Usage(Wire):
@@ -336,14 +346,9 @@ class CompletionStream:
     """The chunks of one streamed answer."""
 
     def __init__(self, request: CompletionRequest) -> None:
-        self._request = request
+        self.request = request
         self._head: dict[str, Any] = {"id": new_id("cmpl"), "created": now(), "model": request.model}
         self._offsets: dict[int, int] = {}
-
-    @property
-    def includes_usage(self) -> bool:
-        options = self._request.stream_options
-        return options is not None and options.include_usage
 
     def first_chunk(self, started: Started) -> None:
         """None: nothing is known before the first word."""
@@ -351,7 +356,7 @@ class CompletionStream:
     def chunk(self, piece: Piece) -> CompletionResponse:
         offset = self._offsets.get(piece.index, 0)
         self._offsets[piece.index] = offset + sum(len(token.text) for token in piece.logprobs)
-        asks_logprobs = self._request.logprobs is not None
+        asks_logprobs = self.request.logprobs is not None
         choice = completion_choice(piece.index, piece, asks_logprobs=asks_logprobs, offset=offset)
         return CompletionResponse(**self._head, choices=[choice])
 

@@ -6,18 +6,11 @@ from pydantic import Field
 
 from app.data.records import Message
 from app.serving.messages import ChatPrompt, Completion, GenerateRequest
-from app.serving.openai_schema import MaxTokens, StopStrings, Temperature, Text, TopP, Usage, Wire, WireRequest, usage
+from app.serving.openai_schema import AnswerRequest, Text, Usage, Wire, usage
 
 
-class PlainRequest(WireRequest):
+class PlainRequest(AnswerRequest):
     prompt: Annotated[Text, Field(min_length=1)]
-    model: Text | None = None
-    """The base, if not given."""
-    max_tokens: MaxTokens = 128
-    temperature: Temperature = 0.0
-    top_p: TopP = 1.0
-    seed: int | None = None
-    stop: StopStrings = []
 
     def to_request(self, *, model: str, in_template: bool) -> GenerateRequest:
         """`in_template`: the prompt is an instruction, and put into the model's own template."""
