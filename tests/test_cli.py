@@ -36,6 +36,7 @@ def test_help_names_every_command_and_imports_nothing_heavy() -> None:
         "promote",
         "ask",
         "index",
+        "key",
         "serve",
         "quickstart",
     ):
@@ -77,6 +78,29 @@ def test_a_users_mistake_is_one_message_and_exit_code_2(args: list[str], parts: 
     assert "Traceback" not in result.stderr
     assert result.stderr.startswith("error: ")
     assert all(part in result.stderr for part in parts), result.stderr
+
+
+def test_a_key_is_printed_once_and_its_hash_kept(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    made = run(PACOS, "key", "ana", f"keys_file={file}", "tokens_per_minute=500")
+    assert made.returncode == 0, made.stderr
+    key = made.stdout.split()[-1]
+    assert key.startswith("pacos-") and key not in file.read_text() and "tokens_per_minute: 500" in file.read_text()
+    again = run(PACOS, "key", "ana", f"keys_file={file}")
+    assert again.returncode == 2 and "'ana' has a key" in again.stderr and "Traceback" not in again.stderr
+
+
+def test_serve_checks_a_file_before_anything_is_deployed(tmp_path: Path) -> None:
+    shipped = (REPOSITORY / "serve_config.yaml").read_text()
+    (tmp_path / "right.yaml").write_text(shipped)
+    (tmp_path / "wrong.yaml").write_text(shipped.replace("max_batch_size", "max_batchsize"))
+    right = run(PACOS, "serve", "--check", "--config", str(tmp_path / "right.yaml"))
+    assert right.returncode == 0 and "nothing is wrong" in right.stdout, right.stderr
+    wrong = run(PACOS, "serve", "--check", "--config", str(tmp_path / "wrong.yaml"))
+    assert wrong.returncode == 2 and "did you mean 'max_batch_size'" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+    settings = run(PACOS, "serve", "--check", "generator.model=./none")
+    assert settings.returncode == 2 and "none" in settings.stderr
 
 
 def test_a_cluster_that_does_not_answer_is_told_within_ten_seconds(small_source: Path, tmp_path: Path) -> None:

@@ -24,7 +24,9 @@ class ApiError(Exception):
 
 
 def refuse(refusal: Refusal) -> JSONResponse:
-    headers = {"Retry-After": str(refusal.retry_after_s)} if refusal.retry_after_s else None
+    headers = {"Retry-After": str(refusal.retry_after_s)} if refusal.retry_after_s else {}
+    if refusal.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error_response(refusal).model_dump(), status_code=refusal.status, headers=headers)
 
 

@@ -135,6 +135,7 @@ def test_without_a_right_key_nothing_is_answered(client, header):
     response = client.get("/v1/models", headers={} if header is None else {"authorization": header})
     assert response.status_code == 401 and response.json()["error"]["code"] == "invalid_api_key"
     assert response.json()["error"]["type"] == "authentication_error"
+    assert response.headers["www-authenticate"] == "Bearer"
     assert "three" not in json.dumps(response.json())
 
 

@@ -295,11 +295,27 @@ def test_a_chat_from_documents_cites_them(openai):
     assert plain.usage.prompt_tokens < answer.usage.prompt_tokens and not hasattr(plain, "citations")
 
 
+def test_the_plain_routes_answer_with_and_without_the_template(client, greedy):
+    from app.data.prompts import PacosTemplate
+
+    def text(path, **values):
+        response = client.post(path, json={"prompt": "Why?", "max_tokens": 9} | values)
+        assert response.status_code == 200, response.text
+        return response.json()["text"]
+
+    answer = greedy(PacosTemplate().prompt("Why?"), 9).strip()
+    assert text("/generate") == text("/generate_text") == answer
+    assert text("/generate_text_without_prompt") == greedy("Why?", 9)
+    assert text("/generate", model="pacos:tuned") != answer
+    assert client.post("/generate", json={"prompt": ""}).status_code == 422
+    assert client.post("/generate", json={"prompt": "x", "n": 2}).json()["error"]["code"] == "unsupported_parameter"
+
+
 def test_health_and_documentation_answer(client):
     assert client.get("/healthz").json() == {"status": "ok"}
     assert client.get("/docs").status_code == 200
     paths = client.get("/openapi.json").json()["paths"]
-    assert {"/v1/completions", "/v1/chat/completions", "/v1/rag", "/v1/models", "/healthz"} <= paths.keys()
+    assert {"/v1/completions", "/v1/chat/completions", "/v1/rag", "/v1/models", "/healthz", "/generate"} <= paths.keys()
 
 
 @pytest.mark.parametrize(
