@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -114,10 +115,19 @@ def test_the_same_seed_gives_the_same_answer_and_unseeded_answers_are_not_cached
     assert {cache for _, cache in unseeded} == {"miss"} and len({answer for answer, _ in unseeded}) > 1
 
 
+def until_hit(ask):
+    """What `ask` returns once it comes from the cache: that is passed over for seconds where it was slow once."""
+    deadline = time.monotonic() + 30
+    while (response := ask()).headers["x-pacos-cache"] != "hit":
+        assert time.monotonic() < deadline, "never cached"
+        time.sleep(0.2)
+    return response
+
+
 def test_a_repeated_greedy_request_comes_from_the_cache_streamed_or_not(client):
     first = complete(client, prompt="only asked here")
-    again = complete(client, prompt="only asked here")
-    assert [response.headers["x-pacos-cache"] for response in (first, again)] == ["miss", "hit"]
+    assert first.headers["x-pacos-cache"] == "miss"
+    again = until_hit(lambda: complete(client, prompt="only asked here"))
     assert first.json()["choices"] == again.json()["choices"] and first.json()["usage"] == again.json()["usage"]
     events, done, headers = stream(client, prompt="only asked here")
     assert headers["x-pacos-cache"] == "hit" and done
@@ -172,7 +182,7 @@ def test_an_answer_from_documents_names_its_sources(client):
     assert answer["usage"]["completion_tokens"] == 16 and answer["model"] == "pacos"
     assert set(answer["timings"]) == {"retrieve_s", "generate_s", "total_s"}
     assert len(client.post("/v1/rag", json=body | {"top_k": 1}).json()["sources"]) == 1
-    assert client.post("/v1/rag", json=body).headers["x-pacos-cache"] == "hit"
+    until_hit(lambda: client.post("/v1/rag", json=body))
 
 
 def test_ask_gets_the_answers(client, url, greedy):
