@@ -167,13 +167,10 @@ def serve(
         if is_deploy_file(config):
             print(f"{config}: {', '.join(check_deploy_file(config))}: nothing is wrong with it")
             return
-    _run(
-        "check_serving" if check else "serve",
-        "ServeConfig",
-        overrides,
-        config,
-        **({} if check else {"address": address}),
-    )
+    if check:
+        _run("check_serving", "ServeConfig", overrides, config)
+    else:
+        _run("serve", "ServeConfig", overrides, config, address=address)
 
 
 @cli.command()

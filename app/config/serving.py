@@ -61,15 +61,20 @@ class CacheConfig(Config):
     ttl_s: Annotated[float, Field(gt=0)] = 3600
 
 
-class ApiKeyConfig(Config):
-    """One entry of a file of keys."""
+class KeyHolder(Config):
+    """Whose a key is, and how much may be asked with it."""
 
     name: Annotated[str, Field(pattern=r"^[\w.@-]{1,100}$")]
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-    """Of the key, which itself is kept nowhere."""
     requests_per_minute: Positive | None = None
     tokens_per_minute: Positive | None = None
     """Prompt and answer tokens that are computed; an answer from the cache costs none."""
+
+
+class ApiKeyConfig(KeyHolder):
+    """One entry of a file of keys."""
+
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    """Of the key, which itself is kept nowhere."""
 
 
 class AccessConfig(Config):
@@ -116,11 +121,8 @@ class AskConfig(Config):
     timeout_s: Annotated[float, Field(gt=0)] = 120
 
 
-class KeyConfig(Config):
+class KeyConfig(KeyHolder):
     """`pacos key NAME`: a new key for an endpoint."""
 
-    name: Annotated[str, Field(pattern=r"^[\w.@-]{1,100}$")]
     keys_file: LocalPath
     """The entry is added to it; it is made if need be."""
-    requests_per_minute: Positive | None = None
-    tokens_per_minute: Positive | None = None

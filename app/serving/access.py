@@ -44,8 +44,7 @@ def new_key(config: KeyConfig) -> str:
     if any(entry.name == config.name for entry in entries):
         raise UserError(f"name={config.name!r} has a key in {config.keys_file!r} already; remove its entry first")
     key = _PREFIX + secrets.token_urlsafe(32)
-    limits = {"requests_per_minute": config.requests_per_minute, "tokens_per_minute": config.tokens_per_minute}
-    entries.append(ApiKeyConfig(name=config.name, sha256=_hash(key), **limits))
+    entries.append(ApiKeyConfig(sha256=_hash(key), **config.model_dump(exclude={"keys_file"})))
     values = [entry.model_dump(exclude_none=True) for entry in entries]
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, yaml.safe_dump(values, sort_keys=False))

@@ -49,6 +49,8 @@ class ModelLibrary:
         self._config = config
         self._folder = model_folder(config.model)
         self._tokenizer = load_tokenizer(self._folder)
+        self._token_bytes = self._tokenizer.token_bytes()
+        self._fingerprint = self._tokenizer.fingerprint()
         self._base_hash = weights_hash(self._folder)
         base = load_decoder(self._folder)
         _check_vocabulary(base, self._tokenizer, config)
@@ -158,8 +160,7 @@ class ModelLibrary:
         full_name = f"{self.name}:{delta_name}"
         folder = delta_folder(version, self._config.tracking)
         delta = read_delta(folder)
-        fingerprint = self._tokenizer.fingerprint()
-        check_base(delta, str(folder), base_hash=self._base_hash, tokenizer_hash=fingerprint)
+        check_base(delta, str(folder), base_hash=self._base_hash, tokenizer_hash=self._fingerprint)
         template, weights = template_of(delta.metadata), self._base_hash + delta.hash
         if needs_own_model(delta):
             model = with_delta(self._folder, delta)
@@ -191,7 +192,7 @@ class ModelLibrary:
             max_delta_bytes=config.max_delta_bytes,
         )
         model = model.requires_grad_(False).eval().to(config.device, dtype)
-        engine = Engine(model, settings, token_bytes=self._tokenizer.token_bytes())
+        engine = Engine(model, settings, token_bytes=self._token_bytes)
         return EngineFront(engine, name=f"engine {name}")
 
     def _served(
@@ -204,10 +205,10 @@ class ModelLibrary:
         *,
         delta: str | None = None,
     ) -> ServedModel:
-        parts = [weights, self._tokenizer.fingerprint(), self._config.precision, json.dumps(template.to_json())]
+        parts = [weights, self._fingerprint, self._config.precision, json.dumps(template.to_json())]
         model_hash = hashlib.sha256(":".join(parts).encode()).hexdigest()
         info = ModelInfo(full_name, model_hash, context_length, template.to_json())
-        return ServedModel(info, front, self._tokenizer, template, delta=delta)
+        return ServedModel(info, front, self._tokenizer, self._token_bytes, template, delta=delta)
 
 
 def template_of(metadata: dict[str, Any]) -> Template:

@@ -42,14 +42,21 @@ class ServedModel:
     own part."""
 
     def __init__(
-        self, info: ModelInfo, front: EngineFront, tokenizer: Tokenizer, template: Template, *, delta: str | None = None
+        self,
+        info: ModelInfo,
+        front: EngineFront,
+        tokenizer: Tokenizer,
+        token_bytes: Sequence[bytes],
+        template: Template,
+        *,
+        delta: str | None = None,
     ) -> None:
         self.info = info
         self.front = front
         self.tokenizer = tokenizer
         self.template = template
         self.delta = delta
-        self._token_bytes = tokenizer.token_bytes()
+        self._token_bytes = token_bytes
         self._mean_duration_s = 1.0
 
     async def encode(self, request: GenerateRequest) -> list[tuple[list[int], PromptInfo]]:
