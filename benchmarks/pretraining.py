@@ -28,7 +28,7 @@ from benchmarks.machine import describe
 
 MOST_BYTES = 24_000_000
 """Of weights in bf16: what the repository has room for."""
-BATCH_SIZE = 2
+BATCH_SIZE = 8
 NUM_EVALUATIONS = 4
 
 CANDIDATES: dict[str, dict[str, int]] = {
@@ -94,7 +94,7 @@ def base_config(sources: Sequence[str], settings: dict[str, int]) -> PretrainCon
             "output": "unused",
             "batch_size": BATCH_SIZE,
             "optimizer": {"learning_rate": 3e-3, "schedule": "trapezoid", "decay_fraction": 0.3, "final_fraction": 0.0},
-            "precision": "fp32",
+            "precision": "auto",
             **settings,
         }
     )

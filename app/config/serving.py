@@ -38,6 +38,9 @@ class GeneratorConfig(Config):
 class RetrieverConfig(Config):
     index: str | None = None
     """Folder that `pacos index` wrote; none turns /v1/rag off."""
+    embedder: str | None = None
+    """Of /v1/embeddings: `embedded`, a sentence-transformers folder, or a Hugging Face name; none: the index's, without
+    an index the embedded one. An index is searched with the embedder that made it."""
     top_k: Positive = 3
     """Passages put before the model, if the request does not say."""
 

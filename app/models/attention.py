@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from app.config.base import AttentionBackend
 from app.errors import UserError
+from app.models.kernels.causal_attention import Span, causal_attention, is_faster, spans_of
 
 KeysValues = tuple[Tensor, Tensor]
 """One layer's keys and values, each [kv_heads, time, head_width]."""
@@ -47,13 +48,26 @@ class RowAttention:
         if documents is not None and documents.device.type == "cpu" and backend != "flex":
             self._lengths = list(lengths) if lengths is not None else document_lengths(documents)
         self._masks: dict[int, Any] = {}
+        self._spans: tuple[Span, ...] | None = None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """All [batch, heads, time, head_width]; keys and values may have fewer heads than queries."""
         with _kernel(self.backend):
+            if (spans := self._spans_of(q, k)) is not None:
+                return causal_attention(q, k, v, spans)
             if self._lengths is None:
                 return self._attend(layer, q, k, v)
             return self._attend_each_document(layer, q, k, v, self._lengths)
+
+    def _spans_of(self, q: Tensor, k: Tensor) -> tuple[Span, ...] | None:
+        """Of the documents, where products of them as a whole beat torch's kernel in the backward pass."""
+        is_plain = self.prefix is None and (self.documents is None or self._lengths is not None)
+        if self.backend != "auto" or not is_plain or not is_faster(q, k):
+            return None
+        if self._spans is None:
+            batch, _, time, _ = q.shape
+            self._spans = spans_of(self._lengths or [time] * batch) or ()
+        return self._spans or None
 
     # It would be compiled anew for every number of documents. `torch.compiler.disable` is the same, but imports the
     # compiler at once: two seconds, in each process that has a model.

@@ -77,7 +77,9 @@ def load_decoder(folder: Path, *, dtype: torch.dtype = torch.float32) -> Decoder
             raise UserError(
                 f"{folder}: {source!r} has shape {list(tensor.shape)} where config.json asks for {list(expected.shape)}"
             )
-        weights[name] = tensor.to(expected.dtype if name in quantized else dtype).contiguous()
+        # Copied in any case: what is mapped from the file would hold on to all of it.
+        stored_as = expected.dtype if name in quantized else dtype
+        weights[name] = torch.empty(tensor.shape, dtype=stored_as).copy_(tensor)
     head = stored.get("lm_head.weight")
     if head is not None and not torch.equal(head.to(dtype), weights["token_embedding.weight"]):
         raise UserError(f"{folder}: lm_head is not tied to the token embedding; untied heads are not supported")

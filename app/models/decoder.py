@@ -203,6 +203,8 @@ class Decoder(nn.Module):
 
     def compile_blocks(self) -> None:
         """Have `torch.compile` fuse what lies between the matrix products, at the first step and for any length."""
+        # Else blocks are compiled one by one, as they differ in `Attention.layer`, and from the ninth on not at all.
+        torch._dynamo.config.allow_unspec_int_on_nn_module = True
         for block in self.blocks:
             block.compile(dynamic=True)
 

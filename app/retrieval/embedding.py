@@ -35,6 +35,19 @@ class Embedder:
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
         return vectors / np.where(lengths > 0, lengths, 1)
 
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens each of `texts` has; special ones are not counted."""
+        tokenizer = self._model.tokenizer
+        if hasattr(tokenizer, "encode_batch"):  # of the `tokenizers` package, as a static embedder has it
+            return [len(encoding.ids) for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        return [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The longest text that is read to its end; none: as long as it may be."""
+        longest = self._model.max_seq_length
+        return None if longest is None or longest == float("inf") else int(longest)
+
     def _encode(self, texts: Sequence[str]) -> np.ndarray:
         vectors = self._model.encode(list(texts), convert_to_numpy=True, show_progress_bar=False)
         return np.asarray(vectors, dtype=np.float32)

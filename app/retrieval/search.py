@@ -37,7 +37,7 @@ class Searcher:
 
     def __init__(self, folder: Path) -> None:
         self.manifest = read_manifest(folder)
-        self._embedder = _embedder(folder, self.manifest)
+        self.embedder = _embedder(folder, self.manifest)
         try:
             self._vectors = VectorIndex(folder / VECTORS)
         except RuntimeError as error:
@@ -46,7 +46,7 @@ class Searcher:
 
     def search(self, query: str, *, top_k: int) -> list[Passage]:
         """The `top_k` nearest passages, best first; none for a query without a single known word."""
-        (vector,) = self._embedder.embed([query])
+        (vector,) = self.embedder.embed([query])
         if not vector.any():
             return []
         hits = self._vectors.search(vector, top_k=top_k)

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import Any
@@ -22,6 +22,7 @@ from app.serving.limiter import LimiterClient
 from app.serving.messages import (
     Collector,
     Completion,
+    Embeddings,
     GenerateRequest,
     ModelInfo,
     Piece,
@@ -67,6 +68,11 @@ class Answering:
 
     async def search(self, question: str, *, top_k: int) -> list[dict[str, Any]]:
         return await self._call(self._retriever.search.remote(question, top_k))
+
+    async def embed(self, texts: Sequence[str], *, dimensions: int | None) -> Embeddings:
+        embeddings: Embeddings = await self._call(self._retriever.embed.remote(texts, dimensions))
+        self._charge(embeddings.num_tokens)
+        return embeddings
 
     async def complete(self, request: GenerateRequest) -> tuple[Completion, bool]:
         """The answer, and whether it came from the cache, or from an equal request that ran already."""

@@ -90,6 +90,8 @@ def _check_absolute(config: ApplicationConfig) -> None:
         paths["retriever.index"] = config.retriever.index
     if config.access.keys_file is not None:
         paths["access.keys_file"] = config.access.keys_file
+    if config.retriever.embedder is not None and config.retriever.embedder.startswith("."):
+        paths["retriever.embedder"] = config.retriever.embedder
     if config.generator.model.startswith("."):
         paths["generator.model"] = config.generator.model
     for key, path in paths.items():

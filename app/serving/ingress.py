@@ -1,5 +1,6 @@
 """The HTTP surface: routes, and the deployment that carries them."""
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
@@ -16,8 +17,9 @@ from app.serving.access import KeyRing, RequireKey
 from app.serving.answering import Answering, Stopwatch
 from app.serving.api_errors import INTERNAL_ERROR, ApiError, BodyLimit, add_error_handlers
 from app.serving.chat_schema import ChatChunk, ChatRequest, ChatResponse, ChatStream, chat_response
+from app.serving.embedding_schema import EmbeddingRequest, EmbeddingResponse, embedder_name, embedding_response
 from app.serving.limiter import LimiterClient
-from app.serving.messages import ChatPrompt, GenerateRequest, Piece, Started
+from app.serving.messages import ChatPrompt, GenerateRequest, Piece, Refusal, Started
 from app.serving.openai_schema import (
     CompletionRequest,
     CompletionResponse,
@@ -114,6 +116,16 @@ def create_api(answering: Answering) -> FastAPI:
         answer, was_cached = await answer_question(answering, body)
         return JSONResponse(answer.model_dump(), headers=_cache_header(was_cached))
 
+    @api.post("/v1/embeddings", response_model=EmbeddingResponse, responses=_ERRORS)
+    async def embeddings(body: EmbeddingRequest) -> Response:
+        """Vectors of texts, as OpenAI's embeddings API gives them."""
+        if body.model != (known := embedder_name(answering.config.name)):
+            message = f"no model {body.model!r} embeds here; there is {known!r}"
+            raise ApiError(Refusal(404, message, code="model_not_found", param="model"))
+        vectors = await answering.embed(body.texts, dimensions=body.dimensions)
+        response = await asyncio.to_thread(embedding_response, body, vectors)  # a million numbers take a while
+        return JSONResponse(response.model_dump())
+
     @api.post("/generate", response_model=PlainResponse, responses=_ERRORS)
     @api.post("/generate_text", response_model=PlainResponse, responses=_ERRORS)
     async def generate_text(body: PlainRequest) -> Response:
@@ -135,7 +147,7 @@ def create_api(answering: Answering) -> FastAPI:
 
     @api.get("/v1/models", responses={503: _ERRORS[503]})
     async def models() -> ModelList:
-        """The base model and its fine-tuned variants."""
+        """The base model, its fine-tuned variants, and the embedder."""
         served = await answering.models()
         data = [
             Model(
@@ -147,7 +159,7 @@ def create_api(answering: Answering) -> FastAPI:
             )
             for model in served
         ]
-        return ModelList(data=data)
+        return ModelList(data=[*data, Model(id=embedder_name(answering.config.name), created=started_at)])
 
     @api.get("/healthz", responses={503: _ERRORS[503]})
     async def health() -> dict[str, str]:

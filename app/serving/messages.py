@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+
 from app.data.records import Message
 from app.engine.sequence import FinishReason
 
@@ -19,6 +21,14 @@ class ChatPrompt:
     messages: tuple[Message, ...]
     passages: tuple[str, ...] = ()
     """What was found for the last message, best first; the generator takes as many as fit."""
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    vectors: np.ndarray
+    """float32 [texts, width]."""
+    num_tokens: int
+    """Of all texts."""
 
 
 Prompt = str | tuple[int, ...] | ChatPrompt

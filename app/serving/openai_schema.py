@@ -264,11 +264,12 @@ class Model(Wire):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "pacos"
-    context_length: int
-    hash: str
+    context_length: int | None = None
+    hash: str | None = None
     """Changes with every weight: equal hashes answer equally."""
-    template: dict[str, Any]
-    """How a question becomes a prompt for `/v1/completions`; `/v1/rag` does it by itself."""
+    template: dict[str, Any] | None = None
+    """How a question becomes a prompt for `/v1/completions`; `/v1/rag` does it by itself. None: a model that only
+    embeds."""
 
 
 class ModelList(Wire):

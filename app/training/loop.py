@@ -18,6 +18,7 @@ from app.data.batches import Batch
 from app.models.attention import Rows, choose_backend
 from app.models.decoder import Decoder
 from app.models.kernels import clamped_relu, cross_entropy
+from app.training.allocator import keep_freed_memory
 from app.training.loss import masked_nll
 from app.training.optimizer import Optimizer
 from app.training.precision import LossScale, autocast, compute_dtype, resolve_precision
@@ -68,6 +69,8 @@ def run(
     true on any worker, all save the step that runs and stop. fp16 starts with `loss_scale`.
     """
     device = next(model.parameters()).device
+    if device.type == "cpu":
+        keep_freed_memory()
     model.train()
     precision = resolve_precision(plan.precision, device)
     scale = LossScale(loss_scale or LossScale.START) if precision == "fp16" else None

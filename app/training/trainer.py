@@ -25,7 +25,7 @@ from app.methods.delta import load_trained
 from app.models.decoder import Decoder
 from app.ray_cluster import thread_environment, trainers_know_their_cluster
 from app.run_lock import lock_text
-from app.training import loop
+from app.training import allocator, loop
 from app.training.checkpoint_store import CheckpointStore
 from app.training.checkpointing import Checkpoint
 from app.training.interruption import Stopped, interruptible
@@ -300,8 +300,10 @@ def worker_memory() -> dict[str, list[float]]:
 def _worker_environment(workers: WorkerResources) -> dict[str, str]:
     environment = {
         **thread_environment(workers),
-        "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin take the cores that other workers need
+        # Threads that spin for long take the cores that other workers need; that never do, sleep between operations.
+        "GOMP_SPINCOUNT": "1000",
     }
     if not workers.gpus:
+        environment |= allocator.ENVIRONMENT
         environment["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed guesses from what is installed
     return environment

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-INTERVAL_S = 0.2
+INTERVAL_S = 1.0
 
 
 def run_part(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def run_needed(name: str, arguments: argparse.Namespace, folder: Path) -> dict[s
 
 
 class TreeWatch:
-    """The largest sum of resident memory of a process and all below it, looked up five times a second."""
+    """The largest sum of resident memory of a process and all below it, looked up every second: more often would slow down whom it watches."""
 
     def __init__(self, process_id: int) -> None:
         self._process_id = process_id

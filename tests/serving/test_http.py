@@ -6,6 +6,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import numpy as np
 import pytest
 
 from app.config import AskConfig, ServeConfig, validate
@@ -165,8 +166,9 @@ def test_a_hundred_equal_requests_at_once_compute_one(client, url, greedy):
 
 
 def test_a_delta_is_a_model_of_its_own(client):
-    names = [model["id"] for model in client.get("/v1/models").json()["data"]]
-    assert names == ["pacos", "pacos:tuned"]
+    listed = client.get("/v1/models").json()["data"]
+    names = [model["id"] for model in listed if model["template"]]
+    assert names == ["pacos", "pacos:tuned"] and listed[-1]["id"] == "pacos-embedder"
     plain, tuned = (complete(client, model=name).json()["choices"][0]["text"] for name in names)
     assert plain != tuned
 
@@ -276,7 +278,7 @@ def test_openais_client_is_asynchronous_too(url, greedy):
 def test_openais_client_understands_what_went_wrong(openai):
     import openai as api
 
-    assert [model.id for model in openai.models.list()] == ["pacos", "pacos:tuned"]
+    assert [model.id for model in openai.models.list()] == ["pacos", "pacos:tuned", "pacos-embedder"]
     with pytest.raises(api.NotFoundError, match="model 'other' does not exist"):
         openai.completions.create(model="other", prompt="x")
     with pytest.raises(api.BadRequestError) as error:
@@ -288,6 +290,31 @@ def test_openais_client_understands_what_went_wrong(openai):
         openai.chat.completions.create(model="pacos", messages=[{"role": "user", "content": "x"}], tools=[])
     with pytest.raises(api.UnprocessableEntityError, match="temperature"):
         openai.completions.create(model="pacos", prompt="x", temperature=9)
+
+
+def test_openais_client_embeds(openai):
+    """It asks for base64 unless told otherwise, and decodes it."""
+    import openai as api
+    from app.retrieval.embedding import Embedder
+
+    texts = ["How often are alpacas shorn?", "Shearing takes place once a year.", "The bank closes at noon."]
+    answer = openai.embeddings.create(model="pacos-embedder", input=texts)
+    vectors = np.array([item.embedding for item in answer.data])
+    assert [item.index for item in answer.data] == [0, 1, 2]
+    np.testing.assert_allclose(vectors, Embedder().embed(texts), atol=1e-6)
+    assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2]
+    assert answer.usage.prompt_tokens == answer.usage.total_tokens == sum(Embedder().count_tokens(texts))
+    as_floats = openai.embeddings.create(
+        model="pacos-embedder", input=texts[0], encoding_format="float", dimensions=vectors.shape[1]
+    )
+    np.testing.assert_allclose(as_floats.data[0].embedding, vectors[0], atol=1e-6)
+    with pytest.raises(api.NotFoundError, match="there is 'pacos-embedder'"):
+        openai.embeddings.create(model="pacos", input="x")
+    with pytest.raises(api.BadRequestError, match="dimensions=3: this embedder's vectors have"):
+        openai.embeddings.create(model="pacos-embedder", input="x", dimensions=3)
+    for wrong in ("", [], ["x", ""], [1, 2], [[1]], ["x"] * 2049):
+        with pytest.raises(api.UnprocessableEntityError, match="input: must be a string or a list of 1 to 2048"):
+            openai.embeddings.create(model="pacos-embedder", input=wrong)
 
 
 def test_a_chat_from_documents_cites_them(openai):

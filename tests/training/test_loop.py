@@ -20,7 +20,7 @@ from app.errors import UserError
 from app.methods import apply_method
 from app.methods.delta import load_trained
 from app.models.checkpoints import load_decoder
-from app.models.decoder import Decoder
+from app.models.decoder import Decoder, DecoderConfig
 from app.training import loop
 from app.training.checkpoint_store import CheckpointStore
 from app.training.checkpointing import Checkpoint
@@ -446,6 +446,20 @@ def test_compiled_blocks_compute_the_same_without_compiling_anew_for_each_batch(
             graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert sums[4:] == pytest.approx(sums[:4], rel=1e-5)
     assert graphs[5] > graphs[3] and len(set(graphs[6:])) == 1
+
+
+def test_a_model_deeper_than_the_compilers_limit_is_compiled_once_for_all_blocks() -> None:
+    shape = DecoderConfig(64, 32, num_layers=12, num_heads=2, width=16, mlp_width=32)
+    model = Decoder(shape)
+    model.initialize(generator=torch.Generator().manual_seed(0))
+    ids = torch.arange(24).unsqueeze(0)
+    plain = model(ids)
+    torch._dynamo.reset()  # what other tests compiled counts too
+    model.compile_blocks()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with torch._dynamo.config.patch(error_on_recompile=False, recompile_limit=4, fail_on_recompile_limit_hit=True):
+        torch.testing.assert_close(model(ids), plain)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before < shape.num_layers
 
 
 def test_parts_beyond_the_rows_cost_no_position(tiny_model: Path) -> None:

@@ -44,8 +44,8 @@ def in_a_process(function: str, *args: object) -> str:
 
 
 def test_a_run_goes_on_without_a_node_that_was_lost(small_data: Path, tiny_model: Path, tmp_path: Path) -> None:
-    printed = in_a_process("lose_a_node", small_data, tiny_model, tmp_path / "run")
-    seen = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    in_a_process("lose_a_node", small_data, tiny_model, tmp_path / "run", tmp_path / "seen.jsonl")
+    seen = [json.loads(line) for line in (tmp_path / "seen.jsonl").read_text().splitlines()]
     steps = [row["step"] for row in seen]
     assert sorted(set(steps)) == list(range(1, STEPS + 1))
     again = [step for step in set(steps) if steps.count(step) > 1]
@@ -78,14 +78,18 @@ def plan(data: str, model: str, output: str, *overrides: str) -> Any:
     return plan_job(load_config(TrainConfig, overrides=[*settings, *overrides]))
 
 
-def lose_a_node(data: str, model: str, output: str) -> None:
-    """Train on as many workers as there is room for; of two nodes of one CPU, one goes after step `LOST_AFTER`."""
+def lose_a_node(data: str, model: str, output: str, seen: str) -> None:
+    """Train on as many workers as there is room for; of two nodes of one CPU, one goes after step `LOST_AFTER`.
+
+    Each step's loss becomes a line of `seen`: Ray's threads print to stdout at any moment.
+    """
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     node = cluster.add_node(num_cpus=1)
 
     def show(metrics: dict) -> None:
         if "loss" in metrics:
-            print(json.dumps({name: metrics[name] for name in ("step", "loss")}), flush=True)
+            with open(seen, "a") as file:
+                file.write(json.dumps({name: metrics[name] for name in ("step", "loss")}) + "\n")
         if metrics["step"] >= LOST_AFTER and node in cluster.worker_nodes:
             cluster.remove_node(node, allow_graceful=False)
 

@@ -20,9 +20,12 @@ from torch.autograd.function import once_differentiable
 from app.models.kernels.notices import say_once
 
 # Logits held at a time. Longer chunks read the head's weight less often, shorter ones need less memory. Measured on a
-# CPU with GPT-2's head: at 128 MiB it is as fast as in one piece. For a GPU it is a guess: enough rows to fill it.
-CHUNK_BYTES = {"cpu": 128 * 2**20}
+# CPU with GPT-2's head: at 64 MiB it is as fast as in one piece. For a GPU it is a guess: enough rows to fill it.
+CHUNK_BYTES = {"cpu": 64 * 2**20}
 OTHER_CHUNK_BYTES = 256 * 2**20
+# oneDNN, which multiplies bf16 on a CPU, compiles its products for each shape and keeps what it compiled, hundreds of
+# MiB with a new number of rows at every step: rows are rounded up to a multiple.
+ONEDNN_ROWS = 64
 # On a CPU softmax goes by blocks of rows. They should fit its last cache, to be there still at the next pass; but each
 # is some operations more, at whose ends threads wait for each other, which is slow where other programs run too.
 CACHE_BYTES = 16 * 2**20
@@ -114,16 +117,19 @@ def _accumulate(
     with_gradient = grad_rows is not None or grad_weight is not None
     loss = torch.zeros((), dtype=_loss_dtype(dtype), device=rows.device)
     size = chunk_rows or chunk_rows_on(device, len(rows), row_bytes=len(weight) * dtype.itemsize)
-    buffer = torch.empty(min(size, len(rows)), len(weight), dtype=dtype, device=rows.device)
+    multiple = ONEDNN_ROWS if device == "cpu" and dtype == torch.bfloat16 else 1
+    size += -size % multiple
+    buffer = torch.empty(min(size, len(rows) + -len(rows) % multiple), len(weight), dtype=dtype, device=rows.device)
     with torch.autocast(device, enabled=False):
         weight = weight.to(dtype)
         for start in range(0, len(rows), size):
-            chunk = rows[start : start + size].to(dtype)  # [chunk, width]
-            logits = torch.mm(chunk, weight.T, out=buffer[: len(chunk)])  # [chunk, vocab]
             answers = labels[start : start + size]
-            loss += kernel(logits, answers, smoothing=smoothing, with_gradient=with_gradient)
+            chunk = F.pad(rows[start : start + size].to(dtype), (0, 0, 0, -len(answers) % multiple))  # [chunk, width]
+            logits = torch.mm(chunk, weight.T, out=buffer[: len(chunk)])  # [chunk, vocab]
+            loss += kernel(logits[: len(answers)], answers, smoothing=smoothing, with_gradient=with_gradient)
+            # Logits are their gradient by now. Those of rows that fill up are zero, and so are the rows.
             if grad_rows is not None:
-                grad_rows[start : start + size] = logits @ weight  # logits are their gradient by now
+                grad_rows[start : start + size] = (logits @ weight)[: len(answers)]
             if grad_weight is not None:
                 _add_product(grad_weight, logits.T, chunk)
     return loss

@@ -171,6 +171,22 @@ def test_chunks_are_even_and_within_the_budget() -> None:
     assert module.chunk_rows_on("cpu", 0, row_bytes=8) == 1
 
 
+@pytest.mark.parametrize("num_rows", [1, 63, 64, 130])
+def test_in_bf16_rows_are_rounded_up_to_a_few_shapes(num_rows: int) -> None:
+    """oneDNN keeps what it compiles for each shape: as many of them as steps would fill the memory."""
+    rows, weight, labels = head(num_rows=num_rows, vocab_size=500, width=8)
+    rows, weight = rows.detach().bfloat16().requires_grad_(), weight.detach().bfloat16().requires_grad_()
+    with Shapes() as shapes:
+        loss = fused_cross_entropy(rows, weight, labels, chunk_rows=64)
+        ours = torch.autograd.grad(loss, (rows, weight))
+    assert {shape[0] for shape in shapes.seen if len(shape) == 2 and shape[1] == 500} <= {64, num_rows % 64 or 64}
+    exact = [tensor.detach().float().requires_grad_() for tensor in (rows, weight)]
+    expected = reference_cross_entropy(*exact, labels)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-2, atol=1e-2)
+    for gradient, reference in zip(ours, torch.autograd.grad(expected, exact), strict=True):
+        assert (gradient.float() - reference).norm() <= 0.02 * reference.norm()
+
+
 def test_without_triton_a_gpu_gets_the_torch_version_and_says_so_once(monkeypatch, caplog) -> None:
     monkeypatch.setitem(sys.modules, "app.models.kernels.cross_entropy_triton", None)  # importing it fails
     notices.say_once.cache_clear()
