@@ -29,6 +29,7 @@ from app.serving.messages import (
     Refusal,
     Started,
 )
+from app.serving.metrics import CacheMetrics
 
 logger = logging.getLogger("ray.serve")
 
@@ -56,6 +57,7 @@ class Answering:
         self._cache = CacheClient(cache)
         self._limiter = limiter
         self._flights = SingleFlight()
+        self._metrics = CacheMetrics()
         self._models: dict[str, ModelInfo] = {}
         self._models_until = 0.0
 
@@ -78,25 +80,33 @@ class Answering:
         """The answer, and whether it came from the cache, or from an equal request that ran already."""
         key = await self._key(request)
         if key is None:
+            self._metrics.count("uncached")
             return await self._computed(key, request), False
         if cached := await self._cached(key):
+            self._metrics.count("hit")
             return cached, True
-        return await self._flights.result(f"whole {key}", lambda: self._computed(key, request))
+        completion, was_cached = await self._flights.result(f"whole {key}", lambda: self._computed(key, request))
+        self._metrics.count("hit" if was_cached else "miss")
+        return completion, was_cached
 
     async def stream(self, request: GenerateRequest) -> AsyncGenerator[Started | Piece, None]:
         """`Started`, then pieces, within `request_timeout_s` altogether. A cached answer is streamed as one piece."""
         key = await self._key(request)
         if key is None:
+            self._metrics.count("uncached")
             async with aclosing(self._streamed(key, request)) as items:
                 async for item in items:
                     yield item
             return
         if cached := await self._cached(key):
+            self._metrics.count("hit")
             for item in _replay(cached):
                 yield item
             return
         async with aclosing(self._flights.stream(key, lambda: self._streamed(key, request))) as shared:
             async for item, is_anothers in shared:
+                if isinstance(item, Started):
+                    self._metrics.count("hit" if is_anothers else "miss")
                 yield replace(item, was_cached=True) if is_anothers and isinstance(item, Started) else item
 
     async def _computed(self, key: str | None, request: GenerateRequest) -> Completion:

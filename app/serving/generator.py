@@ -26,6 +26,7 @@ from app.serving.messages import (
     Started,
     joined,
 )
+from app.serving.metrics import GeneratorMetrics
 from app.serving.model_library import ModelLibrary
 from app.serving.served_model import ServedModel
 from app.serving.streams import coalesced
@@ -34,6 +35,8 @@ _EVENTS_PER_S = 250.0
 """Of all streams together. Each event goes through four processes, which costs more than the token in it; so the more
 streams there are, the more tokens go into one."""
 _LONGEST_PAUSE_S = 0.25
+_REPORT_S = 1.0
+"""How often queues and counts are told to Ray's metrics."""
 _ATTEMPTS = 3
 """A model can be replaced or unloaded between its being found and its engine's being asked."""
 
@@ -47,7 +50,9 @@ class GeneratorDeployment:
         self._library = ModelLibrary(config.generator, name=config.name)
         gc.collect()
         gc.freeze()  # a collection over all that is loaded would hold up every answer for a tenth of a second
+        self._metrics = GeneratorMetrics()
         self._ending = threading.Event()
+        threading.Thread(target=self._report, name="metrics", daemon=True).start()
         if self._library.has_aliases:
             threading.Thread(target=self._follow_aliases, name="registry", daemon=True).start()
 
@@ -90,6 +95,16 @@ class GeneratorDeployment:
             self._num_streams -= 1
 
     async def _answered(self, request: GenerateRequest) -> AsyncGenerator[Started | Piece | Refusal, None]:
+        watch = self._metrics.watch(request.model)
+        try:
+            async with aclosing(self._tried(request)) as items:
+                async for item in items:
+                    watch.see(item, num_choices=request.num_choices)
+                    yield item
+        finally:
+            watch.end()
+
+    async def _tried(self, request: GenerateRequest) -> AsyncGenerator[Started | Piece | Refusal, None]:
         if request.num_choices > self._max_choices:
             yield _too_many_choices(request, self._max_choices)
             return
@@ -126,6 +141,10 @@ class GeneratorDeployment:
 
     async def _find(self, name: str) -> ServedModel | None:
         return self._library.get(name) or await asyncio.to_thread(self._library.find, name)
+
+    def _report(self) -> None:
+        while not self._ending.wait(_REPORT_S):
+            self._metrics.set_engines({name: front.stats() for name, front in self._library.fronts.items()})
 
     def _follow_aliases(self) -> None:
         while not self._ending.wait(self._refresh_s):

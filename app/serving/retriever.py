@@ -60,7 +60,7 @@ class RetrieverDeployment:
                 return Refusal(400, message, code="context_length_exceeded", param="input")
         return Embeddings(embedder.embed(texts), sum(counts))
 
-    def _loaded(self) -> Embedder:
+    def _loaded(self) -> "Embedder":
         """Loaded when first asked for: many servers never are, and it takes seconds."""
         with self._loading:
             if self._embedder is None:

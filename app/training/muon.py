@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from app.config.schema import OptimizerConfig
 from app.training.checkpointing import Checkpoint
 from app.training.optimizer import MOMENTS, adamw, adamw_state, trained_parameters, unscale_and_clip
+from app.training.precision import compute_dtype
 from app.training.workers import world_size
 
 _MOMENTUM = "momentum_buffer"
@@ -86,7 +87,7 @@ class MuonOptimizer:
 def orthogonalised(matrix: Tensor) -> Tensor:
     """Near to U V^T of `matrix` = U S V^T, [rows, columns], by five Newton-Schulz steps (Jordan's coefficients)."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix.bfloat16() if matrix.is_cuda else matrix
+    x = matrix.to(compute_dtype("auto", matrix.device))
     is_tall = x.shape[0] > x.shape[1]
     if is_tall:
         x = x.mT

@@ -42,7 +42,10 @@ def run_needed(name: str, arguments: argparse.Namespace, folder: Path) -> dict[s
 
 
 class TreeWatch:
-    """The largest sum of resident memory of a process and all below it, looked up every second: more often would slow down whom it watches."""
+    """The largest sum of resident memory of a process and all below it, looked up every second.
+
+    More often would slow down whom it watches: a thread that is pushed aside holds up the other at the next barrier.
+    """
 
     def __init__(self, process_id: int) -> None:
         self._process_id = process_id

@@ -292,18 +292,20 @@ def test_openais_client_understands_what_went_wrong(openai):
         openai.completions.create(model="pacos", prompt="x", temperature=9)
 
 
-def test_openais_client_embeds(openai):
-    """It asks for base64 unless told otherwise, and decodes it."""
+def test_openais_client_embeds(openai, index_dir):
+    """With the index's embedder. The client asks for base64 unless told otherwise, and decodes it."""
     import openai as api
+
     from app.retrieval.embedding import Embedder
+    from app.retrieval.folder import read_manifest
 
     texts = ["How often are alpacas shorn?", "Shearing takes place once a year.", "The bank closes at noon."]
     answer = openai.embeddings.create(model="pacos-embedder", input=texts)
     vectors = np.array([item.embedding for item in answer.data])
     assert [item.index for item in answer.data] == [0, 1, 2]
-    np.testing.assert_allclose(vectors, Embedder().embed(texts), atol=1e-6)
-    assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2]
-    assert answer.usage.prompt_tokens == answer.usage.total_tokens == sum(Embedder().count_tokens(texts))
+    embedder = Embedder(read_manifest(index_dir).embedder)
+    np.testing.assert_allclose(vectors, embedder.embed(texts), atol=1e-6)
+    assert answer.usage.prompt_tokens == answer.usage.total_tokens == sum(embedder.count_tokens(texts))
     as_floats = openai.embeddings.create(
         model="pacos-embedder", input=texts[0], encoding_format="float", dimensions=vectors.shape[1]
     )
@@ -346,6 +348,31 @@ def test_the_plain_routes_answer_with_and_without_the_template(client, greedy):
     assert text("/generate", model="pacos:tuned") != answer
     assert client.post("/generate", json={"prompt": ""}).status_code == 422
     assert client.post("/generate", json={"prompt": "x", "n": 2}).json()["error"]["code"] == "unsupported_parameter"
+
+
+def test_prometheus_sees_requests_tokens_and_the_cache(client):
+    import ray
+
+    complete(client, prompt="counted", max_tokens=5, temperature=0)
+    complete(client, prompt="counted", max_tokens=5, temperature=0)
+    node = ray.nodes()[0]
+    names = {
+        "time_to_first_token_seconds_count", "inter_token_latency_seconds_sum", "e2e_request_latency_seconds_bucket",
+        "num_requests_running", "kv_cache_usage_perc", "prompt_tokens", "generation_tokens", "request_success",
+        "response_cache_requests",
+    }  # fmt: skip
+    deadline = time.monotonic() + 60  # Ray collects them every ten seconds
+    while True:
+        text = httpx.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics").text
+        lines = [line for line in text.splitlines() if line.startswith("ray_pacos_")]
+        missing = {name for name in names if not any(line.startswith(f"ray_pacos_{name}") for line in lines)}
+        if not missing:
+            break
+        assert time.monotonic() < deadline, missing
+        time.sleep(1)
+    hits = [line for line in lines if line.startswith("ray_pacos_response_cache_requests") and 'result="hit"' in line]
+    assert hits and 'deployment="ingress"' in hits[0]
+    assert any('model_name="pacos"' in line and "first_token" in line for line in lines)
 
 
 def test_health_and_documentation_answer(client):

@@ -91,8 +91,8 @@ class _CausalAttention(torch.autograd.Function):
         for span in spans:
             start = span.start
             for length in span.lengths:
-                of_document = [part[start : start + length].transpose(0, 1).unsqueeze(0) for part in parts]
-                result = F.scaled_dot_product_attention(*of_document, is_causal=True)
+                q1, k1, v1 = (part[start : start + length].transpose(0, 1).unsqueeze(0) for part in parts)
+                result = F.scaled_dot_product_attention(q1, k1, v1, is_causal=True)
                 mixed[start : start + length] = result.squeeze(0).transpose(0, 1)
                 start += length
         return _in_rows(mixed, q)
@@ -104,13 +104,14 @@ class _CausalAttention(torch.autograd.Function):
         gradients = [torch.empty_like(parts[0], memory_format=torch.contiguous_format) for _ in range(3)]
         for span in ctx.spans:
             place = slice(span.start, span.start + span.num_tokens)
-            of_span = _gradients(*(_filled_up(part[place], len(span.mask)) for part in parts), span.mask)
+            filled = (_filled_up(part[place], len(span.mask)) for part in parts)
+            of_span = _gradients(*filled, mask=span.mask)
             for gradient, result in zip(gradients, of_span, strict=True):
                 gradient[place] = result[:, : span.num_tokens].transpose(0, 1)
         return (*(_in_rows(gradient, ctx.saved_tensors[0]) for gradient in gradients), None)
 
 
-def _gradients(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, *, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of `q`, `k` and `v`, where `grad` is that of what they make; all [heads, rows, head_width]."""
     scale = q.shape[2] ** -0.5
     weights = torch.baddbmm(mask, q, k.mT, alpha=scale).softmax(-1)  # [heads, rows, rows], as the next
