@@ -26,13 +26,9 @@ NO_INDEX = Refusal(
 class RetrieverDeployment:
     def __init__(self, config: RetrieverConfig) -> None:
         self._config = config
-        self._searcher: Searcher | None = None
+        self._searcher = None if config.index is None else _opened(Path(config.index))
         self._embedder: Embedder | None = None
         self._loading = threading.Lock()
-        if config.index is not None:
-            from app.retrieval.search import Searcher
-
-            self._searcher = Searcher(Path(config.index))
 
     async def search(self, question: str, top_k: int) -> list[dict[str, Any]] | Refusal:
         """The fields of `app.retrieval.search.Passage`, best passage first."""
@@ -71,3 +67,9 @@ class RetrieverDeployment:
 
                     self._embedder = Embedder(self._config.embedder or "embedded")
             return self._embedder
+
+
+def _opened(index: Path) -> "Searcher":
+    from app.retrieval.search import Searcher
+
+    return Searcher(index)
