@@ -57,6 +57,10 @@ SourceName = Annotated[str, AfterValidator(_source)]
 """A file, a glob, an object store's URI, or the name of a dataset on the Hugging Face hub."""
 
 
+SearchMode = Literal["hybrid", "dense", "words"]
+"""How passages are found: by meaning (embeddings), by words (BM25), or by both lists together."""
+
+
 class Config(BaseModel):
     """Base of all settings."""
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr
 
-from app.config.base import Config, LocalPath, Positive
+from app.config.base import Config, LocalPath, Positive, SearchMode
 from app.config.tracking import StoreConfig
 
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -41,6 +41,8 @@ class RetrieverConfig(Config):
     embedder: str | None = None
     """Of /v1/embeddings: `embedded`, a sentence-transformers folder, or a Hugging Face name; none: the index's, without
     an index the embedded one. An index is searched with the embedder that made it."""
+    search: SearchMode = "hybrid"
+    """By meaning (`dense`), by words (BM25), or by both, if the request does not say."""
     top_k: Positive = 3
     """Passages put before the model, if the request does not say."""
 

@@ -1,6 +1,6 @@
 """The index folder: what it holds, how it is replaced as a whole, and how damage is noticed.
 
-documents.sqlite   documents and chunks
+documents.sqlite   documents and chunks, and an index of their words
 vectors.faiss      a vector for each chunk
 manifest.json      what made them, and their hashes; written last
 """
@@ -20,7 +20,8 @@ from app.retrieval.store import write_store
 
 DOCUMENTS, VECTORS, MANIFEST = "documents.sqlite", "vectors.faiss", "manifest.json"
 _FILES = (MANIFEST, DOCUMENTS, VECTORS)
-FORMAT = 1
+FORMAT = 2
+"""1 had no index of words."""
 
 
 class Manifest(BaseModel):

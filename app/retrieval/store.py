@@ -1,5 +1,9 @@
-"""Documents and chunks in one SQLite file: the source of truth for texts. Knows no vectors."""
+"""Documents and chunks in one SQLite file: the source of truth for texts, and how they are found by words.
 
+Knows no vectors.
+"""
+
+import re
 import sqlite3
 import threading
 from collections.abc import Iterable, Sequence
@@ -23,7 +27,13 @@ CREATE TABLE chunks (
     text TEXT NOT NULL
 );
 CREATE INDEX chunks_of_document ON chunks (document_id);
+CREATE VIRTUAL TABLE words USING fts5 (
+    title, text, content = 'chunks', content_rowid = 'id', tokenize = "porter unicode61"
+);
 """
+_WORD = re.compile(r"\w+")
+_MOST_WORDS = 100
+"""Of a query; the rest of a longer one is not looked up."""
 _CHUNK = 'SELECT chunks.id, name, chunks.title, start, "end", chunks.text FROM chunks JOIN documents ON documents.id = '
 _CHUNK += "document_id"
 
@@ -43,6 +53,7 @@ def write_store(file: Path, documents: Iterable[Document], chunks: Sequence[Chun
                 for number, chunk in enumerate(chunks)
             ],
         )
+        connection.execute("INSERT INTO words (words) VALUES ('rebuild')")
         connection.commit()
     finally:
         connection.close()
@@ -65,6 +76,18 @@ class Store:
         marks = ", ".join("?" * len(ids))
         rows = self._rows(f"{_CHUNK} WHERE chunks.id IN ({marks})", [int(number) for number in ids])
         return {number: Chunk(*fields) for number, *fields in rows}
+
+    def search(self, query: str, *, top_k: int) -> list[int]:
+        """Ids of the `top_k` chunks that have most of the words of `query`, best first, by BM25 (Robertson and Zaragoza
+        2009; k1 = 1.2, b = 0.75). English words count as their stems. Nothing in `query` is a command."""
+        words = list(dict.fromkeys(_WORD.findall(query.lower())))[:_MOST_WORDS]
+        if not words:
+            return []
+        any_of_them = " OR ".join(f'"{word}"' for word in words)
+        rows = self._rows(
+            "SELECT rowid FROM words WHERE words MATCH ? ORDER BY rank, rowid LIMIT ?", [any_of_them, top_k]
+        )
+        return [number for (number,) in rows]
 
     def close(self) -> None:
         self._connection.close()

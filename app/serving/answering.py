@@ -15,6 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from app.caching.exact import cache_key
 from app.caching.single_flight import SingleFlight
 from app.config import ApplicationConfig
+from app.config.base import SearchMode
 from app.serving.access import current_key
 from app.serving.api_errors import ApiError
 from app.serving.cache import CacheClient
@@ -68,8 +69,8 @@ class Answering:
         self._models_until = time.monotonic() + _MODELS_FOR_S
         return models
 
-    async def search(self, question: str, *, top_k: int) -> list[dict[str, Any]]:
-        return await self._call(self._retriever.search.remote(question, top_k))
+    async def search(self, question: str, *, top_k: int, mode: SearchMode | None = None) -> list[dict[str, Any]]:
+        return await self._call(self._retriever.search.remote(question, top_k, mode))
 
     async def embed(self, texts: Sequence[str], *, dimensions: int | None) -> Embeddings:
         embeddings: Embeddings = await self._call(self._retriever.embed.remote(texts, dimensions))

@@ -30,6 +30,9 @@ from app.serving.openai_schema import (
     ModelList,
     RagRequest,
     RagResponse,
+    SearchRequest,
+    SearchResponse,
+    Source,
     Timings,
     completion_response,
     error_response,
@@ -109,6 +112,13 @@ def create_api(answering: Answering) -> FastAPI:
         citations = None if passages is None else sources(passages, completion.prompts[0])
         response = chat_response(body, completion, citations=citations)
         return JSONResponse(response.model_dump(), headers=_cache_header(was_cached))
+
+    @api.post("/v1/search", response_model=SearchResponse, responses=_ERRORS)
+    async def search(body: SearchRequest) -> Response:
+        """The passages of the indexed documents that come nearest to a query."""
+        passages = await answering.search(body.query, top_k=body.top_k, mode=body.mode)
+        found = [Source(**{name: passage[name] for name in Source.model_fields}) for passage in passages]
+        return JSONResponse(SearchResponse(data=found).model_dump())
 
     @api.post("/v1/rag", response_model=RagResponse, responses=_ERRORS)
     async def rag(body: RagRequest) -> Response:

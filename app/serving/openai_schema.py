@@ -24,6 +24,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from app import __version__
+from app.config.base import SearchMode
 from app.serving import messages
 from app.serving.messages import (
     Choice,
@@ -196,6 +197,13 @@ class RagRequest(AnswerRequest):
     """Passages to retrieve; the server's setting if not given."""
 
 
+class SearchRequest(WireRequest):
+    query: Annotated[Text, Field(min_length=1)]
+    top_k: Annotated[int, Field(ge=1, le=1000)] = 10
+    mode: SearchMode | None = None
+    """By meaning, by words (BM25), or by both; the server's setting if not given."""
+
+
 class Usage(Wire):
     prompt_tokens: int
     completion_tokens: int
@@ -238,6 +246,13 @@ class Source(Wire):
     end: int
     """Characters of the document, `end` excluded."""
     score: float
+    """1 for a passage that is first by every way of searching, less further down."""
+
+
+class SearchResponse(Wire):
+    object: Literal["list"] = "list"
+    data: list[Source]
+    """Best first."""
 
 
 class Timings(Wire):

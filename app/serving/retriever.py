@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.config import RetrieverConfig
+from app.config.base import SearchMode
 from app.errors import UserError
 from app.serving.messages import Embeddings, Refusal
 
@@ -30,11 +31,13 @@ class RetrieverDeployment:
         self._embedder: Embedder | None = None
         self._loading = threading.Lock()
 
-    async def search(self, question: str, top_k: int) -> list[dict[str, Any]] | Refusal:
+    async def search(self, question: str, top_k: int, mode: SearchMode | None = None) -> list[dict[str, Any]] | Refusal:
         """The fields of `app.retrieval.search.Passage`, best passage first."""
         if self._searcher is None:
             return NO_INDEX
-        passages = await asyncio.to_thread(self._searcher.search, question, top_k=top_k)
+        passages = await asyncio.to_thread(
+            self._searcher.search, question, top_k=top_k, mode=mode or self._config.search
+        )
         return [asdict(passage) for passage in passages]
 
     async def embed(self, texts: Sequence[str], dimensions: int | None) -> Embeddings | Refusal:

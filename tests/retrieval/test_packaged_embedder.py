@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from app.assets import EMBEDDED_EMBEDDER
-from app.retrieval.chunking import Chunk, chunk_document
+from app.retrieval.chunking import Chunk, Document, chunk_document
 from app.retrieval.documents import read_documents
-from app.retrieval.embedding import Embedder
+from app.retrieval.embedding import Embedder, embedder_hash
+from app.retrieval.folder import Manifest, write_index
 from app.retrieval.index import VectorIndex, write_vectors
+from app.retrieval.search import Searcher
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "documents"
 
@@ -99,6 +101,38 @@ def test_cranfield_ndcg_is_well_above_untrained_vectors(embedder: Embedder, shar
     ]
     print(f"Cranfield nDCG@10 {np.mean(gains):.3f} over {len(gains)} queries")
     assert len(gains) == 225 and np.mean(gains) > 0.28
+
+
+def test_on_cranfield_both_ways_together_find_more_than_either(
+    embedder: Embedder, shared_data: Path, tmp_path: Path
+) -> None:
+    """nDCG@10 and recall@100 of the whole search, each abstract a chunk, as in docs/retrieval.md."""
+    texts = cranfield_texts(shared_data / "cranfield" / "cran.all.1400")
+    queries = cranfield_texts(shared_data / "cranfield" / "cran.qry")
+    relevant = cranfield_judgements(shared_data / "cranfield" / "cranqrel")
+    documents = [Document(str(number), text) for number, text in enumerate(texts)]
+    chunks = [Chunk(document.name, "", 0, len(document.text), document.text) for document in documents]
+    manifest = Manifest(
+        embedder="embedded", embedder_sha256=embedder_hash(embedder.folder), width=embedder.width,
+        documents=len(documents), chunks=len(chunks), chunk_words=90, overlap_words=20,
+    )  # fmt: skip
+    vectors = embedder.embed(texts)
+    write_index(tmp_path / "index", documents=documents, chunks=chunks, vectors=vectors, manifest=manifest)
+    searcher = Searcher(tmp_path / "index")
+    gains: dict[str, float] = {}
+    recalls: dict[str, float] = {}
+    for mode in ("dense", "words", "hybrid"):
+        found = {
+            query: [passage.chunk for passage in searcher.search(queries[query], top_k=100, mode=mode)]
+            for query in relevant
+        }
+        gains[mode] = float(np.mean([ndcg(found[query], wanted) for query, wanted in relevant.items()]))
+        recalls[mode] = float(
+            np.mean([len({*found[query]} & wanted) / len(wanted) for query, wanted in relevant.items()])
+        )
+        print(f"Cranfield, {mode}: nDCG@10 {gains[mode]:.3f}, recall@100 {recalls[mode]:.3f}")
+    assert gains["hybrid"] > gains["words"] + 0.01 > gains["dense"] + 0.05
+    assert recalls["hybrid"] > recalls["words"] + 0.01 > recalls["dense"] + 0.05
 
 
 def rank(question: str, title: str, embedder: Embedder, index: VectorIndex, chunks: list[Chunk]) -> int:

@@ -11,7 +11,7 @@ from app.errors import UserError
 from app.retrieval import folder as index_folder
 from app.retrieval.folder import DOCUMENTS, MANIFEST, VECTORS
 from app.retrieval.index import MIN_CHUNKS, VectorIndex, write_vectors
-from app.retrieval.search import Passage, Searcher
+from app.retrieval.search import Passage, Searcher, fused
 
 Build = Callable[[Path, Path, dict[str, str]], None]
 Texts = dict[str, str]
@@ -24,6 +24,32 @@ def test_the_passage_that_holds_the_question_comes_first_and_knows_its_place(ind
     assert (best.document, best.title) == ("shearing.md", "Shearing: The fleece")
     assert texts[best.document][best.start : best.end] == best.text
     assert 0 < best.score <= 1.0001
+
+
+def test_each_way_of_searching_finds_what_it_can(index: Path) -> None:
+    """Vectors of an untrained corpus know no stems; words do, and know nothing else."""
+    searcher = Searcher(index)
+    (first, *_) = searcher.search("guarding herds", top_k=3, mode="words")
+    assert first.document == "guards.txt"
+    assert searcher.search("xylophone", top_k=3, mode="words") == []
+    dense = [passage.chunk for passage in searcher.search("hay", top_k=4, mode="dense")]
+    assert sorted(dense) == [0, 1, 2, 3], "similarity has a place for every passage"
+    (both, *_) = searcher.search("llamas will guard the herd from foxes", top_k=4)
+    assert both.document == "guards.txt" and both.score == 1
+
+
+@pytest.mark.parametrize("query", ['"', "a AND", "NEAR(", "text:", "x*", "-- '; DROP TABLE chunks", "(((", "^"])
+def test_nothing_in_a_query_is_a_command(index: Path, query: str) -> None:
+    Searcher(index).search(query, top_k=3)
+
+
+def test_ranks_are_fused_by_the_weights_of_their_lists() -> None:
+    hits = fused({"dense": [7, 5], "words": [5, 9]}, weights={"dense": 1.0, "words": 2.0})
+    assert [number for number, _ in hits] == [5, 9, 7]
+    most = 3 / 61
+    assert dict(hits) == pytest.approx({5: (1 / 62 + 2 / 61) / most, 9: 2 / 62 / most, 7: 1 / 61 / most})
+    assert fused({"words": [4]}, weights={"words": 2.0}) == [(4, 1.0)]
+    assert fused({"words": []}, weights={"words": 2.0}) == []
 
 
 def test_top_k_beyond_the_index_gives_every_chunk_once(index: Path) -> None:
@@ -130,7 +156,7 @@ def test_a_damaged_manifest_is_an_error_with_the_remedy(index: Path, content: by
 def test_a_format_of_another_version_is_an_error(index: Path) -> None:
     manifest = json.loads((index / MANIFEST).read_text())
     (index / MANIFEST).write_text(json.dumps(manifest | {"format": 99}))
-    with pytest.raises(UserError, match="has format 99, but 1 is due"):
+    with pytest.raises(UserError, match="has format 99, but 2 is due"):
         Searcher(index)
 
 

@@ -173,6 +173,20 @@ def test_a_delta_is_a_model_of_its_own(client):
     assert plain != tuned
 
 
+def test_a_search_names_passages_by_meaning_and_by_words(client):
+    def found(**values):
+        response = client.post("/v1/search", json={"query": "How often does shearing take place?"} | values)
+        assert response.status_code == 200, response.text
+        return response.json()["data"]
+
+    both = found(top_k=2)
+    assert both[0]["document"] == "shearing.md" and both[0]["start"] < both[0]["end"] and 1 >= both[0]["score"] > 0
+    assert found(top_k=1, mode="words")[0]["document"] == "shearing.md"
+    assert found(query="xylophone", mode="words") == []
+    assert client.post("/v1/search", json={"query": "x", "mode": "magic"}).json()["error"]["param"] == "mode"
+    assert client.post("/v1/search", json={"query": ""}).status_code == 422
+
+
 def test_an_answer_from_documents_names_its_sources(client):
     body = {"question": "How often does shearing take place?", "max_tokens": 16}
     response = client.post("/v1/rag", json=body)
