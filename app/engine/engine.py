@@ -237,6 +237,11 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._requests)
 
+    @property
+    def num_running(self) -> int:
+        """Answers that are being generated; not those that wait."""
+        return len(self._scheduler.running)
+
     def stats(self) -> Stats:
         scheduler, pool = self._scheduler, self._cache.pool
         return Stats(

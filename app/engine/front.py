@@ -1,15 +1,18 @@
 """The engine for servers: called from event loops, stepped by one thread of its own.
 
 Calls reach the engine through an inbox between two steps, so that no event loop ever waits for a step to finish, and
-the engine itself needs no lock. Events travel back to the loop that asked for them.
+the engine itself needs no lock. Events travel back to the loop that asked for them, several at once where there are
+many: it is this thread that holds them back, since a loop that had to would wake up for each.
 """
 
 import asyncio
 import logging
 import threading
+import time
 from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from app.engine.deltas import Variant
@@ -38,7 +41,11 @@ class _Call:
     delta: str | None
     priority: int
     loop: asyncio.AbstractEventLoop
-    events: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)
+    batches: asyncio.Queue[list[Event] | Exception] = field(default_factory=asyncio.Queue)
+    held: list[Event] = field(default_factory=list)
+    """Not sent yet."""
+    due_at: float = 0.0
+    """When the next events may be sent; the first may at once."""
     request_id: int | None = None
     unfinished: int = field(init=False)
     """Answers that go on."""
@@ -48,8 +55,22 @@ class _Call:
 
 
 class EngineFront:
-    def __init__(self, engine: Engine, *, name: str = "engine") -> None:
+    """`batches_per_s`, of all requests together, is how many batches of events are sent: each request's first event at
+    once, and its last ones; those between as seldom as that takes, but every `longest_pause_s`. None: all at once."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        name: str = "engine",
+        batches_per_s: float | None = None,
+        longest_pause_s: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._engine = engine
+        self._batches_per_s = batches_per_s
+        self._longest_pause_s = longest_pause_s
+        self._clock = clock
         self._inbox: deque[Callable[[], None]] = deque()
         self._inbox_lock = threading.Lock()
         self._wake = threading.Event()
@@ -62,6 +83,15 @@ class EngineFront:
     async def generate(
         self, ids: Sequence[int], sampling: Sampling, delta: str | None = None, *, priority: int = 0
     ) -> AsyncGenerator[Event, None]:
+        """The events of `batches`, one by one."""
+        async with aclosing(self.batches(ids, sampling, delta, priority=priority)) as batches:
+            async for batch in batches:
+                for event in batch:
+                    yield event
+
+    async def batches(
+        self, ids: Sequence[int], sampling: Sampling, delta: str | None = None, *, priority: int = 0
+    ) -> AsyncGenerator[list[Event], None]:
         """Events of one request as they come; the last of each of its `n` answers has a finish reason.
 
         Closing the generator or cancelling the task that reads it aborts the request. Read it under
@@ -78,12 +108,12 @@ class EngineFront:
         unfinished = sampling.n
         try:
             while unfinished:
-                event = await call.events.get()
-                if isinstance(event, Exception):
+                batch = await call.batches.get()
+                if isinstance(batch, Exception):
                     unfinished = 0
-                    raise event
-                unfinished -= event.finish_reason is not None
-                yield event
+                    raise batch
+                unfinished -= sum(event.finish_reason is not None for event in batch)
+                yield batch
         finally:
             if unfinished:
                 self._post(lambda: self._abort(call))
@@ -169,15 +199,29 @@ class EngineFront:
             logger.exception("a generation step failed; its requests are dropped")
             self._fail_all(GenerationFailed(f"generation failed: {type(error).__name__}: {error}"))
             return
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Call, Event]]] = defaultdict(list)
+        now, pause_s = self._clock(), self._pause_s()
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Call, list[Event] | Exception]]] = defaultdict(list)
+        touched: dict[int, _Call] = {}
         for event in events:
-            call = self._calls[event.request_id]
-            call.unfinished -= event.finish_reason is not None
+            call = touched[event.request_id] = self._calls[event.request_id]
+            call.held.append(event)
+            if event.finish_reason is not None:
+                call.unfinished -= 1
+                call.due_at = now
+        for request_id, call in touched.items():
             if not call.unfinished:
-                del self._calls[event.request_id]
-            by_loop[call.loop].append((call, event))
+                del self._calls[request_id]
+            if now >= call.due_at:
+                by_loop[call.loop].append((call, call.held))
+                call.held, call.due_at = [], now + pause_s
         for loop, deliveries in by_loop.items():
             self._deliver(loop, deliveries)
+
+    def _pause_s(self) -> float:
+        """Between two batches of one request."""
+        if self._batches_per_s is None:
+            return 0.0
+        return min(self._longest_pause_s, self._engine.num_running / self._batches_per_s)
 
     def _add(self, call: _Call) -> None:
         try:
@@ -192,12 +236,14 @@ class EngineFront:
             del self._calls[call.request_id]
             self._engine.abort(call.request_id)
 
-    def _deliver(self, loop: asyncio.AbstractEventLoop, deliveries: Sequence[tuple[_Call, Event | Exception]]) -> None:
+    def _deliver(
+        self, loop: asyncio.AbstractEventLoop, deliveries: Sequence[tuple[_Call, list[Event] | Exception]]
+    ) -> None:
         """One wake-up of the loop for all its requests' events."""
 
         def put() -> None:
-            for call, event in deliveries:
-                call.events.put_nowait(event)
+            for call, batch in deliveries:
+                call.batches.put_nowait(batch)
 
         try:
             loop.call_soon_threadsafe(put)
@@ -209,7 +255,7 @@ class EngineFront:
         self._engine.abort_all()
         calls, self._calls = list(self._calls.values()), {}
         for call in calls:
-            self._deliver(call.loop, [(call, error)])
+            self._deliver(call.loop, [(call, call.held), (call, error)] if call.held else [(call, error)])
 
 
 def _stopped() -> EngineStopped:

@@ -6,6 +6,7 @@ The packed weights are a second copy: the plain ones stay, for the deltas to be 
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from app.engine.kernels import Kernels
@@ -14,10 +15,16 @@ from app.models.quantization.int8 import Int8Dynamic
 
 _ROWS = 64
 """oneDNN lays weights out for a number of rows; other numbers of them then go as well."""
+_FEW = 8
+"""Rows are rounded up to a multiple, of this one up to `_ROWS`, of `_ROWS` beyond: oneDNN compiles a product for each
+number of rows, and keeps up to a thousand of them, of half a megabyte each."""
 
 
 class PackedLinear(nn.Module):
-    """Computes what `linear` does. A single row is multiplied with the plain weights, which are read faster."""
+    """Computes what `linear` does, for [batch, rows, in] or [rows, in].
+
+    A single row is multiplied with the plain weights, which are read faster.
+    """
 
     def __init__(self, linear: nn.Linear, kernels: Kernels | None) -> None:
         super().__init__()
@@ -29,7 +36,11 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self._kernels is not None and x.numel() == x.shape[-1]:
             return self._kernels.multiply_row(x.contiguous(), self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        num_rows = x.shape[-2]
+        missing = -num_rows % (_FEW if num_rows <= _ROWS else _ROWS)
+        if missing:
+            x = F.pad(x, (0, 0, 0, missing))
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")[..., :num_rows, :]
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:

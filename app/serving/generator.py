@@ -24,17 +24,11 @@ from app.serving.messages import (
     Piece,
     Refusal,
     Started,
-    joined,
 )
 from app.serving.metrics import GeneratorMetrics
 from app.serving.model_library import ModelLibrary
 from app.serving.served_model import ServedModel
-from app.serving.streams import coalesced
 
-_EVENTS_PER_S = 250.0
-"""Of all streams together. Each event goes through four processes, which costs more than the token in it; so the more
-streams there are, the more tokens go into one."""
-_LONGEST_PAUSE_S = 0.25
 _REPORT_S = 1.0
 """How often queues and counts are told to Ray's metrics."""
 _ATTEMPTS = 3
@@ -46,7 +40,6 @@ class GeneratorDeployment:
         torch.set_num_threads(config.generator.threads)
         self._max_choices = config.generator.max_batch_size + config.generator.max_queue
         self._refresh_s = config.generator.refresh_s
-        self._num_streams = 0
         self._library = ModelLibrary(config.generator, name=config.name)
         gc.collect()
         gc.freeze()  # a collection over all that is loaded would hold up every answer for a tenth of a second
@@ -80,19 +73,9 @@ class GeneratorDeployment:
 
     async def stream(self, request: GenerateRequest) -> AsyncGenerator[Started | Piece | Refusal, None]:
         """`Started`, then pieces. A `Refusal` may come first, or where a failure ends the stream."""
-        self._num_streams += 1
-        stream = coalesced(
-            self._answered(request),
-            joined=joined,
-            is_urgent=lambda item: not isinstance(item, Piece) or item.finish_reason is not None,
-            interval_s=lambda: min(_LONGEST_PAUSE_S, self._num_streams / _EVENTS_PER_S),
-        )
-        try:
-            async with aclosing(stream) as items:
-                async for item in items:
-                    yield item
-        finally:
-            self._num_streams -= 1
+        async with aclosing(self._answered(request)) as items:
+            async for item in items:
+                yield item
 
     async def _answered(self, request: GenerateRequest) -> AsyncGenerator[Started | Piece | Refusal, None]:
         watch = self._metrics.watch(request.model)

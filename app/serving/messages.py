@@ -125,6 +125,16 @@ class Piece:
     logprobs: tuple[TokenLogprob, ...] = ()
     """Of its tokens, where the request asked for them."""
 
+    def followed_by(self, later: "Piece") -> "Piece":
+        """Both as one; `later` is of the same choice."""
+        return Piece(
+            self.index,
+            self.text + later.text,
+            self.num_tokens + later.num_tokens,
+            later.finish_reason,
+            (*self.logprobs, *later.logprobs),
+        )
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -174,19 +184,6 @@ class Refusal:
     code: str
     param: str | None = None
     retry_after_s: int | None = None
-
-
-def joined(earlier: "Started | Piece | Refusal", later: "Started | Piece | Refusal") -> Piece | None:
-    """Two pieces of the same choice as one; None for anything else."""
-    if not (isinstance(earlier, Piece) and isinstance(later, Piece) and earlier.index == later.index):
-        return None
-    return Piece(
-        earlier.index,
-        earlier.text + later.text,
-        earlier.num_tokens + later.num_tokens,
-        later.finish_reason,
-        (*earlier.logprobs, *later.logprobs),
-    )
 
 
 class Collector:

@@ -33,6 +33,9 @@ from app.tracking.registry import NotRegistered
 
 logger = logging.getLogger("ray.serve")
 
+_BATCHES_PER_S = 250.0
+"""Of events, of all an engine's requests together. Each goes through four processes, which costs more than the token in
+it; so the more requests there are, the more tokens go into one."""
 _GRACE_S = 5.0
 """A model that was replaced is kept for so long, for requests that have found it and not reached its engine yet."""
 
@@ -193,7 +196,7 @@ class ModelLibrary:
         )
         model = model.requires_grad_(False).eval().to(config.device, dtype)
         engine = Engine(model, settings, token_bytes=self._token_bytes)
-        return EngineFront(engine, name=f"engine {name}")
+        return EngineFront(engine, name=f"engine {name}", batches_per_s=_BATCHES_PER_S)
 
     def _served(
         self,

@@ -3,7 +3,7 @@
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -90,12 +90,21 @@ class ServedModel:
         """Of the `n` answers to one prompt, of which the first is choice `first`."""
         answers = [_Answer(TextStream(self.tokenizer, stop=request.stop)) for _ in range(request.n)]
         start = time.monotonic()
-        async with aclosing(self.front.generate(ids, self._sampling(request), self.delta)) as events:
-            async for event in events:
-                piece = self._piece(first + event.index, answers[event.index], event)
-                if piece.text or piece.finish_reason:
+        async with aclosing(self.front.batches(ids, self._sampling(request), self.delta)) as batches:
+            async for batch in batches:
+                for piece in self._pieces(first, answers, batch):
                     yield piece
         self._mean_duration_s += 0.1 * (time.monotonic() - start - self._mean_duration_s)
+
+    def _pieces(self, first: int, answers: Sequence[_Answer], batch: Sequence[Event]) -> Iterable[Piece]:
+        """At most one for each answer."""
+        pieces: dict[int, Piece] = {}
+        for event in batch:
+            piece = self._piece(first + event.index, answers[event.index], event)
+            if piece.text or piece.finish_reason:
+                earlier = pieces.get(event.index)
+                pieces[event.index] = piece if earlier is None else earlier.followed_by(piece)
+        return pieces.values()
 
     def _piece(self, index: int, answer: _Answer, event: Event) -> Piece:
         """What `event` makes certain of the answer; without text while that is held back."""

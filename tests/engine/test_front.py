@@ -1,4 +1,5 @@
 import asyncio
+import itertools
 from contextlib import aclosing
 
 import pytest
@@ -111,6 +112,27 @@ def test_a_failing_step_fails_the_requests_in_flight_and_leaves_the_engine_usabl
         return await tokens_of(front, prompts[0], Sampling(max_tokens=5))
 
     assert asyncio.run(main()) == alone(model, prompts[0], Sampling(max_tokens=5))
+
+
+def test_events_come_in_batches_as_often_as_is_asked_for_the_first_and_the_last_at_once(model, prompts):
+    steps = itertools.count()  # a step takes a second on this clock
+    front = EngineFront(
+        Engine(model, max_batch_size=4), batches_per_s=0.2, longest_pause_s=100.0, clock=lambda: float(next(steps))
+    )
+
+    async def sizes(prompt, **sampling):
+        async with aclosing(front.batches(prompt, Sampling(ignore_eos=True, **sampling))) as batches:
+            return [len(batch) async for batch in batches]
+
+    async def two_at_once():
+        return await asyncio.gather(*(sizes(prompt, max_tokens=16) for prompt in prompts[:2]))
+
+    try:
+        assert asyncio.run(sizes(prompts[0], max_tokens=14)) == [1, 5, 5, 3]
+        for of_one in asyncio.run(two_at_once()):
+            assert sum(of_one) == 16 and of_one[0] == 1 and max(of_one) > 5, "two share what is allowed"
+    finally:
+        front.shutdown()
 
 
 def test_a_closed_event_loop_does_not_disturb_the_engine(front, model, prompts):
