@@ -21,7 +21,7 @@ from app.tracking.registry import is_reference
 _MAX_ONGOING = 1000
 # By default OpenMP threads spin while they wait for each other. Where a job computes on the same cores, that made two
 # threads many times slower than one.
-_GENERATOR_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+_GENERATOR_ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
 
 
 def build(args: dict[str, Any]) -> Application:
