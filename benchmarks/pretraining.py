@@ -5,7 +5,8 @@
 
 Compute is counted in floating-point operations, not in seconds, so that what else the machine does makes no
 difference: a smaller model sees more text. Compared by bits per byte, since perplexities of different vocabularies
-cannot be. Loop, data and optimizer are those of `pacos pretrain`, in one plain process, in fp32.
+cannot be. Loop, data and optimizer are those of `pacos pretrain`, in one plain process, in the machine's own
+format.
 """
 
 import argparse

@@ -54,6 +54,9 @@ class _Call:
         self.unfinished = self.sampling.n
 
 
+_Delivery = tuple[_Call, list[Event] | Exception]
+
+
 class EngineFront:
     """`batches_per_s`, of all requests together, is how many batches of events are sent: each request's first event at
     once, and its last ones; those between as seldom as that takes, but every `longest_pause_s`. None: all at once."""
@@ -200,7 +203,7 @@ class EngineFront:
             self._fail_all(GenerationFailed(f"generation failed: {type(error).__name__}: {error}"))
             return
         now, pause_s = self._clock(), self._pause_s()
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Call, list[Event] | Exception]]] = defaultdict(list)
+        by_loop: dict[asyncio.AbstractEventLoop, list[_Delivery]] = defaultdict(list)
         touched: dict[int, _Call] = {}
         for event in events:
             call = touched[event.request_id] = self._calls[event.request_id]
@@ -236,9 +239,7 @@ class EngineFront:
             del self._calls[call.request_id]
             self._engine.abort(call.request_id)
 
-    def _deliver(
-        self, loop: asyncio.AbstractEventLoop, deliveries: Sequence[tuple[_Call, list[Event] | Exception]]
-    ) -> None:
+    def _deliver(self, loop: asyncio.AbstractEventLoop, deliveries: Sequence[_Delivery]) -> None:
         """One wake-up of the loop for all its requests' events."""
 
         def put() -> None:

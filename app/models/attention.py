@@ -47,38 +47,41 @@ class RowAttention:
         self._lengths = None
         if documents is not None and documents.device.type == "cpu" and backend != "flex":
             self._lengths = list(lengths) if lengths is not None else document_lengths(documents)
+        self._is_apart = self._lengths is not None
+        self._is_plain = prefix is None and (documents is None or self._is_apart)
+        """Whether a token sees all that is not later, once documents are apart."""
         self._masks: dict[int, Any] = {}
         self._spans: tuple[Span, ...] | None = None
+        """Empty where a document is too long for them."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """All [batch, heads, time, head_width]; keys and values may have fewer heads than queries."""
         with _kernel(self.backend):
-            if (spans := self._spans_of(q, k)) is not None:
-                return causal_attention(q, k, v, spans)
-            if self._lengths is None:
-                return self._attend(layer, q, k, v)
-            return self._attend_each_document(layer, q, k, v, self._lengths)
+            if self.backend == "auto" and self._is_plain and is_faster(q, k):
+                mixed = self._attend_whole_documents(q, k, v)
+                if mixed is not None:
+                    return mixed
+            # `_lengths` itself is not looked at here: compiled code would be made anew for each number of them.
+            return (self._attend_each_document if self._is_apart else self._attend)(layer, q, k, v)
 
-    def _spans_of(self, q: Tensor, k: Tensor) -> tuple[Span, ...] | None:
-        """Of the documents, where products of them as a whole beat torch's kernel in the backward pass."""
-        is_plain = self.prefix is None and (self.documents is None or self._lengths is not None)
-        if self.backend != "auto" or not is_plain or not is_faster(q, k):
-            return None
+    # It and the next would be compiled anew for every number of documents. `torch.compiler.disable` is the same, but
+    # imports the compiler at once: two seconds, in each process that has a model.
+    @torch._disable_dynamo
+    def _attend_whole_documents(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+        """With a backward pass by products of documents as a whole; None where one is too long for them."""
         if self._spans is None:
             batch, _, time, _ = q.shape
             self._spans = spans_of(self._lengths or [time] * batch) or ()
-        return self._spans or None
+        return causal_attention(q, k, v, self._spans) if self._spans else None
 
-    # It would be compiled anew for every number of documents. `torch.compiler.disable` is the same, but imports the
-    # compiler at once: two seconds, in each process that has a model.
     @torch._disable_dynamo
-    def _attend_each_document(self, layer: int, q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    def _attend_each_document(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One after the other, where a kernel's start costs nothing: a mask over whole rows would have the scores
         between documents computed too, which are most of them, to be thrown away.
 
         Split and put together by one operation each: slices would each have a gradient as large as the whole.
         """
-        ends_to_end = [part.transpose(1, 2).flatten(0, 1).split(lengths) for part in (q, k, v)]
+        ends_to_end = [part.transpose(1, 2).flatten(0, 1).split(self._lengths) for part in (q, k, v)]
         mixed = [
             self._attend(layer, *(part.transpose(0, 1).unsqueeze(0) for part in of_document)).squeeze(0).transpose(0, 1)
             for of_document in zip(*ends_to_end, strict=True)
@@ -91,9 +94,8 @@ class RowAttention:
         is_grouped = q.shape[1] != k.shape[1]
         if self.backend == "flex":
             return _flex_attention()(q, k, v, block_mask=self._mask(q, k), enable_gqa=is_grouped)
-        is_plain = self.prefix is None and (self.documents is None or self._lengths is not None)
-        mask = None if is_plain else self._mask(q, k)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_plain, enable_gqa=is_grouped)
+        mask = None if self._is_plain else self._mask(q, k)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self._is_plain, enable_gqa=is_grouped)
 
     def _mask(self, q: Tensor, k: Tensor) -> Any:
         """What `_attend` may see, for queries of this length."""

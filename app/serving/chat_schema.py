@@ -11,16 +11,15 @@ from app.serving.messages import ChatPrompt, Choice, Completion, GenerateRequest
 from app.serving.openai_schema import (
     MaxTokens,
     SamplingRequest,
-    Source,
     Text,
     Usage,
     Wire,
     WireRequest,
     new_id,
     now,
-    sources,
     usage,
 )
+from app.serving.retrieval_schema import Source, sources
 
 Value = TypeVar("Value")
 Left = Annotated[Value | None, Field(exclude_if=lambda value: value is None)]
@@ -174,7 +173,7 @@ class ChatStream:
         """The citations, where there can be some, before the first word."""
         if self._passages is None:
             return None
-        return ChatChunk(**self._head, choices=[], citations=sources(self._passages, started.prompts[0]))
+        return ChatChunk(**self._head, choices=[], citations=sources(self._passages[: started.prompts[0].num_passages]))
 
     def chunk(self, piece: Piece) -> ChatChunk | None:
         """None where nothing but white space has come yet, with which no message begins."""

@@ -28,21 +28,15 @@ from app.serving.openai_schema import (
     Greeting,
     Model,
     ModelList,
-    RagRequest,
-    RagResponse,
-    SearchRequest,
-    SearchResponse,
-    Source,
-    Timings,
     completion_response,
     error_response,
     new_id,
     now,
-    sources,
     usage,
 )
 from app.serving.plain_schema import PlainRequest, PlainResponse, plain_response
 from app.serving.playground import content_security_policy, page
+from app.serving.retrieval_schema import RagRequest, RagResponse, SearchRequest, SearchResponse, Timings, sources
 
 CACHE_HEADER = "x-pacos-cache"
 _ERRORS: dict[int | str, dict] = {
@@ -109,7 +103,7 @@ def create_api(answering: Answering) -> FastAPI:
         if body.stream:
             return await _streamed(answering, request, ChatStream(body, passages=passages))
         completion, was_cached = await answering.complete(request)
-        citations = None if passages is None else sources(passages, completion.prompts[0])
+        citations = None if passages is None else sources(passages[: completion.prompts[0].num_passages])
         response = chat_response(body, completion, citations=citations)
         return JSONResponse(response.model_dump(), headers=_cache_header(was_cached))
 
@@ -117,8 +111,7 @@ def create_api(answering: Answering) -> FastAPI:
     async def search(body: SearchRequest) -> Response:
         """The passages of the indexed documents that come nearest to a query."""
         passages = await answering.search(body.query, top_k=body.top_k, mode=body.mode)
-        found = [Source(**{name: passage[name] for name in Source.model_fields}) for passage in passages]
-        return JSONResponse(SearchResponse(data=found).model_dump())
+        return JSONResponse(SearchResponse(data=sources(passages)).model_dump())
 
     @api.post("/v1/rag", response_model=RagResponse, responses=_ERRORS)
     async def rag(body: RagRequest) -> Response:
@@ -209,7 +202,7 @@ async def answer_question(answering: Answering, body: RagRequest) -> tuple[RagRe
         model=request.model,
         answer=choice.text.strip(),
         finish_reason=choice.finish_reason,
-        sources=sources(passages, completion.prompts[0]),
+        sources=sources(passages[: completion.prompts[0].num_passages]),
         usage=usage(completion.prompt_tokens, completion.completion_tokens),
         timings=Timings(retrieve_s=retrieve_s, generate_s=watch.lap(), total_s=watch.total()),
     )

@@ -6,7 +6,7 @@ A parameter that this server cannot honour is refused by name, unless it says wh
 import math
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Annotated, Any, Literal, Self
 
@@ -24,14 +24,12 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from app import __version__
-from app.config.base import SearchMode
 from app.serving import messages
 from app.serving.messages import (
     Choice,
     Completion,
     GenerateRequest,
     Piece,
-    PromptInfo,
     Refusal,
     Started,
     TokenLogprob,
@@ -191,19 +189,6 @@ class AnswerRequest(WireRequest):
     stop: StopStrings = []
 
 
-class RagRequest(AnswerRequest):
-    question: Annotated[Text, Field(min_length=1)]
-    top_k: Annotated[int, Field(ge=1, le=50)] | None = None
-    """Passages to retrieve; the server's setting if not given."""
-
-
-class SearchRequest(WireRequest):
-    query: Annotated[Text, Field(min_length=1)]
-    top_k: Annotated[int, Field(ge=1, le=1000)] = 10
-    mode: SearchMode | None = None
-    """By meaning, by words (BM25), or by both; the server's setting if not given."""
-
-
 class Usage(Wire):
     prompt_tokens: int
     completion_tokens: int
@@ -236,42 +221,6 @@ class CompletionResponse(Wire):
     model: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
-
-
-class Source(Wire):
-    document: str
-    title: str
-    text: str
-    start: int
-    end: int
-    """Characters of the document, `end` excluded."""
-    score: float
-    """1 for a passage that is first by every way of searching, less further down."""
-
-
-class SearchResponse(Wire):
-    object: Literal["list"] = "list"
-    data: list[Source]
-    """Best first."""
-
-
-class Timings(Wire):
-    retrieve_s: float
-    generate_s: float
-    total_s: float
-
-
-class RagResponse(Wire):
-    id: str
-    object: Literal["rag.answer"] = "rag.answer"
-    created: int
-    model: str
-    answer: str
-    finish_reason: Literal["stop", "length"]
-    sources: list[Source]
-    """The passages that stood before the model, best first."""
-    usage: Usage
-    timings: Timings
 
 
 class Model(Wire):
@@ -320,13 +269,6 @@ def error_response(refusal: Refusal) -> ErrorResponse:
             code=refusal.code,
         )
     )
-
-
-def sources(passages: Sequence[Mapping[str, Any]], prompt: PromptInfo) -> list[Source]:
-    """Of the passages that were found, those that stood before the model."""
-    return [
-        Source(**{name: passage[name] for name in Source.model_fields}) for passage in passages[: prompt.num_passages]
-    ]
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> Usage:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -114,13 +115,10 @@ def figures(answers: Sequence[Answer]) -> dict[str, Any]:
     complete = [answer for answer in answers if answer.is_complete]
     seconds = max(answer.ended for answer in answers) - min(answer.started for answer in answers)
     tokens = sum(answer.tokens for answer in complete)
-    statuses: dict[str, int] = {}
-    for answer in answers:
-        name = "complete" if answer.is_complete else str(answer.status or "no response")
-        statuses[name] = statuses.get(name, 0) + 1
+    outcomes = Counter("complete" if a.is_complete else str(a.status or "no response") for a in answers)
     return {
         "requests": len(answers),
-        "outcomes": statuses,
+        "outcomes": dict(outcomes),
         "errors": sorted({answer.error for answer in answers if answer.error and answer.status != 429})[:5],
         "seconds": seconds,
         "tokens": tokens,

@@ -135,6 +135,31 @@ def test_events_come_in_batches_as_often_as_is_asked_for_the_first_and_the_last_
         front.shutdown()
 
 
+def test_a_failure_comes_after_the_events_that_were_held_back_before_it(model, prompts):
+    front = EngineFront(Engine(model, max_batch_size=4), batches_per_s=1e-6, longest_pause_s=1e6)
+    step, steps = front._engine.step, itertools.count()
+
+    def failing_step():
+        if next(steps) == 4:
+            raise RuntimeError("out of something")
+        return step()
+
+    async def main():
+        sizes = []
+        front._engine.step = failing_step
+        with pytest.raises(GenerationFailed, match="out of something"):
+            async with aclosing(front.batches(prompts[0], Sampling(max_tokens=30, ignore_eos=True))) as batches:
+                async for batch in batches:
+                    sizes.append(len(batch))
+        return sizes
+
+    try:
+        sizes = asyncio.run(main())
+        assert sizes[0] == 1 and len(sizes) == 2 and sum(sizes) in (3, 4)
+    finally:
+        front.shutdown()
+
+
 def test_a_closed_event_loop_does_not_disturb_the_engine(front, model, prompts):
     slow_down(front)
 

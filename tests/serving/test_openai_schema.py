@@ -4,7 +4,8 @@ from pydantic import ValidationError
 from app.data.records import Message
 from app.serving.chat_schema import ChatRequest
 from app.serving.messages import ChatPrompt
-from app.serving.openai_schema import CompletionRequest, RagRequest
+from app.serving.openai_schema import CompletionRequest
+from app.serving.retrieval_schema import RagRequest
 
 BASE = {"model": "pacos", "prompt": "hello"}
 CHAT = {"model": "pacos", "messages": [{"role": "user", "content": "hello"}]}

@@ -1,4 +1,5 @@
 import asyncio
+from contextlib import aclosing
 
 import pytest
 
@@ -38,6 +39,25 @@ def test_one_streams_exception_ends_all():
 
     with pytest.raises(ValueError, match="no"):
         asyncio.run(run())
+
+
+def test_leaving_closes_the_sources():
+    closed: list[str] = []
+
+    async def source(name):
+        try:
+            while True:
+                await asyncio.sleep(0.01)
+                yield name
+        finally:
+            closed.append(name)
+
+    async def run():
+        async with aclosing(merge([source("a"), source("b")])) as items:
+            await anext(items)
+
+    asyncio.run(run())
+    assert sorted(closed) == ["a", "b"]
 
 
 def test_pieces_of_one_choice_join_to_what_they_were():

@@ -19,6 +19,7 @@ from app.data.batches import Batch, collate
 from app.errors import UserError
 from app.methods import apply_method
 from app.methods.delta import load_trained
+from app.models.attention import RowAttention
 from app.models.checkpoints import load_decoder
 from app.models.decoder import Decoder, DecoderConfig
 from app.training import loop
@@ -446,6 +447,20 @@ def test_compiled_blocks_compute_the_same_without_compiling_anew_for_each_batch(
             graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert sums[4:] == pytest.approx(sums[:4], rel=1e-5)
     assert graphs[5] > graphs[3] and len(set(graphs[6:])) == 1
+
+
+def test_attention_in_bf16_is_not_compiled_anew_for_each_number_of_documents() -> None:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: RowAttention) -> torch.Tensor:
+        return rows.attend(0, q * 2, k, v) * 2
+
+    compiled = torch.compile(attend, backend="eager", dynamic=True)
+    counts = []
+    for lengths in ([40, 30], [10, 20, 40], [70], [5] * 14):
+        parts = [torch.randn(1, 3, 70, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+        documents = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).unsqueeze(0)
+        torch.testing.assert_close(compiled(*parts, RowAttention(documents)), attend(*parts, RowAttention(documents)))
+        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert len(set(counts[1:])) == 1
 
 
 def test_a_model_deeper_than_the_compilers_limit_is_compiled_once_for_all_blocks() -> None:
