@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from app.config.methods import name_of, parts_of
 from app.engine.kernels import Kernels, LoraRows
-from app.engine.packing import PackedLinear
+from app.engine.packing import pack
 from app.errors import UserError
 from app.methods import apply_method
 from app.methods.adapter import Adapted
@@ -124,10 +124,12 @@ class MixedModel:
         self._is_plain = base.prefix is None and not any(isinstance(m, LoraLinear | Adapted) for m in base.modules())
         for name, module in list(self.decoder.named_modules()) if self._is_plain else ():
             if isinstance(module, _LAYERS):
-                layer = PackedLinear(module, kernels) if is_packed and isinstance(module, nn.Linear) else module
-                self._sites[name] = Site(layer, kernels)
+                self._sites[name] = Site(pack(module, kernels, is_packed=is_packed), kernels)
                 parent, _, attribute = name.rpartition(".")
                 setattr(self.decoder.get_submodule(parent), attribute, self._sites[name])
+        if kernels is not None and base.config.activation == "gelu":
+            for block in self.decoder.blocks:
+                block.mlp.activation = kernels.gelu  # type: ignore[union-attr]
         self._blocks = [BlockSite(block) for block in self.decoder.blocks]
         self.decoder.blocks = nn.ModuleList(self._blocks)
         self._groups: list[tuple[Variant, slice]] = []
@@ -305,9 +307,8 @@ def _differs(layer: nn.Module, base: nn.Module) -> bool:
 
 
 def _is_plain_lora(layer: nn.Module, base: nn.Module) -> bool:
-    """Whether it is the base and a low-rank update in fp32, and nothing else."""
-    is_lora = type(layer) is LoraLinear and layer.lora_a.dtype == torch.float32
-    return is_lora and not _differs(layer.base, base)  # type: ignore[arg-type]
+    """Whether it is the base and a low-rank update, and nothing else."""
+    return type(layer) is LoraLinear and not _differs(layer.base, base)  # type: ignore[arg-type]
 
 
 def _updated(layer: Any, base: Any, x: Tensor, y: Tensor) -> Tensor:

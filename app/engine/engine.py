@@ -13,7 +13,7 @@ from app.engine.kernels import kernels_for
 from app.engine.kv_cache import KVCache
 from app.engine.packing import can_pack, packed_head
 from app.engine.runner import Runner
-from app.engine.sampling import Sampling, sample
+from app.engine.sampling import Sampling, sample, torch_argmax
 from app.engine.scheduler import Scheduler
 from app.engine.sequence import Event, InvalidRequest, Sequence, check_request
 from app.errors import UserError
@@ -122,7 +122,8 @@ class Engine:
             max_step_tokens=max(settings.max_step_tokens, settings.max_batch_size + BLOCK_SIZE),
         )
         self._cache = cache
-        self._runner = Runner(mixed, head, cache, kernels)
+        self._runner = Runner(mixed, head, cache, kernels, has_packed_products=is_packed)
+        self._argmax = torch_argmax if kernels is None else kernels.argmax
         self._requests: dict[int, list[Sequence]] = {}
         self._ids, self._arrivals = itertools.count(), itertools.count()
         self._steps = self._computed = self._generated = 0
@@ -180,7 +181,7 @@ class Engine:
             return []
         num_computed = sum(sequence.num_scheduled for sequence in sequences)
         sampling, logits = self._runner.run(sequences)
-        choices = sample(logits, sampling) if sampling else []
+        choices = sample(logits, sampling, argmax=self._argmax) if sampling else []
         for sequence in sequences:
             self._cache.computed(sequence)
         self._steps += 1

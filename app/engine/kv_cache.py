@@ -20,6 +20,9 @@ from app.models.decoder import DecoderConfig
 
 _FEW_ROWS = 32
 """Up to here a sequence's new tokens go to the kernel that reads the cache in place, one by one."""
+_ROWS_OF_BF16 = 64
+"""torch's attention in bf16 on a CPU compiles products for each number of rows and places, for longer than a prompt
+takes; so these are rounded up to a multiple."""
 
 
 class KVCache:
@@ -162,6 +165,8 @@ class _Long:
     """[blocks] those that hold places up to the last row's."""
     mask: Tensor | None
     """[rows, places] what each row sees; None: each row sees those before it, and nothing is cached yet."""
+    num_filling: int
+    """Rows to be added to these, whose results are dropped."""
 
 
 class StepCache:
@@ -173,6 +178,7 @@ class StepCache:
         device = cache.keys.device
         rows = _Rows.of(sequences)
         self.positions = rows.places.to(device)  # [rows]; the prefix counts
+        """Rows that follow these in a step take part in nothing here."""
         self.blocks, self.offsets = rows.blocks.to(device), (rows.places % BLOCK_SIZE).to(device)
         self.seen = rows.places + 1  # how many places each row sees
         self.tables, self.table_of_row = rows.tables, rows.sequence_of_row
@@ -193,11 +199,16 @@ class StepCache:
     def _as_long(self, sequence: Sequence, rows: slice) -> _Long:
         device = self.positions.device
         first, last = sequence.variant.prefix_length + sequence.num_cached, int(self.seen[rows.stop - 1])
-        blocks = torch.tensor(sequence.blocks[: blocks_for(last)], device=device)
+        multiple = _ROWS_OF_BF16 if self.cache.keys.dtype == torch.bfloat16 and device.type == "cpu" else 1
+        num_filling = -(rows.stop - rows.start) % multiple
+        blocks = sequence.blocks[: blocks_for(last)]
         if first == 0:
-            return _Long(rows, blocks, None)
-        places = torch.arange(len(blocks) * BLOCK_SIZE, device=device)
-        return _Long(rows, blocks, places < self.seen[rows].to(device).unsqueeze(1))
+            return _Long(rows, torch.tensor(blocks, device=device), None, num_filling)
+        blocks = blocks + [blocks[0]] * (-len(blocks) % max(1, multiple // BLOCK_SIZE))
+        places = torch.arange(len(blocks) * BLOCK_SIZE)
+        seen = F.pad(self.seen[rows], (0, num_filling), value=1)
+        mask = (places < seen.unsqueeze(1)).to(device)
+        return _Long(rows, torch.tensor(blocks, device=device), mask, num_filling)
 
 
 class _Part:
@@ -218,8 +229,10 @@ class _Part:
         self._seen, self._table_of_row = step.seen[rows][self._short], step.table_of_row[rows][self._short]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self._store(layer, k[0].transpose(0, 1), v[0].transpose(0, 1))
+        num_rows = len(self._blocks)
+        self._store(layer, *(part[0, :, :num_rows].transpose(0, 1) for part in (k, v)))
         mixed = q.new_empty(1, q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)  # as the next product reads it
+        mixed[:, :, num_rows:] = 0  # rows that only fill up
         for rows, long in self._long:
             mixed[:, :, rows] = self._attend_long(layer, long, q[:, :, rows], k[:, :, rows], v[:, :, rows])
         if len(self._short):
@@ -233,27 +246,27 @@ class _Part:
             cache.write(layer, self._blocks, self._offsets, k, v)
         else:
             keys, values = cache.keys[layer], cache.values[layer]
-            self._kernels.write(k.float(), v.float(), keys, values, blocks=self._blocks, offsets=self._offsets)
+            self._kernels.write(k, v, keys, values, blocks=self._blocks, offsets=self._offsets)
 
     def _attend_long(self, layer: int, long: _Long, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        is_grouped = q.shape[1] != k.shape[1]
+        is_grouped, num_rows = q.shape[1] != k.shape[1], q.shape[2]
+        filling = (0, 0, 0, long.num_filling)
         if long.mask is None:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=is_grouped)
+            q, k, v = (F.pad(part, filling) for part in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=is_grouped)[:, :, :num_rows]
         keys, values = self._gathered(layer, long.blocks.unsqueeze(0), q.dtype)
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=long.mask, enable_gqa=is_grouped)
+        return F.scaled_dot_product_attention(
+            F.pad(q, filling), keys, values, attn_mask=long.mask, enable_gqa=is_grouped
+        )[:, :, :num_rows]
 
     def _attend_short(self, layer: int, q: Tensor, mixed: Tensor) -> None:
         """Each row by itself: one query where there are hundreds of keys."""
         short = self._short
         if self._kernels is not None:
-            # The kernel computes in fp32 whatever the model does.
-            result = mixed[0] if q.dtype == torch.float32 else torch.empty_like(mixed[0], dtype=torch.float32)
             self._kernels.attend(
-                q[0].float(), self._cache.keys[layer], self._cache.values[layer], result,
+                q[0], self._cache.keys[layer], self._cache.values[layer], mixed[0],
                 rows=short, seen=self._seen, tables=self._tables, table_of_row=self._table_of_row,
             )  # fmt: skip
-            if q.dtype != torch.float32:
-                mixed[0, :, short] = result[:, short].to(q.dtype)
             return
         tables, mask = self._padded
         keys, values = self._gathered(layer, tables, q.dtype)  # [rows, kv_heads, places, head_width]

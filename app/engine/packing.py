@@ -1,27 +1,36 @@
-"""Linear layers whose weights oneDNN has laid out for its own products.
+"""Linear layers in the form in which the engine multiplies with them fastest on a CPU.
 
 torch's fp32 products go through MKL, which on AMD's processors is slow for few rows. On two cores of an EPYC with AVX2:
-[64, 768] x [768, 3072] at 60 GFLOP/s there and at 111 with packed weights, [8, 768] x [768, 50257] at 16 and 45.
-The packed weights are a second copy: the plain ones stay, for the deltas to be built on.
+[64, 768] x [768, 3072] at 60 GFLOP/s there and at 111 with weights that oneDNN has laid out, [8, 768] x [768, 50257] at
+16 and 45. The packed weights are a second copy: the plain ones stay, for the deltas to be built on.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from app.engine.kernels import Kernels
 from app.models.decoder import Decoder
 from app.models.quantization.int8 import Int8Dynamic
+from app.models.quantization.integer_product import OneDnnProduct
 
 _ROWS = 64
 """oneDNN lays weights out for a number of rows; other numbers of them then go as well."""
-_FEW = 8
-"""Rows are rounded up to a multiple, of this one up to `_ROWS`, of `_ROWS` beyond: oneDNN compiles a product for each
-number of rows, and keeps up to a thousand of them, of half a megabyte each."""
+
+
+def round_up(num_rows: int) -> int:
+    """As many rows as the step computes for `num_rows` of them.
+
+    oneDNN compiles a product for each number of rows, in a millisecond or more, and keeps up to a thousand of them, of
+    half a megabyte each; so it is shown few.
+    """
+    if num_rows == 1:
+        return 1  # which has kernels of its own
+    multiple = 8 if num_rows <= 64 else 32 if num_rows <= 256 else 64
+    return -(-num_rows // multiple) * multiple
 
 
 class PackedLinear(nn.Module):
-    """Computes what `linear` does, for [batch, rows, in] or [rows, in].
+    """Computes what `linear` does, for [1, rows, in] or [rows, in].
 
     A single row is multiplied with the plain weights, which are read faster.
     """
@@ -30,17 +39,51 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.bias = linear.bias
         self.weight = linear.weight
-        self._kernels = kernels if linear.weight.dtype == torch.float32 else None
+        self._kernels = kernels
         self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _ROWS)
 
     def forward(self, x: Tensor) -> Tensor:
         if self._kernels is not None and x.numel() == x.shape[-1]:
             return self._kernels.multiply_row(x.contiguous(), self.weight, self.bias)
-        num_rows = x.shape[-2]
-        missing = -num_rows % (_FEW if num_rows <= _ROWS else _ROWS)
-        if missing:
-            x = F.pad(x, (0, 0, 0, missing))
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")[..., :num_rows, :]
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+
+
+class PackedInt8(nn.Module):
+    """Computes what `layer` does, for [..., in], with the rounding of activations and the scaling of products in one
+    pass each, and one row's product in one pass over the codes."""
+
+    def __init__(self, layer: Int8Dynamic, kernels: Kernels) -> None:
+        super().__init__()
+        product = layer.product
+        assert isinstance(product, OneDnnProduct)
+        self.codes, self.scale, self.bias = layer.codes, layer.scale, layer.bias
+        self._kernels, self._product = kernels, product
+        self._sums = layer.codes.sum(dim=1, dtype=torch.int32) if kernels.has_byte_dots else None
+
+    @staticmethod
+    def suits(layer: nn.Module) -> bool:
+        return type(layer) is Int8Dynamic and isinstance(layer.product, OneDnnProduct)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernels, product = self._kernels, self._product
+        rows = x.reshape(-1, x.shape[-1])
+        integers, steps = kernels.round_rows(rows, product.levels)
+        if len(rows) == 1 and self._sums is not None:
+            y = kernels.multiply_row_of_bytes(
+                integers, steps.item(), product.zero, self.codes, self.scale, self._sums, self.bias
+            ).to(x.dtype)
+        else:
+            y = kernels.scale_rows(product.of_integers(integers), steps, self.bias, x.dtype)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def pack(layer: nn.Module, kernels: Kernels | None, *, is_packed: bool) -> nn.Module:
+    """`layer`, or its faster form if there is one; `is_packed` as `can_pack` says of the model."""
+    if is_packed and isinstance(layer, nn.Linear):
+        return PackedLinear(layer, kernels)
+    if kernels is not None and PackedInt8.suits(layer):
+        return PackedInt8(layer, kernels)  # type: ignore[arg-type]
+    return layer
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
@@ -58,7 +101,7 @@ def packed_head(model: Decoder, kernels: Kernels | None, *, is_int8: bool, is_pa
     if is_int8:
         head = Int8Dynamic(weight.shape[1], weight.shape[0], bias=False, device=weight.device)
         head.store(weight.detach().float())
-        return head
+        return pack(head, kernels, is_packed=is_packed)
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    return PackedLinear(linear, kernels) if is_packed else linear
+    return pack(linear, kernels, is_packed=is_packed)

@@ -4,20 +4,25 @@ from collections.abc import Sequence as SequenceOf
 from itertools import groupby
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from app.engine.deltas import MixedModel, Variant
 from app.engine.kernels import Kernels
 from app.engine.kv_cache import KVCache, StepCache
+from app.engine.packing import round_up
 from app.engine.sequence import Sequence
 
 
 class Runner:
-    def __init__(self, model: MixedModel, head: nn.Module, cache: KVCache, kernels: Kernels | None) -> None:
+    def __init__(
+        self, model: MixedModel, head: nn.Module, cache: KVCache, kernels: Kernels | None, *, has_packed_products: bool
+    ) -> None:
         self.model = model
         self.head = head
         self.cache = cache
         self.kernels = kernels
+        self._has_packed_products = has_packed_products
 
     @torch.inference_mode()
     def run(self, sequences: SequenceOf[Sequence]) -> tuple[list[Sequence], Tensor]:
@@ -29,14 +34,20 @@ class Runner:
         step = StepCache(self.cache, ordered, self.kernels)
         device = step.positions.device
         ids = torch.tensor([token for sequence in ordered for token in sequence.scheduled_ids], device=device)
+        filling = (0, self._rows(len(ids)) - len(ids))
+        ids, positions = F.pad(ids, filling), F.pad(step.positions, filling)
         with self.model.serving(_groups(ordered)) as decoder:
             embedded = decoder.token_embedding(ids).unsqueeze(0)
-            hidden = decoder.final_norm(decoder.run_blocks(embedded, step.positions.unsqueeze(0), step))[0]
+            hidden = decoder.final_norm(decoder.run_blocks(embedded, positions.unsqueeze(0), step))[0]
             # Only rows that sample go through the head: its matrix is the largest of a small model.
             last_rows = torch.tensor([sequence.num_scheduled for sequence in ordered]).cumsum(0) - 1
             sampling = [number for number, sequence in enumerate(ordered) if sequence.will_sample]
-            logits = self.head(hidden[last_rows[sampling].to(device)])
+            sampled = F.pad(last_rows[sampling], (0, self._rows(len(sampling)) - len(sampling)))
+            logits = self.head(hidden[sampled.to(device)])[: len(sampling)]
         return [ordered[number] for number in sampling], logits
+
+    def _rows(self, num_rows: int) -> int:
+        return round_up(num_rows) if self._has_packed_products else num_rows
 
 
 def _groups(ordered: SequenceOf[Sequence]) -> list[tuple[Variant, slice]]:

@@ -1,7 +1,7 @@
 """From logits to the next token ids. Each sequence draws from a random stream of its own."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -112,14 +112,20 @@ class Choice:
     """(token, natural logarithm of its probability), likeliest first."""
 
 
+def torch_argmax(logits: Tensor) -> Tensor:
+    return logits.argmax(dim=-1)
+
+
 @torch.inference_mode()
-def sample(logits: Tensor, rows: Sequence[Sampled]) -> list[Choice]:
-    """One token per row of `logits` [rows, vocab_size]; may change them in place."""
+def sample(
+    logits: Tensor, rows: Sequence[Sampled], *, argmax: Callable[[Tensor], Tensor] = torch_argmax
+) -> list[Choice]:
+    """One token per row of `logits` [rows, vocab_size]; may change them in place. `argmax`: of each row."""
     reported = _logprobs(logits, rows)
     for number, row in enumerate(rows):
         if row.sampling.changes_logits:
             _change(logits[number], row)
-    chosen = logits.argmax(dim=-1)
+    chosen = argmax(logits)
     drawn = [number for number, row in enumerate(rows) if row.sampling.temperature > 0]
     if drawn:
         # One number per row and step, drawn on the CPU: neither the batch nor the device changes a stream.

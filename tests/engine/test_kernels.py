@@ -23,29 +23,33 @@ def compiled() -> Kernels:
     return found
 
 
+@pytest.mark.parametrize("q_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 4, 64), (6, 2, 16), (3, 1, 256)])
-def test_attention_over_scattered_blocks(compiled, dtype, heads, kv_heads, width) -> None:
+def test_attention_over_scattered_blocks(compiled, q_dtype, dtype, heads, kv_heads, width) -> None:
     draw = torch.Generator().manual_seed(0)
     seen = torch.tensor([1, 15, 16, 17, 200, 33])
     rows = len(seen)
     tables = torch.randperm(rows * 13, generator=draw).view(rows, 13).int()
     keys = torch.full((rows * 13, kv_heads, width, 16), float("nan")).to(dtype)  # what nobody may look at
     values = torch.full((rows * 13, kv_heads, 16, width), float("nan")).to(dtype)
-    q = torch.randn(rows, heads, width, generator=draw).transpose(0, 1)
+    q = torch.randn(rows, heads, width, generator=draw).to(q_dtype).transpose(0, 1)
     expected = torch.empty(rows, heads, width)
     for row, length in enumerate(seen.tolist()):
-        k, v = (torch.randn(length, kv_heads, width, generator=draw) for _ in range(2))
+        k, v = (torch.randn(length, kv_heads, width, generator=draw).to(q_dtype) for _ in range(2))
         blocks = tables[row, torch.arange(length) // 16].long()
         compiled.write(k, v, keys, values, blocks=blocks, offsets=torch.arange(length) % 16)
         k, v = (part.to(dtype).float().transpose(0, 1).unsqueeze(0) for part in (k, v))
-        expected[row] = F.scaled_dot_product_attention(q[None, :, row : row + 1], k, v, enable_gqa=True)[0, :, 0]
-    out = torch.zeros(rows, heads, width)
+        expected[row] = F.scaled_dot_product_attention(q[None, :, row : row + 1].float(), k, v, enable_gqa=True)[
+            0, :, 0
+        ]
+    out = torch.zeros(rows, heads, width).to(q_dtype)
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     compiled.attend(
         q, keys, values, out.transpose(0, 1), rows=order, seen=seen[order], tables=tables, table_of_row=order
     )
-    torch.testing.assert_close(out, expected, rtol=2e-5, atol=2e-6)
+    rounding = {"rtol": 2e-5, "atol": 2e-6} if q_dtype == torch.float32 else {"rtol": 2**-8, "atol": 1e-6}
+    torch.testing.assert_close(out.float(), expected, **rounding)
 
 
 def test_bf16_is_rounded_to_the_nearest(compiled) -> None:
@@ -56,33 +60,92 @@ def test_bf16_is_rounded_to_the_nearest(compiled) -> None:
     assert torch.equal(values[0, 0], k[:, 0].bfloat16()) and torch.equal(keys[0, 0].T, k[:, 0].bfloat16())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 48), (50, 70)])
-def test_the_updates_of_many_loras(compiled, inputs, outputs) -> None:
+def test_the_updates_of_many_loras(compiled, dtype, inputs, outputs) -> None:
     torch.manual_seed(0)
     base = nn.Linear(inputs, outputs)
     layers = [LoraLinear(base, LoraConfig(rank=rank, alpha=16)) for rank in (1, 8, 33)]
     for layer in layers:
         nn.init.normal_(layer.lora_b)
-    x = torch.randn(1, 9, inputs)
+    x = torch.randn(1, 9, inputs).to(dtype)
     spans = [slice(0, 2), slice(3, 4), slice(4, 9)]  # row 2 is the base's
     with torch.no_grad():
-        y = base(x)
-        expected = y.clone()
+        y = base(x.float()).to(dtype)
+        expected = y.float()
         for rows, layer in zip(spans, layers, strict=True):
-            expected[:, rows] = layer(x[:, rows])
+            expected[:, rows] += layer(x[:, rows].float()) - base(x[:, rows].float())
         compiled.lora_rows(list(zip(spans, layers, strict=True))).add(x[0], y[0])
-    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    rounding = 1e-5 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(y.float(), expected, rtol=rounding, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 48), (50, 71), (768, 1001)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_one_row_times_a_matrix(compiled, inputs, outputs, bias) -> None:
+def test_one_row_times_a_matrix(compiled, dtype, inputs, outputs, bias) -> None:
     torch.manual_seed(0)
-    linear = nn.Linear(inputs, outputs, bias=bias)
-    x = torch.randn(1, 1, inputs)
+    linear = nn.Linear(inputs, outputs, bias=bias).to(dtype)
+    x = torch.randn(1, 1, inputs).to(dtype)
     with torch.no_grad():
         result = compiled.multiply_row(x, linear.weight, linear.bias)
-        torch.testing.assert_close(result, linear(x), rtol=1e-5, atol=1e-5)
+        rounding = 1e-5 if dtype == torch.float32 else 2**-8
+        torch.testing.assert_close(result.float(), linear.float()(x.float()), rtol=rounding, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [64, 50, 7])
+def test_rows_are_rounded_by_a_step_of_their_own(compiled, dtype, width) -> None:
+    x = torch.randn(9, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[3] = 0
+    x[4, :2] = torch.tensor([63.5, -127.0])  # a tie, and the largest
+    integers, steps = compiled.round_rows(x, 127)
+    expected = x.float().abs().amax(dim=1).clamp_min(1e-12) / 127
+    torch.testing.assert_close(steps, expected, rtol=0, atol=0)
+    assert torch.equal(integers.int(), (x.float() / expected.unsqueeze(1)).round().int() + 128)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_are_scaled_back(compiled, dtype, bias) -> None:
+    torch.manual_seed(0)
+    y, steps, shift = torch.randn(5, 71), torch.rand(5), torch.randn(71) if bias else None
+    expected = y * steps.unsqueeze(1) + (0 if shift is None else shift)
+    torch.testing.assert_close(compiled.scale_rows(y, steps, shift, dtype), expected.to(dtype))
+
+
+@pytest.mark.parametrize("width", [768, 288, 33])
+def test_one_row_of_bytes_is_multiplied_exactly(compiled, width) -> None:
+    if not compiled.has_byte_dots:
+        pytest.skip("this processor cannot sum products of bytes exactly")
+    torch.manual_seed(0)
+    integers = torch.randint(1, 256, (1, width), dtype=torch.uint8)
+    codes = torch.randint(-127, 128, (1001, width), dtype=torch.int8)
+    codes[0], integers[0, : width // 2] = 127, 255  # the largest sums
+    scale, bias = torch.rand(1001), torch.randn(1001)
+    sums = codes.sum(dim=1, dtype=torch.int32)
+    exact = ((integers.long() - 128) @ codes.long().T).float() * scale * 0.25 + bias
+    result = compiled.multiply_row_of_bytes(integers, 0.25, 128, codes, scale, sums, bias)
+    torch.testing.assert_close(result, exact, rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gelu(compiled, dtype) -> None:
+    x = torch.cat([torch.linspace(-30, 30, 1003), torch.tensor([0.0, -0.0, 1e-30, -1e30, 1e30])]).to(dtype)
+    expected = F.gelu(x.float(), approximate="tanh")
+    rounding = 1e-6 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(compiled.gelu(x).float(), expected, rtol=rounding, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 15, 16, 50257])
+def test_the_first_of_the_largest_is_found(compiled, dtype, width) -> None:
+    x = torch.randn(6, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[1] = -float("inf")
+    x[2, width // 2 :] = 9.0
+    x[3, -1] = 10.0
+    expected = [row.tolist().index(max(row.tolist())) for row in x]
+    assert compiled.argmax(x).tolist() == expected
 
 
 def test_shapes_and_devices_that_the_kernels_do_not_know_go_to_torch() -> None:

@@ -1,5 +1,6 @@
 """Packed products beside plain ones, and the few shapes that oneDNN gets to see."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,13 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from app.engine.packing import PackedLinear, can_pack
+from app.engine.engine import Engine, EngineSettings
+from app.engine.kernels import Kernels, _compiled
+from app.engine.packing import PackedInt8, PackedLinear, can_pack, round_up
+from app.engine.sampling import Sampling
+from app.models.decoder import Decoder
+from app.models.quantization import QuantizationConfig, quantize
+from app.models.quantization.int8 import Int8Dynamic
 
 pytestmark = pytest.mark.skipif(not can_pack(torch.float32, torch.device("cpu")), reason="this torch has no oneDNN")
 
@@ -21,20 +28,71 @@ class Rows(TorchDispatchMode):
         self.seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "_linear_pointwise" in str(func):
+        if "linear_pointwise" in str(func):
             self.seen.add(args[0].shape[-2])
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("with_batch", [False, True])
-def test_any_number_of_rows_is_multiplied_in_a_few_shapes(with_batch: bool) -> None:
+def test_a_packed_layer_multiplies_as_the_plain_one(with_batch: bool) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(48, 80).requires_grad_(False)
-    packed = PackedLinear(linear, None)
-    with Rows() as rows, torch.inference_mode():
-        for count in [*range(1, 140), 2000]:
+    packed = PackedLinear(linear, _compiled())
+    with torch.inference_mode():
+        for count in (1, 2, 8, 64, 65, 300):
             x = torch.randn((1, count, 48) if with_batch else (count, 48))
             y = packed(x)
             assert y.is_contiguous(), "the compiled kernels read it by its address"
             torch.testing.assert_close(y, linear(x), atol=1e-5, rtol=1e-5)
-    assert rows.seen == {8, 16, 24, 32, 40, 48, 56, 64, 128, 192, 2048}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("in_features", [64, 48])
+def test_a_packed_int8_layer_computes_what_the_layer_does(dtype: torch.dtype, bias: bool, in_features: int) -> None:
+    kernels = needed_kernels()
+    torch.manual_seed(0)
+    layer = Int8Dynamic(in_features, 80, bias=bias)
+    layer.store(torch.randn(80, in_features))
+    if bias:
+        layer.bias = torch.randn(80)
+    if not PackedInt8.suits(layer):
+        pytest.skip("another kernel than oneDNN's multiplies integers on this machine")
+    packed = PackedInt8(layer, kernels)
+    with torch.inference_mode():
+        for count in (1, 5, 64):
+            x = torch.randn(1, count, in_features).to(dtype)
+            y = packed(x)
+            assert y.is_contiguous() and y.dtype == dtype
+            torch.testing.assert_close(y, layer(x), atol=1e-4, rtol=1e-5 if dtype == torch.float32 else 2**-7)
+
+
+def needed_kernels() -> Kernels:
+    found = _compiled()
+    if found is None:
+        pytest.skip("no C compiler on this machine")
+    return found
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_an_engine_shows_few_numbers_of_rows_to_its_products(model: Decoder, precision: str) -> None:
+    needed_kernels()
+    model = copy.deepcopy(model)
+    if precision == "int8":
+        quantize(model, QuantizationConfig.model_validate({"scheme": "int8_dynamic"}))
+    engine = Engine(model, EngineSettings(max_batch_size=40, max_queue=100, max_step_tokens=200))
+    for number in range(40):  # prompts and answers of many lengths
+        ids = [number % 7 + 1] * (1 + 3 * number % 30)
+        engine.add_request(ids, Sampling(max_tokens=1 + number % 13))
+    with Rows() as rows:
+        while engine.has_work:
+            engine.step()
+    assert rows.seen and rows.seen <= {round_up(count) for count in range(1, 300)}
+    assert len(rows.seen) < 20
+
+
+def test_rows_are_rounded_up_to_few_numbers_at_little_cost() -> None:
+    rounded = [round_up(count) for count in range(1, 1025)]
+    assert len(set(rounded)) < 30
+    assert all(count <= padded for count, padded in enumerate(rounded, start=1))
+    assert all(padded - count < max(8, count / 2) for count, padded in enumerate(rounded, start=1))

@@ -25,13 +25,13 @@ from app.models.quantization import (
 from app.models.quantization.int8 import Int8Dynamic, Int8Static, Int8Weight
 from app.models.quantization.integer_product import (
     Kernel,
+    OneDnnProduct,
     _cpu_kernel,
     is_exact,
     kernel_for,
     pack_fbgemm,
     pack_float,
     pack_int_mm,
-    pack_onednn,
 )
 from app.models.quantization.nf4 import VALUES, Nf4Linear
 
@@ -41,7 +41,7 @@ CPU = torch.device("cpu")
 
 
 def seven_bit_onednn(weight: Tensor, scale: Tensor, bias: Tensor | None):
-    return pack_onednn(weight, scale, bias, levels=63)
+    return OneDnnProduct(weight, scale, bias, levels=63)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

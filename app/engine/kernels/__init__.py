@@ -29,19 +29,27 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Kernels:
+    """Activations are fp32 or bf16, and in each call all of the same."""
+
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._attend: Any = library.attend
-        self._write: Any = library.write_cache
-        self._add_lora: Any = library.add_lora
-        i64, f32, pointer, flag = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p, ctypes.c_int
-        rows: list[Any] = [pointer, i64, i64]  # where they begin, and how far apart rows and heads are
-        self._attend.argtypes = [*rows, pointer, pointer, flag, *rows, *[pointer] * 4, *[i64] * 5, f32]
-        self._write.argtypes = [*rows, *rows, pointer, pointer, flag, pointer, pointer, i64, i64, i64]
-        self._add_lora.argtypes = [pointer, i64, pointer, i64, pointer, i64, *[pointer] * 4]
-        self._multiply_row: Any = library.multiply_row
-        self._multiply_row.argtypes = [pointer, i64, pointer, pointer, pointer, i64]
-        for function in (self._attend, self._write, self._add_lora, self._multiply_row):
-            function.restype = None
+        i64, i32, f32, pointer, flag = ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_void_p, ctypes.c_int
+        arguments: dict[str, list[Any]] = {
+            "attend": [pointer, pointer, flag, *[i64] * 4, pointer, pointer, flag, *[pointer] * 4, *[i64] * 5, f32],
+            "write_cache": [pointer, i64, i64, pointer, i64, i64, flag, pointer, pointer, flag, pointer, pointer]
+            + [i64] * 3,
+            "add_lora": [pointer, i64, pointer, i64, flag, pointer, pointer, i64, *[pointer] * 4],
+            "multiply_row": [pointer, i64, pointer, pointer, pointer, i64, flag, pointer],
+            "multiply_row_of_bytes": [pointer, i64, pointer, pointer, pointer, i32, f32, pointer, pointer, i64],
+            "round_rows": [pointer, flag, pointer, pointer, i64, i64, i32],
+            "scale_rows": [pointer, pointer, pointer, pointer, flag, i64, i64],
+            "gelu": [pointer, pointer, flag, i64],
+            "largest_of_rows": [pointer, flag, pointer, i64, i64],
+        }
+        for name, types in arguments.items():
+            getattr(library, name).argtypes, getattr(library, name).restype = types, None
+        self._library = library
+        self.has_byte_dots = bool(library.has_byte_dots())
+        """Whether the processor sums products of bytes exactly, so that `multiply_row_of_bytes` can be called."""
 
     def attend(
         self, q: Tensor, keys: Tensor, values: Tensor, out: Tensor, *, rows: Tensor, seen: Tensor, tables: Tensor,
@@ -51,29 +59,81 @@ class Kernels:
         `seen` int64 [n] places of the sequence with the blocks `tables[table_of_row]`, int32 [sequences, blocks] and
         int64 [n]. `keys` and `values` are one layer's of `KVCache`."""
         num_blocks, kv_heads, width, _ = keys.shape
-        self._attend(
-            q.data_ptr(), q.stride(1), q.stride(0), keys.data_ptr(), values.data_ptr(), keys.dtype == torch.bfloat16,
-            out.data_ptr(), out.stride(1), out.stride(0), rows.data_ptr(), seen.data_ptr(), table_of_row.data_ptr(),
-            tables.data_ptr(), tables.shape[1], len(rows), q.shape[0], kv_heads, width, width**-0.5,
+        self._library.attend(
+            q.data_ptr(), out.data_ptr(), _is_bf16(q), q.stride(1), q.stride(0), out.stride(1), out.stride(0),
+            keys.data_ptr(), values.data_ptr(), _is_bf16(keys), rows.data_ptr(), seen.data_ptr(),
+            table_of_row.data_ptr(), tables.data_ptr(), tables.shape[1], len(rows), q.shape[0], kv_heads, width,
+            width**-0.5,
         )  # fmt: skip
 
     def write(self, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, *, blocks: Tensor, offsets: Tensor) -> None:
         """`k` and `v` [rows, kv_heads, head_width] into places `offsets` of `blocks`, both int64 [rows]."""
-        self._write(
-            k.data_ptr(), k.stride(0), k.stride(1), v.data_ptr(), v.stride(0), v.stride(1), keys.data_ptr(),
-            values.data_ptr(), keys.dtype == torch.bfloat16, blocks.data_ptr(), offsets.data_ptr(), *k.shape,
+        self._library.write_cache(
+            k.data_ptr(), k.stride(0), k.stride(1), v.data_ptr(), v.stride(0), v.stride(1), _is_bf16(k),
+            keys.data_ptr(), values.data_ptr(), _is_bf16(keys), blocks.data_ptr(), offsets.data_ptr(), *k.shape,
         )  # fmt: skip
 
     def multiply_row(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """[1, 1, out] of `x` [1, 1, in], `weight` [out, in] and `bias` [out], all fp32 and contiguous."""
+        """[..., out] of `x` [..., in], one row, `weight` [out, in] and `bias` [out], all contiguous."""
         out_features, in_features = weight.shape
         y = x.new_empty(*x.shape[:-1], out_features)
-        place = None if bias is None else bias.data_ptr()
-        self._multiply_row(x.data_ptr(), in_features, weight.data_ptr(), place, y.data_ptr(), out_features)
+        room = torch.empty(in_features)
+        self._library.multiply_row(
+            x.data_ptr(), in_features, weight.data_ptr(), _address(bias), y.data_ptr(), out_features, _is_bf16(x),
+            room.data_ptr(),
+        )  # fmt: skip
         return y
 
+    def round_rows(self, x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+        """`x` [rows, in], contiguous, as integers from -levels to levels, uint8 [rows, in] with `levels + 1` added, and
+        fp32 [rows], by which they are to be multiplied."""
+        integers, steps = torch.empty(x.shape, dtype=torch.uint8), torch.empty(x.shape[0])
+        self._library.round_rows(x.data_ptr(), _is_bf16(x), integers.data_ptr(), steps.data_ptr(), *x.shape, levels)
+        return integers, steps
+
+    def scale_rows(self, y: Tensor, steps: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """`y` [rows, out] times `steps` [rows], plus `bias` [out], all fp32, in `dtype`; `y` may be overwritten."""
+        out = y if dtype == torch.float32 else torch.empty_like(y, dtype=dtype)
+        self._library.scale_rows(
+            y.data_ptr(), steps.data_ptr(), _address(bias), out.data_ptr(), _is_bf16(out), *y.shape
+        )
+        return out
+
+    def multiply_row_of_bytes(
+        self, integers: Tensor, step: float, zero: int, codes: Tensor, scale: Tensor, sums: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """fp32 [1, out] of uint8 `integers` [1, in], from which `zero` is taken: times `codes` int8 [out, in], whose
+        rows sum up to `sums` int32 [out], times `scale` fp32 [out] and `step`, plus `bias` fp32. Integers are summed
+        exactly."""
+        y = torch.empty(1, len(codes))
+        self._library.multiply_row_of_bytes(
+            integers.data_ptr(), codes.shape[1], codes.data_ptr(), scale.data_ptr(), sums.data_ptr(), zero, step,
+            _address(bias), y.data_ptr(), len(codes),
+        )  # fmt: skip
+        return y
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """GPT-2's, by tanh; of `x`, contiguous."""
+        y = torch.empty_like(x)
+        self._library.gelu(x.data_ptr(), y.data_ptr(), _is_bf16(x), x.numel())
+        return y
+
+    def argmax(self, x: Tensor) -> Tensor:
+        """int64 [rows]: the place of the largest in each row of `x` [rows, width], contiguous; the first of equals."""
+        places = torch.empty(len(x), dtype=torch.int64)
+        self._library.largest_of_rows(x.data_ptr(), _is_bf16(x), places.data_ptr(), *x.shape)
+        return places
+
     def lora_rows(self, active: Sequence[tuple[slice, Any]]) -> "LoraRows":
-        return LoraRows(self._add_lora, active)
+        return LoraRows(self._library.add_lora, active)
+
+
+def _is_bf16(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
 
 
 class LoraRows:
@@ -83,7 +143,7 @@ class LoraRows:
         self._add = add
         self._rows = [rows for rows, _ in active]
         layers = [layer for _, layer in active]
-        self._held = [(layer.lora_a, _transposed(layer)) for layer in layers]
+        self._held = [_factors(layer) for layer in layers]
         self._a = torch.tensor([a.data_ptr() for a, _ in self._held])
         self._b = torch.tensor([b.data_ptr() for _, b in self._held])
         self._ranks = torch.tensor([layer.lora_a.shape[0] for layer in layers])
@@ -93,19 +153,21 @@ class LoraRows:
             self._group_of_row[rows] = group
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """To `y` [rows, out], of `x` [rows, in]; both fp32 and contiguous."""
+        """To `y` [rows, out], of `x` [rows, in]; both contiguous."""
+        rows, is_bf16 = len(self._group_of_row), _is_bf16(x)
+        room = torch.empty(rows * (x.shape[1] + y.shape[1])) if is_bf16 else None
         self._add(
-            x.data_ptr(), x.shape[1], y.data_ptr(), y.shape[1], self._group_of_row.data_ptr(), len(self._group_of_row),
-            self._a.data_ptr(), self._b.data_ptr(), self._ranks.data_ptr(), self._scales.data_ptr(),
+            x.data_ptr(), x.shape[1], y.data_ptr(), y.shape[1], is_bf16, _address(room), self._group_of_row.data_ptr(),
+            rows, self._a.data_ptr(), self._b.data_ptr(), self._ranks.data_ptr(), self._scales.data_ptr(),
         )  # fmt: skip
 
 
-def _transposed(layer: nn.Module) -> Tensor:
-    """B of a LoRA as [rank, out], kept with it."""
-    kept = getattr(layer, "lora_b_transposed", None)
+def _factors(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """A of a LoRA, and B as [rank, out], in fp32, kept with it."""
+    kept = getattr(layer, "factors_for_kernels", None)
     if kept is None:
-        kept = layer.lora_b.detach().t().contiguous()  # type: ignore[operator]
-        object.__setattr__(layer, "lora_b_transposed", kept)  # not as a buffer: it is no state of its own
+        kept = layer.lora_a.detach().float().contiguous(), layer.lora_b.detach().float().t().contiguous()  # type: ignore[operator]
+        object.__setattr__(layer, "factors_for_kernels", kept)  # not as buffers: they are no state of its own
     return kept
 
 

@@ -1,14 +1,24 @@
 /* What eager torch is slow at in a generation step on a CPU: attention that reads the KV cache where it lies, writing
- * new keys and values there, the low-rank updates of many LoRAs at once, and products with one row. Compiled at first use for the processor at
- * hand.
+ * new keys and values there, the low-rank updates of many LoRAs at once, products with one row, rounding activations to
+ * bytes and scaling the products back, GELU, and the largest logit. Compiled at first use for the processor at hand.
  *
+ * Activations are fp32 or bf16, as flags say; sums are always fp32, or exact in int32.
  * Cache: keys [blocks, kv_heads, head_width, 16], values [blocks, kv_heads, 16, head_width], fp32 or bf16.
  */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+#include <immintrin.h>
+#endif
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#define HAS_BYTE_DOTS 1 /* products of unsigned and signed bytes, summed in 32 bits without saturation */
+#else
+#define HAS_BYTE_DOTS 0
+#endif
 
 #define BLOCK 16
+#define CHUNK 8 /* blocks whose scores are computed before their weights: their sums and maxima are found once */
 #if defined(__AVX512F__)
 #define LANES 16
 #elif defined(__AVX2__)
@@ -23,6 +33,7 @@ typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
 typedef uint16_t hvec __attribute__((vector_size(2 * LANES)));
+typedef uint8_t bvec __attribute__((vector_size(LANES)));
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE vec all(float x) { return x - (vec){0}; }
@@ -36,14 +47,39 @@ INLINE vec load_f32(const float *p) {
 INLINE void store_f32(float *p, vec x) { memcpy(p, &x, sizeof x); }
 
 INLINE vec load_bf16(const uint16_t *p) {
+#if defined(__AVX512F__) && defined(__AVX512BW__) /* GCC takes the conversion apart */
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16);
+#else
     hvec halves;
     memcpy(&halves, p, sizeof halves);
     return (vec)(__builtin_convertvector(halves, uvec) << 16);
+#endif
 }
 
 INLINE vec load(const void *p, int64_t at, int is_bf16) {
     return is_bf16 ? load_bf16((const uint16_t *)p + at) : load_f32((const float *)p + at);
 }
+
+INLINE void store_bf16(uint16_t *p, vec x) { /* to the nearest, ties to even */
+    uvec bits = (uvec)x;
+    hvec halves = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, hvec);
+    memcpy(p, &halves, sizeof halves);
+}
+
+INLINE void store(void *p, int64_t at, vec x, int is_bf16) {
+    if (is_bf16) store_bf16((uint16_t *)p + at, x);
+    else store_f32((float *)p + at, x);
+}
+
+/* Have `count` numbers from `at` on in the processor's cache soon: the next head's, which lie behind this one's. */
+INLINE void fetch(const void *p, int64_t at, int64_t count, int is_bf16) {
+    const int64_t size = is_bf16 ? 2 : 4;
+    for (int64_t i = 0; i < count * size; i += 64) __builtin_prefetch((const char *)p + at * size + i);
+}
+
+INLINE vec either(ivec condition, vec yes, vec no) { return (vec)(((ivec)yes & condition) | ((ivec)no & ~condition)); }
+
+INLINE vec absolute(vec x) { return (vec)((ivec)x & 0x7fffffff); }
 
 /* e^x for x <= 0: 2^n e^r with |r| <= ln 2 / 2, and e^r by its Taylor series to the 7th power (error below 1e-7). */
 INLINE vec exp_vec(vec x) {
@@ -70,6 +106,14 @@ INLINE float sum_of(vec x) {
     return s;
 }
 
+INLINE float one(const void *p, int64_t at, int is_bf16) {
+    if (!is_bf16) return ((const float *)p)[at];
+    uint32_t bits = (uint32_t)((const uint16_t *)p)[at] << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
 INLINE uint16_t to_bf16(float x) { /* to the nearest, ties to even */
     uint32_t bits;
     memcpy(&bits, &x, 4);
@@ -79,100 +123,139 @@ INLINE uint16_t to_bf16(float x) { /* to the nearest, ties to even */
 
 /* One query head over the first `seen` places of a sequence, with a running maximum as in FlashAttention. Called with
  * `width` and `is_bf16` known to the compiler, which then keeps the result in registers. */
-INLINE void attend_head(const float *restrict q, const void *keys, const void *values, float *restrict out,
+INLINE void attend_head(const void *query, void *out, int q_is_bf16, const void *keys, const void *values,
                         const int32_t *table, int64_t seen, int64_t kv_heads, int64_t kv_head, int64_t width,
                         int is_bf16, float scale) {
     vec mixed[256 / LANES];
+    float q[256], scores[CHUNK * BLOCK];
     const int64_t parts = width / LANES;
+    for (int64_t i = 0; i < parts; i++) store_f32(q + i * LANES, load(query, i * LANES, q_is_bf16) * scale);
     for (int64_t i = 0; i < parts; i++) mixed[i] = all(0);
-    float largest = -INFINITY, total = 0;
-    for (int64_t first = 0; first < seen; first += BLOCK) {
-        int64_t at = ((int64_t)table[first / BLOCK] * kv_heads + kv_head) * width * BLOCK;
-        vec even[PARTS], odd[PARTS];
-        for (int j = 0; j < PARTS; j++) even[j] = odd[j] = all(0);
-        for (int64_t i = 0; i < width; i += 2)
-            for (int j = 0; j < PARTS; j++) {
-                even[j] += q[i] * load(keys, at + i * BLOCK + j * LANES, is_bf16);
-                odd[j] += q[i + 1] * load(keys, at + (i + 1) * BLOCK + j * LANES, is_bf16);
+    float largest = -INFINITY;
+    vec total = all(0);
+    for (int64_t first = 0; first < seen; first += CHUNK * BLOCK) {
+        int64_t here = seen - first < CHUNK * BLOCK ? seen - first : CHUNK * BLOCK, blocks = (here + BLOCK - 1) / BLOCK;
+        for (int64_t b = 0; b < blocks; b++) {
+            int64_t at = ((int64_t)table[first / BLOCK + b] * kv_heads + kv_head) * width * BLOCK;
+            vec sums[4][PARTS]; /* of every fourth part of the width: additions need not wait for each other */
+            for (int i = 0; i < 4; i++)
+                for (int j = 0; j < PARTS; j++) sums[i][j] = all(0);
+            for (int64_t i = 0; i < width; i += 4) {
+                fetch(keys, at + (width + i) * BLOCK, 4 * BLOCK, is_bf16);
+                for (int u = 0; u < 4; u++)
+                    for (int j = 0; j < PARTS; j++)
+                        sums[u][j] += q[i + u] * load(keys, at + (i + u) * BLOCK + j * LANES, is_bf16);
             }
-        float scores[BLOCK];
-        for (int j = 0; j < PARTS; j++) store_f32(scores + j * LANES, (even[j] + odd[j]) * scale);
-        int64_t here = seen - first < BLOCK ? seen - first : BLOCK;
-        for (int64_t i = here; i < BLOCK; i++) scores[i] = -INFINITY;
-        float most = scores[0];
-        for (int64_t i = 1; i < BLOCK; i++) most = scores[i] > most ? scores[i] : most;
+            for (int j = 0; j < PARTS; j++)
+                store_f32(scores + b * BLOCK + j * LANES, (sums[0][j] + sums[1][j]) + (sums[2][j] + sums[3][j]));
+        }
+        for (int64_t i = here; i < blocks * BLOCK; i++) scores[i] = -INFINITY;
+        vec most_of = load_f32(scores);
+        for (int64_t i = LANES; i < blocks * BLOCK; i += LANES) {
+            vec score = load_f32(scores + i);
+            most_of = either(score > most_of, score, most_of);
+        }
+        float most = most_of[0];
+        for (int i = 1; i < LANES; i++) most = most_of[i] > most ? most_of[i] : most;
         if (most > largest) {
             float shrink = largest == -INFINITY ? 0 : expf(largest - most);
             total *= shrink;
             for (int64_t i = 0; i < parts; i++) mixed[i] *= shrink;
             largest = most;
         }
-        for (int j = 0; j < PARTS; j++) {
-            vec weight = exp_vec(load_f32(scores + j * LANES) - largest);
-            total += sum_of(weight);
-            store_f32(scores + j * LANES, weight);
+        for (int64_t i = 0; i < blocks * BLOCK; i += LANES) {
+            vec weight = exp_vec(load_f32(scores + i) - largest);
+            total += weight;
+            store_f32(scores + i, weight);
         }
-        for (int64_t place = 0; place < here; place++)
-            for (int64_t i = 0; i < parts; i++)
-                mixed[i] += scores[place] * load(values, at + place * width + i * LANES, is_bf16);
+        for (int64_t b = 0; b < blocks; b++) {
+            int64_t at = ((int64_t)table[first / BLOCK + b] * kv_heads + kv_head) * width * BLOCK;
+            int64_t last = here - b * BLOCK < BLOCK ? here - b * BLOCK : BLOCK;
+            for (int64_t place = 0; place < last; place++) {
+                fetch(values, at + (BLOCK + place) * width, width, is_bf16);
+                for (int64_t i = 0; i < parts; i++)
+                    mixed[i] += scores[b * BLOCK + place] * load(values, at + place * width + i * LANES, is_bf16);
+            }
+        }
     }
-    for (int64_t i = 0; i < parts; i++) store_f32(out + i * LANES, mixed[i] / total);
+    float sum = sum_of(total);
+    for (int64_t i = 0; i < parts; i++) store(out, i * LANES, mixed[i] / sum, q_is_bf16);
 }
 
-static void attend_any(const float *q, const void *keys, const void *values, float *out, const int32_t *table,
-                       int64_t seen, int64_t kv_heads, int64_t kv_head, int64_t width, int is_bf16, float scale) {
+static void attend_any(const void *query, void *out, int q_is_bf16, const void *keys, const void *values,
+                       const int32_t *table, int64_t seen, int64_t kv_heads, int64_t kv_head, int64_t width,
+                       int is_bf16, float scale) {
 #define OF(WIDTH, IS_BF16) \
     if (width == WIDTH && is_bf16 == IS_BF16) \
-        return attend_head(q, keys, values, out, table, seen, kv_heads, kv_head, WIDTH, IS_BF16, scale);
+        return attend_head(query, out, q_is_bf16, keys, values, table, seen, kv_heads, kv_head, WIDTH, IS_BF16, scale);
     OF(64, 0) OF(64, 1) OF(128, 0) OF(128, 1)
-    attend_head(q, keys, values, out, table, seen, kv_heads, kv_head, width, is_bf16, scale);
+    attend_head(query, out, q_is_bf16, keys, values, table, seen, kv_heads, kv_head, width, is_bf16, scale);
 }
 
 /* For row r of `rows`: queries q + rows[r] * q_row + head * q_head, over the first seen[r] places of the sequence whose
  * blocks are tables[table_of_row[r]]; results likewise in out. head_width is a multiple of 16, 256 at most. */
-void attend(const float *q, int64_t q_row, int64_t q_head, const void *keys, const void *values, int is_bf16, float *out,
-            int64_t out_row, int64_t out_head, const int64_t *rows, const int64_t *seen, const int64_t *table_of_row,
-            const int32_t *tables, int64_t table_width, int64_t num_rows, int64_t heads, int64_t kv_heads,
-            int64_t width, float scale) {
+void attend(const void *q, void *out, int q_is_bf16, int64_t q_row, int64_t q_head, int64_t out_row, int64_t out_head,
+            const void *keys, const void *values, int is_bf16, const int64_t *rows, const int64_t *seen,
+            const int64_t *table_of_row, const int32_t *tables, int64_t table_width, int64_t num_rows, int64_t heads,
+            int64_t kv_heads, int64_t width, float scale) {
+    const int64_t size = q_is_bf16 ? 2 : 4;
 #pragma omp parallel for schedule(dynamic, 8) collapse(2) if (num_rows * heads > 16)
     for (int64_t r = 0; r < num_rows; r++)
         for (int64_t head = 0; head < heads; head++) {
-            const float *query = q + rows[r] * q_row + head * q_head;
-            float *result = out + rows[r] * out_row + head * out_head;
+            const char *query = (const char *)q + (rows[r] * q_row + head * q_head) * size;
+            char *result = (char *)out + (rows[r] * out_row + head * out_head) * size;
             const int32_t *table = tables + table_of_row[r] * table_width;
             int64_t kv_head = head / (heads / kv_heads);
-            attend_any(query, keys, values, result, table, seen[r], kv_heads, kv_head, width, is_bf16, scale);
+            attend_any(query, result, q_is_bf16, keys, values, table, seen[r], kv_heads, kv_head, width, is_bf16, scale);
         }
 }
 
 /* Put each row's keys and values into place offsets[r] of blocks[r]. */
-void write_cache(const float *k, int64_t k_row, int64_t k_head, const float *v, int64_t v_row, int64_t v_head,
-                 void *keys, void *values, int is_bf16, const int64_t *blocks, const int64_t *offsets,
+void write_cache(const void *k, int64_t k_row, int64_t k_head, const void *v, int64_t v_row, int64_t v_head,
+                 int from_bf16, void *keys, void *values, int is_bf16, const int64_t *blocks, const int64_t *offsets,
                  int64_t num_rows, int64_t kv_heads, int64_t width) {
 #pragma omp parallel for if (num_rows > 16)
     for (int64_t r = 0; r < num_rows; r++)
         for (int64_t head = 0; head < kv_heads; head++) {
-            const float *key = k + r * k_row + head * k_head, *value = v + r * v_row + head * v_head;
+            int64_t key = r * k_row + head * k_head, value = r * v_row + head * v_head;
             int64_t at = (blocks[r] * kv_heads + head) * width * BLOCK;
+            if (head + 1 < kv_heads) { /* a key is scattered over all lines of its block, which come from afar */
+                const int64_t size = is_bf16 ? 2 : 4, bytes = width * BLOCK * size;
+                const char *next = (const char *)keys + at * size + bytes;
+                for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i, 1);
+            }
             if (is_bf16) {
                 uint16_t *to_k = (uint16_t *)keys + at + offsets[r], *to_v = (uint16_t *)values + at + offsets[r] * width;
-                for (int64_t i = 0; i < width; i++) to_k[i * BLOCK] = to_bf16(key[i]), to_v[i] = to_bf16(value[i]);
+                for (int64_t i = 0; i < width; i++) {
+                    to_k[i * BLOCK] = to_bf16(one(k, key + i, from_bf16));
+                    to_v[i] = to_bf16(one(v, value + i, from_bf16));
+                }
             } else {
                 float *to_k = (float *)keys + at + offsets[r], *to_v = (float *)values + at + offsets[r] * width;
-                for (int64_t i = 0; i < width; i++) to_k[i * BLOCK] = key[i], to_v[i] = value[i];
+                for (int64_t i = 0; i < width; i++) {
+                    to_k[i * BLOCK] = one(k, key + i, from_bf16);
+                    to_v[i] = one(v, value + i, from_bf16);
+                }
             }
         }
 }
 
-/* y += scale * B (A x) for each row, by the LoRA of its group: A [rank, in], B transposed [rank, out]. */
-void add_lora(const float *x, int64_t in, float *y, int64_t out, const int64_t *group_of_row, int64_t num_rows,
-              const int64_t *a, const int64_t *b, const int64_t *ranks, const float *scales) {
+/* y += scale * B (A x) for each row, by the LoRA of its group: A [rank, in], B transposed [rank, out], both fp32; x and
+ * y fp32 or bf16. `room` holds `in + out` floats for each row. */
+void add_lora(const void *x, int64_t in, void *y, int64_t out, int is_bf16, float *room, const int64_t *group_of_row,
+              int64_t num_rows, const int64_t *a, const int64_t *b, const int64_t *ranks, const float *scales) {
 #pragma omp parallel for schedule(dynamic, 1) if (num_rows > 1)
     for (int64_t r = 0; r < num_rows; r++) {
         int64_t group = group_of_row[r];
         if (group < 0) continue;
-        const float *xr = x + r * in, *low_to_out = (const float *)b[group];
-        float *yr = y + r * out;
+        const float *xr = (const float *)x + r * in, *low_to_out = (const float *)b[group];
+        float *yr = (float *)y + r * out;
+        if (is_bf16) {
+            float *mine = room + r * (in + out);
+            for (int64_t i = 0; i < in; i++) mine[i] = one(x, r * in + i, 1);
+            for (int64_t i = 0; i < out; i++) mine[in + i] = one(y, r * out + i, 1);
+            xr = mine, yr = mine + in;
+        }
         for (int64_t j = 0; j < ranks[group]; j++) {
             const float *row = (const float *)a[group] + j * in;
             vec sum = all(0);
@@ -186,31 +269,173 @@ void add_lora(const float *x, int64_t in, float *y, int64_t out, const int64_t *
                 store_f32(yr + i, load_f32(yr + i) + low * load_f32(direction + i));
             for (; i < out; i++) yr[i] += low * direction[i];
         }
+        if (is_bf16)
+            for (int64_t i = 0; i < out; i++) ((uint16_t *)y)[r * out + i] = to_bf16(yr[i]);
     }
 }
 
-/* y = W x + bias for one row: W [out, in] as it is, read once; bias may be null. */
-void multiply_row(const float *restrict x, int64_t in, const float *restrict w, const float *bias, float *restrict y,
-                  int64_t out) {
+INLINE void multiply_row_of(const float *restrict x, int64_t in, const void *restrict w, const void *bias, void *y,
+                            int64_t out, int is_bf16) {
     const int64_t whole = in / (2 * LANES) * (2 * LANES);
 #pragma omp parallel for schedule(static) if (in * out > 65536)
     for (int64_t group = 0; group < (out + 3) / 4; group++) {
         int64_t first = group * 4, count = out - first < 4 ? out - first : 4;
         vec sums[4][2];
         for (int r = 0; r < 4; r++) sums[r][0] = sums[r][1] = all(0);
-        const float *rows[4];
-        for (int r = 0; r < 4; r++) rows[r] = w + (first + (r < count ? r : 0)) * in;
+        int64_t rows[4];
+        for (int r = 0; r < 4; r++) rows[r] = (first + (r < count ? r : 0)) * in;
         for (int64_t i = 0; i < whole; i += 2 * LANES) {
             vec low = load_f32(x + i), high = load_f32(x + i + LANES);
             for (int r = 0; r < 4; r++) {
-                sums[r][0] += low * load_f32(rows[r] + i);
-                sums[r][1] += high * load_f32(rows[r] + i + LANES);
+                sums[r][0] += low * load(w, rows[r] + i, is_bf16);
+                sums[r][1] += high * load(w, rows[r] + i + LANES, is_bf16);
             }
         }
         for (int r = 0; r < count; r++) {
             float sum = sum_of(sums[r][0] + sums[r][1]);
-            for (int64_t i = whole; i < in; i++) sum += x[i] * rows[r][i];
-            y[first + r] = sum + (bias ? bias[first + r] : 0);
+            for (int64_t i = whole; i < in; i++) sum += x[i] * one(w, rows[r] + i, is_bf16);
+            if (bias) sum += one(bias, first + r, is_bf16);
+            if (is_bf16) ((uint16_t *)y)[first + r] = to_bf16(sum);
+            else ((float *)y)[first + r] = sum;
         }
+    }
+}
+
+/* y = W x + bias for one row, all fp32 or all bf16: W [out, in] as it is, read once; bias may be null. `room` holds `in`
+ * floats. */
+void multiply_row(const void *x, int64_t in, const void *w, const void *bias, void *y, int64_t out, int is_bf16,
+                  float *room) {
+    if (!is_bf16) return multiply_row_of(x, in, w, bias, y, out, 0);
+    for (int64_t i = 0; i < in; i++) room[i] = one(x, i, 1);
+    multiply_row_of(room, in, w, bias, y, out, 1);
+}
+
+/* Round each row of x [rows, in] to integers from -levels to levels, stored with `levels + 1` added, by a step of its
+ * own: its largest absolute value / levels. */
+void round_rows(const void *x, int is_bf16, uint8_t *integers, float *steps, int64_t num_rows, int64_t in,
+                int32_t levels) {
+    const float magic = 12582912.0f; /* 1.5 * 2^23: added and taken away it rounds, ties to even */
+    const int64_t whole = in / LANES * LANES;
+#pragma omp parallel for if (num_rows * in > 16384)
+    for (int64_t r = 0; r < num_rows; r++) {
+        int64_t at = r * in;
+        vec most = all(0);
+        for (int64_t i = 0; i < whole; i += LANES) {
+            vec size = absolute(load(x, at + i, is_bf16));
+            most = either(size > most, size, most);
+        }
+        float largest = 1e-12f;
+        for (int i = 0; i < LANES; i++) largest = most[i] > largest ? most[i] : largest;
+        for (int64_t i = whole; i < in; i++) {
+            float size = fabsf(one(x, at + i, is_bf16));
+            largest = size > largest ? size : largest;
+        }
+        float step = largest / levels;
+        steps[r] = step;
+        for (int64_t i = 0; i < whole; i += LANES) {
+            vec rounded = (load(x, at + i, is_bf16) / step + magic) - magic;
+            bvec bytes = __builtin_convertvector(__builtin_convertvector(rounded, ivec) + (levels + 1), bvec);
+            memcpy(integers + at + i, &bytes, sizeof bytes);
+        }
+        for (int64_t i = whole; i < in; i++)
+            integers[at + i] = (uint8_t)((int32_t)((one(x, at + i, is_bf16) / step + magic) - magic) + levels + 1);
+    }
+}
+
+/* out = y * steps + bias, y and bias fp32 [rows, width] and [width], out fp32 or bf16; out may be y, bias may be null. */
+void scale_rows(const float *y, const float *steps, const float *bias, void *out, int is_bf16, int64_t num_rows,
+                int64_t width) {
+    const int64_t whole = width / LANES * LANES;
+#pragma omp parallel for if (num_rows * width > 16384)
+    for (int64_t r = 0; r < num_rows; r++) {
+        int64_t at = r * width;
+        for (int64_t i = 0; i < whole; i += LANES) {
+            vec scaled = load_f32(y + at + i) * steps[r];
+            store(out, at + i, bias ? scaled + load_f32(bias + i) : scaled, is_bf16);
+        }
+        for (int64_t i = whole; i < width; i++) {
+            float scaled = y[at + i] * steps[r] + (bias ? bias[i] : 0);
+            if (is_bf16) ((uint16_t *)out)[at + i] = to_bf16(scaled);
+            else ((float *)out)[at + i] = scaled;
+        }
+    }
+}
+
+int has_byte_dots(void) { return HAS_BYTE_DOTS; }
+
+/* y = step * scales * W (integers - zero) + bias for one row: W int8 [out, in]; `sums` those of W's rows; y and
+ * bias fp32, bias may be null. */
+void multiply_row_of_bytes(const uint8_t *integers, int64_t in, const int8_t *w, const float *scales,
+                           const int32_t *sums, int32_t zero, float step, const float *bias, float *y, int64_t out) {
+#if HAS_BYTE_DOTS
+    const int64_t whole = in / 64 * 64;
+    const __mmask64 rest = ((__mmask64)1 << (in - whole)) - 1;
+    const __m512i last = _mm512_maskz_loadu_epi8(rest, integers + whole);
+#pragma omp parallel for schedule(static) if (in * out > 131072)
+    for (int64_t group = 0; group < (out + 3) / 4; group++) {
+        int64_t first = group * 4, count = out - first < 4 ? out - first : 4;
+        __m512i dots[4];
+        const int8_t *rows[4];
+        for (int r = 0; r < 4; r++) {
+            dots[r] = _mm512_setzero_si512();
+            rows[r] = w + (first + (r < count ? r : 0)) * in;
+        }
+        for (int64_t i = 0; i < whole; i += 64) {
+            __m512i x = _mm512_loadu_si512(integers + i);
+            for (int r = 0; r < 4; r++) dots[r] = _mm512_dpbusd_epi32(dots[r], x, _mm512_loadu_si512(rows[r] + i));
+        }
+        if (rest)
+            for (int r = 0; r < 4; r++)
+                dots[r] = _mm512_dpbusd_epi32(dots[r], last, _mm512_maskz_loadu_epi8(rest, rows[r] + whole));
+        for (int r = 0; r < count; r++) {
+            int64_t row = first + r;
+            int32_t dot = _mm512_reduce_add_epi32(dots[r]) - zero * sums[row];
+            y[row] = (float)dot * scales[row] * step + (bias ? bias[row] : 0);
+        }
+    }
+#endif
+}
+
+/* GELU in its approximation by tanh (Hendrycks and Gimpel 2016, arXiv:1606.08415), which is x * sigmoid(2 u). */
+void gelu(const void *x, void *y, int is_bf16, int64_t count) {
+    const int64_t whole = count / LANES * LANES;
+#pragma omp parallel for schedule(static) if (count > 16384)
+    for (int64_t i = 0; i < whole; i += LANES) {
+        vec v = load(x, i, is_bf16);
+        vec twice = v * (all(1.5957691216057308f) + 0.0713548162726f * v * v);
+        vec e = exp_vec(-absolute(twice));
+        store(y, i, v * either(twice > 0.0f, all(1), e) / (1.0f + e), is_bf16);
+    }
+    for (int64_t i = whole; i < count; i++) {
+        float v = one(x, i, is_bf16), twice = v * (1.5957691216057308f + 0.0713548162726f * v * v);
+        float result = v / (1.0f + expf(-twice));
+        if (is_bf16) ((uint16_t *)y)[i] = to_bf16(result);
+        else ((float *)y)[i] = result;
+    }
+}
+
+/* The place of the largest value of each row of x [rows, width], the first of equals. */
+void largest_of_rows(const void *x, int is_bf16, int64_t *places, int64_t num_rows, int64_t width) {
+    const int64_t whole = width / LANES * LANES;
+#pragma omp parallel for schedule(static) if (num_rows > 1)
+    for (int64_t r = 0; r < num_rows; r++) {
+        int64_t at = r * width;
+        vec most = all(-INFINITY);
+        ivec where = {0}; /* of each lane's largest, the first of equals */
+        for (int64_t i = 0; i < whole; i += LANES) {
+            vec v = load(x, at + i, is_bf16);
+            ivec is_larger = v > most;
+            most = either(is_larger, v, most);
+            where = ((int32_t)i & is_larger) | (where & ~is_larger);
+        }
+        float largest = -INFINITY;
+        int64_t place = 0;
+        for (int i = 0; i < LANES; i++)
+            if (most[i] > largest || (most[i] == largest && where[i] + i < place)) largest = most[i], place = where[i] + i;
+        for (int64_t i = whole; i < width; i++) {
+            float v = one(x, at + i, is_bf16);
+            if (v > largest) largest = v, place = i;
+        }
+        places[r] = place;
     }
 }

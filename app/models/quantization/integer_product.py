@@ -43,7 +43,7 @@ def kernel_for(device: torch.device) -> Kernel:
 
 @functools.cache
 def _cpu_kernel() -> Kernel:
-    onednn_8_bit, onednn_7_bit = (Kernel(n, functools.partial(pack_onednn, levels=n)) for n in (127, 63))
+    onednn_8_bit, onednn_7_bit = (Kernel(n, functools.partial(OneDnnProduct, levels=n)) for n in (127, 63))
     # oneDNN first, which uses VNNI and AMX best; in 7 bits fbgemm is the faster one, by half on few rows.
     kernels = (onednn_8_bit, Kernel(63, pack_fbgemm), onednn_7_bit)
     with _disable_current_modes():  # where tensors have no content, all would fail, and that would be kept
@@ -61,17 +61,24 @@ def is_exact(kernel: Kernel) -> bool:
     return all(bool((result.abs() == 64 * 127 * kernel.levels).all()) for result in sums)
 
 
-def pack_onednn(weight: Tensor, scale: Tensor, bias: Tensor | None, *, levels: int) -> Product:
-    multiply = torch.ops.onednn.qlinear_pointwise
-    packed = torch.ops.onednn.qlinear_prepack(weight, None)
-    zero_points = torch.zeros(len(scale), dtype=torch.long)
-    zero = levels + 1  # oneDNN's integers are unsigned
+class OneDnnProduct:
+    """oneDNN's integers are unsigned: `zero` stands for 0."""
 
-    def product(values: Tensor) -> Tensor:
-        integers = values.round().add_(zero).to(torch.uint8)
-        return multiply(integers, 1.0, zero, packed, scale, zero_points, bias, 1.0, 0, torch.float32, "none", [], "")
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, *, levels: int) -> None:
+        self.levels, self.zero = levels, levels + 1
+        self._scale, self._bias = scale, bias
+        self._packed = torch.ops.onednn.qlinear_prepack(weight, None)
+        self._zero_points = torch.zeros(len(scale), dtype=torch.long)
 
-    return product
+    def __call__(self, values: Tensor) -> Tensor:
+        return self.of_integers(values.round().add_(self.zero).to(torch.uint8))
+
+    def of_integers(self, integers: Tensor) -> Tensor:
+        """Of what is rounded already, uint8 with `zero` added."""
+        return torch.ops.onednn.qlinear_pointwise(
+            integers, 1.0, self.zero, self._packed, self._scale, self._zero_points, self._bias, 1.0, 0, torch.float32,
+            "none", [], "",
+        )  # fmt: skip
 
 
 def pack_fbgemm(weight: Tensor, scale: Tensor, bias: Tensor | None) -> Product:
