@@ -24,7 +24,7 @@ from benchmarks.generation.workloads import make_model, workload, write_requests
 from benchmarks.machine import describe
 
 TIMEOUT_S = 3600
-NEED_BF16 = {"pacos_bf16", "transformers_bf16"}
+NEED_BF16 = {"pacos_bf16", "pacos_bf16_32_loras", "transformers_bf16"}
 
 
 def main() -> None:

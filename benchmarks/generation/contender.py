@@ -41,6 +41,7 @@ def pacos(
         max_batch_size=128,
         max_queue=1000,
         int8_head=precision == "int8",
+        kv_dtype="bf16" if precision == "int8" and torch.cpu._is_avx512_bf16_supported() else "auto",
         kernels=kernels,  # type: ignore[arg-type]
     )
     engine = Engine(decoder, settings)
@@ -161,6 +162,7 @@ CONTENDERS: dict[str, Callable[[str], Generate]] = {
     "pacos_int8": lambda model: pacos(model, "int8"),
     "pacos_fp32_torch": lambda model: pacos(model, "fp32", kernels="torch"),
     "pacos_fp32_32_loras": lambda model: pacos(model, "fp32", num_loras=32),
+    "pacos_bf16_32_loras": lambda model: pacos(model, "bf16", num_loras=32),
     "pacos_int8_32_loras": lambda model: pacos(model, "int8", num_loras=32),
     "transformers_fp32": lambda model: transformers(model, "fp32"),
     "transformers_bf16": lambda model: transformers(model, "bf16"),

@@ -224,19 +224,15 @@ void write_cache(const void *k, int64_t k_row, int64_t k_head, const void *v, in
                 const char *next = (const char *)keys + at * size + bytes;
                 for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i, 1);
             }
-            if (is_bf16) {
-                uint16_t *to_k = (uint16_t *)keys + at + offsets[r], *to_v = (uint16_t *)values + at + offsets[r] * width;
-                for (int64_t i = 0; i < width; i++) {
-                    to_k[i * BLOCK] = to_bf16(one(k, key + i, from_bf16));
-                    to_v[i] = to_bf16(one(v, value + i, from_bf16));
-                }
-            } else {
-                float *to_k = (float *)keys + at + offsets[r], *to_v = (float *)values + at + offsets[r] * width;
-                for (int64_t i = 0; i < width; i++) {
-                    to_k[i * BLOCK] = one(k, key + i, from_bf16);
-                    to_v[i] = one(v, value + i, from_bf16);
-                }
-            }
+            int64_t to_key = at + offsets[r], to_value = at + offsets[r] * width;
+            for (int64_t i = 0; i < width; i += LANES)
+                store(values, to_value + i, load(v, value + i, from_bf16), is_bf16);
+            if (!is_bf16)
+                for (int64_t i = 0; i < width; i++) ((float *)keys)[to_key + i * BLOCK] = one(k, key + i, from_bf16);
+            else if (from_bf16)
+                for (int64_t i = 0; i < width; i++) ((uint16_t *)keys)[to_key + i * BLOCK] = ((uint16_t *)k)[key + i];
+            else
+                for (int64_t i = 0; i < width; i++) ((uint16_t *)keys)[to_key + i * BLOCK] = to_bf16(((float *)k)[key + i]);
         }
 }
 
