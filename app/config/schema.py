@@ -320,7 +320,8 @@ class GenerateConfig(Config):
     """The records' field that holds the prompt, where it is none of the above."""
     raw: bool = False
     """Give prompts to the model as they are, without the template that it was tuned with."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the model's weights and products; auto: bf16 where the processor or GPU multiplies it, fp32 elsewhere."""
     max_tokens: Positive = 128
     """Of each answer."""
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0

@@ -21,7 +21,8 @@ class GeneratorConfig(Config):
     """How often the registry is asked whether an alias has moved."""
     tracking: StoreConfig = StoreConfig()
     """Of the model registry."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the model's weights and products; auto: bf16 where the processor or GPU multiplies it, fp32 elsewhere."""
     max_batch_size: Positive = 64
     """Answers that are generated together."""
     max_queue: Positive = 512

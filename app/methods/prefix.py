@@ -99,5 +99,8 @@ def record(model: Decoder, embeddings: Tensor) -> list[KeysValues]:
 @torch.no_grad()
 def _of_words(model: Decoder, length: int) -> tuple[Tensor, Tensor]:
     """Keys and values of words: the paper finds that random ones learn worse (section 7.4)."""
-    keys, values = zip(*record(model, draw_words(model, length)), strict=True)
+    words = draw_words(model, length).to(model.token_embedding.weight.dtype)
+    # a base in bf16 may have other techniques' weights in fp32 on it already
+    with torch.autocast(words.device.type, dtype=words.dtype, enabled=words.dtype == torch.bfloat16):
+        keys, values = zip(*record(model, words), strict=True)
     return torch.stack(keys).float(), torch.stack(values).float()

@@ -28,6 +28,7 @@ from app.errors import UserError
 from app.methods.delta import check_base, read_delta
 from app.models.checkpoints import load_decoder, read_provenance, weights_hash
 from app.models.decoder import Decoder
+from app.models.precision import compute_dtype
 from app.ray_cluster import thread_environment
 from app.run_lock import locked
 from app.serving.model_library import template_of, with_delta
@@ -227,10 +228,9 @@ class Answerer:
             self._template = template_of(delta.metadata)
         else:
             model = load_decoder(folder)
-        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        device = "cuda" if config.workers.gpus else "cpu"
+        device = torch.device("cuda" if config.workers.gpus else "cpu")
         self._engine = Engine(
-            model.requires_grad_(False).to(device, dtype),
+            model.requires_grad_(False).to(device, compute_dtype(config.precision, device)),
             max_batch_size=config.max_batch_size,
             max_queue=config.part_size,
         )

@@ -26,6 +26,7 @@ from app.errors import UserError
 from app.methods.delta import Delta, check_base, fold_delta, read_delta
 from app.models.checkpoints import load_decoder, read_provenance, weights_hash
 from app.models.decoder import Decoder
+from app.models.precision import compute_dtype, resolve_precision
 from app.serving.messages import ModelInfo
 from app.serving.registered_deltas import delta_folder, follows_alias, production, version_now
 from app.serving.served_model import ServedModel
@@ -187,14 +188,14 @@ class ModelLibrary:
 
     def _engine(self, model: Decoder, name: str) -> EngineFront:
         config = self._config
-        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         settings = EngineSettings(
             max_batch_size=config.max_batch_size,
             max_queue=config.max_queue,
             max_kv_bytes=config.max_kv_bytes,
             max_delta_bytes=config.max_delta_bytes,
         )
-        model = model.requires_grad_(False).eval().to(config.device, dtype)
+        device = torch.device(config.device)
+        model = model.requires_grad_(False).eval().to(device, compute_dtype(config.precision, device))
         engine = Engine(model, settings, token_bytes=self._token_bytes)
         return EngineFront(engine, name=f"engine {name}", batches_per_s=_BATCHES_PER_S)
 
@@ -208,7 +209,8 @@ class ModelLibrary:
         *,
         delta: str | None = None,
     ) -> ServedModel:
-        parts = [weights, self._fingerprint, self._config.precision, json.dumps(template.to_json())]
+        precision = resolve_precision(self._config.precision, torch.device(self._config.device))
+        parts = [weights, self._fingerprint, precision, json.dumps(template.to_json())]
         model_hash = hashlib.sha256(":".join(parts).encode()).hexdigest()
         info = ModelInfo(full_name, model_hash, context_length, template.to_json())
         return ServedModel(info, front, self._tokenizer, self._token_bytes, template, delta=delta)

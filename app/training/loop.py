@@ -18,10 +18,11 @@ from app.data.batches import Batch
 from app.models.attention import Rows, choose_backend
 from app.models.decoder import Decoder
 from app.models.kernels import clamped_relu, cross_entropy
+from app.models.precision import compute_dtype, resolve_precision
 from app.training.allocator import keep_freed_memory
 from app.training.loss import masked_nll
 from app.training.optimizer import Optimizer
-from app.training.precision import LossScale, autocast, compute_dtype, resolve_precision
+from app.training.precision import LossScale, autocast
 from app.training.prefetch import one_ahead
 from app.training.schedule import learning_rate
 from app.training.workers import rank, sum_over_workers, world_size

@@ -21,9 +21,9 @@ from torch.utils._pytree import tree_leaves
 from app.config.base import Precision
 from app.models.decoder import Decoder
 from app.models.kernels.cross_entropy import chunk_rows_on, fused_cross_entropy
+from app.models.precision import compute_dtype
 from app.models.quantization.int8 import IntegerLinear
 from app.training.optimizer import MOMENTS, trained_parameters
-from app.training.precision import compute_dtype
 
 RAY_WORKER_BYTES = 120 * 2**20
 """What a Ray Train worker holds beyond a plain process with the same imports: its part of the object store, gloo's

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from app.config.schema import OptimizerConfig
+from app.models.precision import compute_dtype
 from app.training.checkpointing import Checkpoint
 from app.training.optimizer import MOMENTS, adamw, adamw_state, trained_parameters, unscale_and_clip
-from app.training.precision import compute_dtype
 from app.training.workers import world_size
 
 _MOMENTUM = "momentum_buffer"

@@ -23,6 +23,7 @@ from app.data.batches import Batch
 from app.errors import Interrupted, UserError
 from app.methods.delta import load_trained
 from app.models.decoder import Decoder
+from app.models.precision import resolve_precision
 from app.ray_cluster import thread_environment, trainers_know_their_cluster
 from app.run_lock import lock_text
 from app.training import allocator, loop
@@ -31,7 +32,7 @@ from app.training.checkpointing import Checkpoint
 from app.training.interruption import Stopped, interruptible
 from app.training.loop import Metrics
 from app.training.optimizer import Optimizer
-from app.training.precision import resolve_precision, store_frozen
+from app.training.precision import store_frozen
 from app.training.workers import collective_device, rank, sum_over_workers, world_size
 
 WorkerFunction = Callable[[dict[str, Any]], None]

@@ -41,7 +41,7 @@ def _ray(arguments: argparse.Namespace) -> dict[str, Any]:
 def _has_bf16() -> bool:
     import torch
 
-    from app.training.precision import resolve_precision
+    from app.models.precision import resolve_precision
 
     return resolve_precision("auto", torch.device("cpu")) == "bf16"
 

@@ -106,6 +106,22 @@ def test_each_row_of_a_mixed_batch_has_the_tokens_of_its_delta_alone(model, delt
     assert alone(model, prompts[0], SAMPLING) == expected[""][0], "the base's weights are as they were"
 
 
+def test_over_a_base_in_bf16_the_deltas_answer_nearly_as_in_fp32(model, deltas, expected, prompts, kernels):
+    engine = Engine(
+        copy.deepcopy(model).bfloat16(), max_batch_size=32, max_queue=200, max_extra_blocks=2, kernels=kernels
+    )
+    asked = {}
+    for name, delta in deltas.items():
+        loaded = engine.add_delta(delta)
+        asked |= {engine.add_request(some(prompts)[index], SAMPLING, loaded): (name, index) for index in range(5)}
+    tokens, _ = drain(engine)
+    for name in deltas:
+        same = [
+            tokens[asked_id][0] == expected[name][index][0] for asked_id, (of, index) in asked.items() if of == name
+        ]
+        assert sum(same) >= 3, f"{name}: {same}"
+
+
 def test_a_second_round_finds_what_the_first_computed_and_mixes_nothing_up(model, deltas, expected, prompts):
     engine = Engine(model, max_batch_size=32, max_queue=100, max_extra_blocks=2)
     hashes = {"": None} | {name: engine.add_delta(delta) for name, delta in deltas.items()}

@@ -36,8 +36,8 @@ def prompts(tmp_path: Path) -> Path:
 
 def config(prompts: Path, tiny_model: Path, *overrides: str) -> GenerateConfig:
     output = prompts.parent / "answers.jsonl"
-    settings = [f"prompts={prompts}", f"output={output}", f"model={tiny_model}", "max_tokens=12", "workers.cpus=1"]
-    return load_config(GenerateConfig, overrides=[*settings, *overrides])
+    settings = [f"prompts={prompts}", f"output={output}", f"model={tiny_model}", "max_tokens=12", "precision=fp32"]
+    return load_config(GenerateConfig, overrides=[*settings, "workers.cpus=1", *overrides])
 
 
 def test_each_record_gets_the_models_answer_and_one_that_is_too_long_says_so(prompts: Path, tiny_model: Path) -> None:

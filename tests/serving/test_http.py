@@ -24,7 +24,8 @@ def url(ray_cluster, model_dir, delta_dir, index_dir, free_port):
     config = {
         "port": free_port,
         "generator": {
-            "model": str(model_dir), "deltas": {"tuned": str(delta_dir)}, "threads": 1, "max_batch_size": 8,
+            "model": str(model_dir), "deltas": {"tuned": str(delta_dir)}, "precision": "fp32", "threads": 1,
+            "max_batch_size": 8,
         },
         "retriever": {"index": str(index_dir), "top_k": 2},
     }  # fmt: skip

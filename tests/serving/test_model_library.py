@@ -54,7 +54,13 @@ def deploy(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     made = []
 
     def make(**values) -> GeneratorDeployment:
-        values = {"model": str(model_dir), "threads": 1, "max_batch_size": 8, "refresh_s": 0.2} | values
+        values = {
+            "model": str(model_dir),
+            "precision": "fp32",
+            "threads": 1,
+            "max_batch_size": 8,
+            "refresh_s": 0.2,
+        } | values
         made.append(GeneratorDeployment(ApplicationConfig.model_validate({"generator": values})))
         return made[-1]
 

@@ -18,7 +18,13 @@ from app.tracking.run import open_tracker, tracked_run
 
 
 def config(model_dir, **generator):
-    values = {"model": str(model_dir), "threads": 1, "max_batch_size": 4, "max_queue": 8} | generator
+    values = {
+        "model": str(model_dir),
+        "precision": "fp32",
+        "threads": 1,
+        "max_batch_size": 4,
+        "max_queue": 8,
+    } | generator
     return ApplicationConfig.model_validate({"generator": values})
 
 

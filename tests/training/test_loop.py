@@ -22,6 +22,7 @@ from app.methods.delta import load_trained
 from app.models.attention import RowAttention
 from app.models.checkpoints import load_decoder
 from app.models.decoder import Decoder, DecoderConfig
+from app.models.precision import resolve_precision
 from app.training import loop
 from app.training.checkpoint_store import CheckpointStore
 from app.training.checkpointing import Checkpoint
@@ -29,7 +30,7 @@ from app.training.interruption import ONE_WISH_S, interruptible
 from app.training.loss import masked_nll
 from app.training.muon import MuonOptimizer
 from app.training.optimizer import PlainOptimizer, trained_parameters
-from app.training.precision import LossScale, autocast, resolve_precision, store_frozen
+from app.training.precision import LossScale, autocast, store_frozen
 from app.training.prefetch import one_ahead
 from app.training.schedule import learning_rate
 
