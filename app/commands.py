@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +165,7 @@ def index(config: IndexConfig, *, address: Address) -> None:
 
 
 def serve(config: ServeConfig, *, address: Address) -> None:
-    from app.serving.launch import check_folders, check_port_is_free
+    from app.serving.launch import check_folders, check_port_is_free, finish_requests
 
     check_folders(config)
     if not (address or os.environ.get("RAY_ADDRESS")):  # else Serve may run there already, and hold the port itself
@@ -174,6 +174,9 @@ def serve(config: ServeConfig, *, address: Address) -> None:
         show_addresses(url)
         console.say("Ctrl-C stops it.", style="dim")
         wait_for_interrupt()
+        console.say("finishing what was accepted; Ctrl-C again does not wait for it", style="dim")
+        with suppress(KeyboardInterrupt):
+            finish_requests(config.drain_s)
 
 
 def check_serving(config: ServeConfig) -> None:

@@ -43,6 +43,7 @@ from app.config.serving import (
     RedisCacheConfig,
     RetrieverConfig,
     ServeConfig,
+    TracingConfig,
 )
 from app.config.tracking import ModelsConfig, PromoteConfig, StoreConfig, TrackingConfig
 from app.config.transfer import DeltasConfig, DescribeConfig, ExportConfig, ImportConfig, MergeConfig, QuantizeConfig
@@ -92,6 +93,7 @@ __all__ = [
     "ModelsConfig",
     "PromoteConfig",
     "StoreConfig",
+    "TracingConfig",
     "TrackingConfig",
     "TrainConfig",
     "TrainingWorkersConfig",

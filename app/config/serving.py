@@ -92,6 +92,23 @@ class AccessConfig(Config):
     """Beside those of the file and of PACOS_API_KEYS (`NAME:SHA256,NAME:SHA256`)."""
 
 
+class LogConfig(Config):
+    """The replicas' logs, with a line for each request."""
+
+    format: Literal["text", "json"] = "text"
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """WARNING leaves out the lines of requests."""
+
+
+class TracingConfig(Config):
+    """OpenTelemetry's spans of each request, by OTLP to where OTEL_EXPORTER_OTLP_ENDPOINT says; needs
+    `pacos[tracing]`."""
+
+    enabled: bool = False
+    sampling_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the requests; one that brings a `traceparent` is traced if that says so."""
+
+
 class ApplicationConfig(Config):
     """The typed `args` of `serve_config.yaml`."""
 
@@ -101,8 +118,16 @@ class ApplicationConfig(Config):
     retriever: RetrieverConfig = RetrieverConfig()
     cache: CacheConfig = CacheConfig()
     access: AccessConfig = AccessConfig()
+    log: LogConfig = LogConfig()
     request_timeout_s: Annotated[float, Field(gt=0)] = 120
+    drain_timeout_s: Annotated[float, Field(gt=0)] | None = None
+    """How long a replica that is to go may finish what it has accepted; none: `request_timeout_s`, as long as that
+    can take."""
     max_body_bytes: Positive = 1_000_000
+
+    @property
+    def drain_s(self) -> float:
+        return self.drain_timeout_s or self.request_timeout_s
 
 
 class ServeConfig(ApplicationConfig):
@@ -110,6 +135,7 @@ class ServeConfig(ApplicationConfig):
 
     host: str = "127.0.0.1"
     port: Port = 8000
+    tracing: TracingConfig = TracingConfig()
 
 
 class AskConfig(Config):

@@ -20,6 +20,7 @@ from app.errors import UserError
 from app.serving.api_errors import refuse
 from app.serving.limiter import LimiterClient
 from app.serving.messages import Refusal
+from app.serving.request_log import note_key
 
 logger = logging.getLogger("ray.serve")
 
@@ -145,6 +146,7 @@ class RequireKey:
         key = self._ring.find(presented) if (presented := _bearer(scope["headers"])) else None
         if key is None:
             return await refuse(_unknown(presented))(scope, receive, send)
+        note_key(key.sha256)
         if refusal := await self._limiter.admit(key):
             return await refuse(refusal)(scope, receive, send)
         token = current_key.set(key)

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import Any
@@ -21,6 +21,7 @@ from app.serving.api_errors import ApiError
 from app.serving.cache import CacheClient
 from app.serving.limiter import LimiterClient
 from app.serving.messages import (
+    SHUTTING_DOWN,
     Collector,
     Completion,
     Embeddings,
@@ -31,12 +32,18 @@ from app.serving.messages import (
     Started,
 )
 from app.serving.metrics import CacheMetrics
+from app.serving.request_log import note
 
 logger = logging.getLogger("ray.serve")
 
 _MODELS_FOR_S = 2.0
 """A delta that was promoted answers for its name after so long at the latest, where the old one's answer is cached."""
+_ENDED = Refusal(503, "the replica that worked on this has ended", code="unavailable", retry_after_s=2)
 _TIMEOUT = "the answer took longer than request_timeout_s={seconds:g}"
+
+
+class ReplicaEnded(ApiError):
+    """The replica that worked on this is gone; another one may do it."""
 
 
 class Answering:
@@ -64,21 +71,32 @@ class Answering:
 
     async def models(self) -> list[ModelInfo]:
         """Asks the generator, so it also shows whether that answers."""
-        models = await self._call(self._generator.models.remote())
+        models = await self._call(lambda: self._generator.models.remote())
         self._models = {model.name: model for model in models}
         self._models_until = time.monotonic() + _MODELS_FOR_S
         return models
 
     async def search(self, question: str, *, top_k: int, mode: SearchMode | None = None) -> list[dict[str, Any]]:
-        return await self._call(self._retriever.search.remote(question, top_k, mode))
+        return await self._call(lambda: self._retriever.search.remote(question, top_k, mode))
 
     async def embed(self, texts: Sequence[str], *, dimensions: int | None) -> Embeddings:
-        embeddings: Embeddings = await self._call(self._retriever.embed.remote(texts, dimensions))
+        embeddings: Embeddings = await self._call(lambda: self._retriever.embed.remote(texts, dimensions))
         self._charge(embeddings.num_tokens)
+        note(prompt_tokens=embeddings.num_tokens)
         return embeddings
 
     async def complete(self, request: GenerateRequest) -> tuple[Completion, bool]:
         """The answer, and whether it came from the cache, or from an equal request that ran already."""
+        completion, was_cached = await self._completed(request)
+        note(
+            model=request.model,
+            cache="hit" if was_cached else "miss",
+            prompt_tokens=completion.prompt_tokens,
+            completion_tokens=completion.completion_tokens,
+        )
+        return completion, was_cached
+
+    async def _completed(self, request: GenerateRequest) -> tuple[Completion, bool]:
         key = await self._key(request)
         if key is None:
             self._metrics.count("uncached")
@@ -111,7 +129,7 @@ class Answering:
                 yield replace(item, was_cached=True) if is_anothers and isinstance(item, Started) else item
 
     async def _computed(self, key: str | None, request: GenerateRequest) -> Completion:
-        completion = await self._call(self._generator.complete.remote(request))
+        completion = await self._call(lambda: self._generator.complete.remote(request))
         self._charge(completion.prompt_tokens + completion.completion_tokens)
         self._keep(key, request, completion)
         return completion
@@ -135,6 +153,24 @@ class Answering:
             self._keep(key, request, collector.completion())
 
     async def _generated(self, request: GenerateRequest, deadline: float) -> AsyncGenerator[Started | Piece, None]:
+        """From one replica; from another if that one ends before anything has come of it."""
+        has_begun = False
+        try:
+            async with aclosing(self._generated_once(request, deadline)) as items:
+                async for item in items:
+                    has_begun = True
+                    yield item
+        except ReplicaEnded as error:
+            if has_begun:
+                raise
+            _tell_retry(error)
+        else:
+            return
+        async with aclosing(self._generated_once(request, deadline)) as items:
+            async for item in items:
+                yield item
+
+    async def _generated_once(self, request: GenerateRequest, deadline: float) -> AsyncGenerator[Started | Piece, None]:
         response = self._streaming.stream.remote(request)
         finished = False
         try:
@@ -147,26 +183,33 @@ class Answering:
                     return
                 except Exception as error:
                     raise self._api_error(error) from error
-                if isinstance(item, Refusal):
-                    raise ApiError(item)
-                yield item
+                yield _unless_refused(item)
         finally:
             if not finished:
                 _cancel(response)
 
-    async def _call(self, response: Any) -> Any:
+    async def _call(self, call: Callable[[], Any]) -> Any:
+        """The result of what `call` starts; it is called once more where its replica ends before it answers. Not a
+        third time: what it was asked may be what it ended of."""
+        deadline = asyncio.get_running_loop().time() + self.config.request_timeout_s
+        try:
+            return await self._call_once(call(), deadline)
+        except ReplicaEnded as error:
+            _tell_retry(error)
+        return await self._call_once(call(), deadline)
+
+    async def _call_once(self, response: Any, deadline: float) -> Any:
         finished = False
         try:
-            result = await asyncio.wait_for(response, self.config.request_timeout_s)
+            async with asyncio.timeout_at(deadline):
+                result = await response
             finished = True
         except Exception as error:
             raise self._api_error(error) from error
         finally:
             if not finished:  # not waiting any longer does not end the work by itself
                 _cancel(response)
-        if isinstance(result, Refusal):
-            raise ApiError(result)
-        return result
+        return _unless_refused(result)
 
     def _api_error(self, error: Exception) -> Exception:
         """What Serve and Ray raise, as an answer; what nobody foresaw, as it is."""
@@ -174,10 +217,10 @@ class Answering:
             return ApiError(Refusal(504, _TIMEOUT.format(seconds=self.config.request_timeout_s), code="timeout"))
         if isinstance(error, BackPressureError):
             return ApiError(Refusal(429, "too many requests are waiting", code="queue_full", retry_after_s=1))
-        if isinstance(error, RayActorError | DeploymentUnavailableError | ReplicaUnavailableError):
-            return ApiError(
-                Refusal(503, "the replica that worked on this has ended", code="unavailable", retry_after_s=2)
-            )
+        if isinstance(error, RayActorError | ReplicaUnavailableError):
+            return ReplicaEnded(_ENDED)
+        if isinstance(error, DeploymentUnavailableError):
+            return ApiError(Refusal(503, "a deployment has failed", code="unavailable", retry_after_s=5))
         return error
 
     def _charge(self, num_tokens: int) -> None:
@@ -228,6 +271,16 @@ class Stopwatch:
 
     def total(self) -> float:
         return time.perf_counter() - self.start
+
+
+def _unless_refused(item: Any) -> Any:
+    if not isinstance(item, Refusal):
+        return item
+    raise (ReplicaEnded if item.code == SHUTTING_DOWN else ApiError)(item)
+
+
+def _tell_retry(error: ReplicaEnded) -> None:
+    logger.warning(f"{error.refusal.message}; another one is asked")
 
 
 def _cancel(response: Any) -> None:

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.serving.messages import Refusal
 from app.serving.openai_schema import UNSUPPORTED, error_response
+from app.serving.request_log import note
 
 INTERNAL_ERROR = Refusal(500, "the server failed to answer; its log says why", code="internal_error")
 
@@ -24,6 +25,7 @@ class ApiError(Exception):
 
 
 def refuse(refusal: Refusal) -> JSONResponse:
+    note(error=refusal.code)
     headers = {"Retry-After": str(refusal.retry_after_s)} if refusal.retry_after_s else {}
     if refusal.status == 401:
         headers["WWW-Authenticate"] = "Bearer"

@@ -5,6 +5,7 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.schema import LoggingConfig
 
 from app.config import ApplicationConfig, validate
 from app.errors import UserError
@@ -39,26 +40,31 @@ def build(args: dict[str, Any]) -> Application:
     # The engine's own queue refuses first, with a reason; Serve's limit is for what never reaches it.
     capacity = (1 + len(config.generator.deltas)) * (config.generator.max_batch_size + config.generator.max_queue)
     gpus = 1 if config.generator.device == "cuda" else 0
+    logs = LoggingConfig(encoding=config.log.format.upper(), log_level=config.log.level)
     generator = serve.deployment(
         name="generator",
         ray_actor_options={"num_cpus": 0.5, "num_gpus": gpus, "runtime_env": {"env_vars": _GENERATOR_ENVIRONMENT}},
         max_ongoing_requests=capacity + 32,
         max_queued_requests=capacity,
-        graceful_shutdown_timeout_s=20,
         health_check_period_s=10,
         health_check_timeout_s=30,
+        graceful_shutdown_timeout_s=config.drain_s,
+        logging_config=logs,
     )(GeneratorDeployment).bind(config)
     retriever = serve.deployment(
         name="retriever",
         ray_actor_options={"num_cpus": 0.2},
         max_ongoing_requests=64,
         max_queued_requests=_MAX_ONGOING,
+        graceful_shutdown_timeout_s=config.drain_s,
+        logging_config=logs,
     )(RetrieverDeployment).bind(config.retriever)
     cache = serve.deployment(
         name="cache",
         ray_actor_options={"num_cpus": 0.1},
         max_ongoing_requests=_MAX_ONGOING,
         max_queued_requests=_MAX_ONGOING,
+        logging_config=logs,
     )(CacheDeployment).bind(config.cache)
     limiter = None
     access = config.access.model_copy(update={"keys": (*config.access.keys, *keys_of_environment())})
@@ -71,6 +77,7 @@ def build(args: dict[str, Any]) -> Application:
             ray_actor_options={"num_cpus": 0.1},
             max_ongoing_requests=_MAX_ONGOING,
             max_queued_requests=_MAX_ONGOING,
+            logging_config=logs,
         )(LimiterDeployment).bind()
     return serve.deployment(
         name="ingress",
@@ -78,7 +85,8 @@ def build(args: dict[str, Any]) -> Application:
         max_ongoing_requests=_MAX_ONGOING,
         max_queued_requests=_MAX_ONGOING,
         backpressure_config={"status_code": 429, "retry_after_s": 1},
-        graceful_shutdown_timeout_s=20,
+        graceful_shutdown_timeout_s=config.drain_s,
+        logging_config=logs.model_copy(update={"enable_access_log": False}),  # `request_log` tells more
     )(IngressDeployment).bind(config, generator, retriever, cache, limiter)
 
 

@@ -62,14 +62,43 @@ def _check_deployment(values: dict[str, Any]) -> None:
     if name not in DEPLOYMENTS:
         raise UserError(f"deployments: {name!r} is none of {', '.join(DEPLOYMENTS)}")
     scaling = values.get("autoscaling_config")
+    if name == "limiter" and (scaling or values.get("num_replicas", 1) != 1):
+        raise UserError("deployments.limiter: it counts for all and must stay one replica; leave its number out")
     if isinstance(scaling, dict):
-        _refuse_unknown(scaling, set(AutoscalingConfig.model_fields), where=f"deployments.{name}.autoscaling_config")
+        where = f"deployments.{name}.autoscaling_config"
+        _refuse_unknown(scaling, set(AutoscalingConfig.model_fields), where=where)
+        if "policy" in scaling:
+            _check_policy(scaling["policy"], where=f"{where}.policy")
         try:
             AutoscalingConfig(**scaling)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             raise UserError(f"deployments.{name}.autoscaling_config.{where}: {first['msg']}") from None
+
+
+def _check_policy(values: Any, *, where: str) -> None:
+    """An autoscaling policy is imported, and made as Serve's controller will make it."""
+    import inspect
+
+    from ray.serve.config import AutoscalingPolicy
+
+    if not isinstance(values, dict):
+        raise UserError(f"{where}={values!r}: give policy_function and policy_kwargs")
+    _refuse_unknown(values, set(AutoscalingPolicy.model_fields), where=where)
+    arguments = values.get("policy_kwargs") or {}
+    try:
+        policy = AutoscalingPolicy(**values).get_policy()
+    except (ImportError, AttributeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{where}.policy_function={values.get('policy_function')!r}: {reason}") from None
+    known = set(inspect.signature(policy).parameters) if inspect.isclass(policy) else set()  # a function takes none
+    _refuse_unknown(arguments, known, where=f"{where}.policy_kwargs")
+    if inspect.isclass(policy):
+        try:
+            policy(**arguments)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{where}.policy_kwargs: {error}") from None
 
 
 def _check_known(model: BaseModel, values: Any, *, where: str) -> None:

@@ -15,7 +15,9 @@ from app.engine.deltas import DeltasFull, UnknownDelta
 from app.engine.front import EngineStopped, GenerationFailed
 from app.engine.sequence import ContextLengthExceeded, InvalidRequest, QueueFull
 from app.errors import UserError
+from app.serving.autoscaling import replica_load
 from app.serving.messages import (
+    SHUTTING_DOWN,
     ChatPrompt,
     Collector,
     Completion,
@@ -28,6 +30,7 @@ from app.serving.messages import (
 from app.serving.metrics import GeneratorMetrics
 from app.serving.model_library import ModelLibrary
 from app.serving.served_model import ServedModel
+from app.serving.tracing import GenerationSpan
 
 _REPORT_S = 1.0
 """How often queues and counts are told to Ray's metrics."""
@@ -57,6 +60,10 @@ class GeneratorDeployment:
         """Queues and token counts of each engine, by the name of the first model on it."""
         return {name: vars(front.stats()) for name, front in self._library.fronts.items()}
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Asked by Serve again and again, for `autoscaling.TokenLoad`."""
+        return replica_load(front.stats() for front in self._library.fronts.values())
+
     async def complete(self, request: GenerateRequest) -> Completion | Refusal:
         """The whole answer. Cancelling the call aborts the generation."""
         collector = None
@@ -78,14 +85,16 @@ class GeneratorDeployment:
                 yield item
 
     async def _answered(self, request: GenerateRequest) -> AsyncGenerator[Started | Piece | Refusal, None]:
-        watch = self._metrics.watch(request.model)
+        watch, span = self._metrics.watch(request.model), GenerationSpan(request)
         try:
             async with aclosing(self._tried(request)) as items:
                 async for item in items:
                     watch.see(item, num_choices=request.num_choices)
+                    span.see(item)
                     yield item
         finally:
             watch.end()
+            span.end()
 
     async def _tried(self, request: GenerateRequest) -> AsyncGenerator[Started | Piece | Refusal, None]:
         if request.num_choices > self._max_choices:
@@ -165,7 +174,7 @@ def _refusal(error: Exception, model: ServedModel, request: GenerateRequest) -> 
         return Refusal(400, message, code="invalid_prompt", param=param)
     if isinstance(error, QueueFull):
         return Refusal(429, message, code="queue_full", retry_after_s=model.retry_after_s())
-    code = "generation_failed" if isinstance(error, GenerationFailed) else "shutting_down"
+    code = "generation_failed" if isinstance(error, GenerationFailed) else SHUTTING_DOWN
     return Refusal(503, message, code=code, retry_after_s=1)
 
 

@@ -17,6 +17,7 @@ from app.serving.access import KeyRing, RequireKey
 from app.serving.answering import Answering, Stopwatch
 from app.serving.api_errors import INTERNAL_ERROR, ApiError, BodyLimit, add_error_handlers
 from app.serving.chat_schema import ChatChunk, ChatRequest, ChatResponse, ChatStream, chat_response
+from app.serving.draining import Doorkeeper, RefuseWhenEnding
 from app.serving.embedding_schema import EmbeddingRequest, EmbeddingResponse, embedder_name, embedding_response
 from app.serving.limiter import LimiterClient
 from app.serving.messages import ChatPrompt, GenerateRequest, Piece, Refusal, Started
@@ -36,6 +37,7 @@ from app.serving.openai_schema import (
 )
 from app.serving.plain_schema import PlainRequest, PlainResponse, plain_response
 from app.serving.playground import content_security_policy, page
+from app.serving.request_log import LogRequests, note
 from app.serving.retrieval_schema import RagRequest, RagResponse, SearchRequest, SearchResponse, Timings, sources
 
 CACHE_HEADER = "x-pacos-cache"
@@ -69,12 +71,21 @@ class IngressDeployment:
             config, generator=generator, retriever=retriever, cache=cache, limiter=self._limiter
         )
 
+        self._door = Doorkeeper()
+
     def __serve_build_asgi_app__(self) -> FastAPI:
+        """What is added last sees a request first."""
         api = create_api(self._answering)
         if self._limiter is not None:
             ring = KeyRing(self._answering.config.access)
-            api.add_middleware(RequireKey, ring=ring, limiter=self._limiter)  # added last, asked first
+            api.add_middleware(RequireKey, ring=ring, limiter=self._limiter)
+        api.add_middleware(RefuseWhenEnding, door=self._door)
+        api.add_middleware(LogRequests)
         return api
+
+    async def close(self) -> None:
+        """Take no more requests, and return once those that are here are answered."""
+        await self._door.close()
 
 
 def create_api(answering: Answering) -> FastAPI:
@@ -216,6 +227,8 @@ async def _streamed(
     items = answering.stream(request)
     started = await anext(items)
     assert isinstance(started, Started)
+    cached = "hit" if started.was_cached else "miss"
+    note(model=request.model, cache=cached, prompt_tokens=sum(prompt.num_tokens for prompt in started.prompts))
     # without these, a reverse proxy may gather the events before it sends them on
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **_cache_header(started.was_cached)}
     return StreamingResponse(_events(stream, started, items), media_type="text/event-stream", headers=headers)
@@ -232,10 +245,13 @@ async def _events(
             async for item in items:
                 assert isinstance(item, Piece)
                 num_tokens += item.num_tokens
+                note(completion_tokens=num_tokens)
                 if chunk := stream.chunk(item):
                     yield _event(chunk)
     except Exception as error:  # the status is out already: say it in the stream, which then has no [DONE]
-        yield _event(error_response(error.refusal if isinstance(error, ApiError) else INTERNAL_ERROR))
+        refusal = error.refusal if isinstance(error, ApiError) else INTERNAL_ERROR
+        note(error=refusal.code)
+        yield _event(error_response(refusal))
         if not isinstance(error, ApiError):
             raise
         return

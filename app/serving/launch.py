@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from app.config import ServeConfig
+from app.config import ServeConfig, TracingConfig
 from app.errors import UserError
 
 APPLICATION = "pacos"
@@ -30,7 +30,7 @@ def serve_application(
         UserError: the port is taken, the application runs already, a setting is wrong, or the deployments do not come
             up.
     """
-    _check_address_is_free(config.host, config.port)
+    _check_address_is_free(config)
     config = with_absolute_paths(config)
     check_folders(config)
     from ray import serve
@@ -38,9 +38,13 @@ def serve_application(
     from app.serving.application import build
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    application = build(config.model_dump(exclude={"host", "port"}))
+    application = build(config.model_dump(exclude={"host", "port", "tracing"}))
     # one proxy on the head node: the address is this machine's
-    serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port})
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options={"host": config.host, "port": config.port},
+        tracing_config=serve_tracing(config.tracing),
+    )
     try:
         serve.run_many(
             [serve.RunTarget(application, name=APPLICATION, route_prefix="/")], wait_for_applications_running=False
@@ -52,6 +56,22 @@ def serve_application(
         stop_application()
         raise
     return url
+
+
+def finish_requests(timeout_s: float) -> bool:
+    """Have the application refuse requests with 503 from now on, and wait for those that it has accepted; whether all
+    of them were answered. An application that is not there has none."""
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        ingress = serve.get_deployment_handle("ingress", APPLICATION, _check_exists=True)
+        ingress.broadcast("close").results(timeout_s=timeout_s)
+    except TimeoutError:
+        return False
+    except RayServeException:
+        pass
+    return True
 
 
 def stop_application() -> None:
@@ -137,12 +157,27 @@ def check_port_is_free(host: str, port: int) -> None:
             ) from None
 
 
+def serve_tracing(config: TracingConfig) -> dict[str, Any] | None:
+    """Serve's own `tracing_config`.
+
+    Raises:
+        UserError: the exporter is not installed.
+    """
+    from app.serving.tracing import EXPORTER, otlp_exporter
+
+    if not config.enabled:
+        return None
+    otlp_exporter()
+    return {"enabled": True, "exporter_import_path": EXPORTER, "sampling_ratio": config.sampling_ratio}
+
+
 def _absolute(folder: str) -> str:
     return str(Path(folder).expanduser().absolute())
 
 
-def _check_address_is_free(host: str, port: int) -> None:
+def _check_address_is_free(config: ServeConfig) -> None:
     """For this application: the port of this machine, or the route `/` of the Serve that the cluster has already."""
+    host, port = config.host, config.port
     import ray
     from ray.serve.context import _get_global_client  # starts Ray where it is not up
 
@@ -155,6 +190,11 @@ def _check_address_is_free(host: str, port: int) -> None:
         raise UserError(
             f"Ray Serve runs on this cluster already and listens on {running.host}:{running.port}; "
             f"set host={running.host} port={running.port}, or stop it with `serve shutdown`"
+        )
+    if config.tracing.enabled:
+        raise UserError(
+            "tracing.enabled=true, but Ray Serve runs on this cluster already, and traces or not as it was started; "
+            "set tracing_config in a file for `serve deploy`, or stop Serve with `serve shutdown`"
         )
     for name, application in client.get_serve_details()["applications"].items():
         if name == APPLICATION or application["route_prefix"] == "/":  # Serve would replace the first, refuse the other

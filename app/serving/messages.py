@@ -175,6 +175,10 @@ class Completion:
         return cls(model_hash=values["model_hash"], prompts=prompts, choices=choices)
 
 
+SHUTTING_DOWN = "shutting_down"
+"""Code of the refusal of who is about to end; another may answer."""
+
+
 @dataclass(frozen=True)
 class Refusal:
     """Why a request gets no answer, in terms of HTTP and of OpenAI's error object."""
