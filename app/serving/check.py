@@ -34,6 +34,8 @@ def check_deploy_file(file: str) -> list[str]:
 
     values = _read(file)
     try:
+        for where, policy in _policies(values):  # Serve's own schema imports them, and fails with a traceback
+            _check_policy(policy, where=where)
         _check_known(ServeDeploySchema.model_validate(values), values, where="")
     except ValidationError as error:
         first = error.errors()[0]
@@ -67,14 +69,28 @@ def _check_deployment(values: dict[str, Any]) -> None:
     if isinstance(scaling, dict):
         where = f"deployments.{name}.autoscaling_config"
         _refuse_unknown(scaling, set(AutoscalingConfig.model_fields), where=where)
-        if "policy" in scaling:
-            _check_policy(scaling["policy"], where=f"{where}.policy")
         try:
             AutoscalingConfig(**scaling)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             raise UserError(f"deployments.{name}.autoscaling_config.{where}: {first['msg']}") from None
+
+
+def _policies(values: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Each autoscaling policy with its place; what has another form than it should is left to the checks to come."""
+    found = []
+    for application in _dicts(values.get("applications")):
+        for deployment in _dicts(application.get("deployments")):
+            scaling = deployment.get("autoscaling_config")
+            if isinstance(scaling, dict) and "policy" in scaling:
+                where = f"deployments.{deployment.get('name')}.autoscaling_config.policy"
+                found.append((where, scaling["policy"]))
+    return found
+
+
+def _dicts(values: Any) -> list[dict[str, Any]]:
+    return [value for value in values if isinstance(value, dict)] if isinstance(values, list) else []
 
 
 def _check_policy(values: Any, *, where: str) -> None:

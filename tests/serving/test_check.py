@@ -9,6 +9,12 @@ from app.serving.check import check_deploy_file, is_deploy_file
 REPOSITORY = Path(__file__).parents[2]
 
 
+def scaling(values):
+    """Of the generator."""
+    (found,) = [d for d in values["applications"][0]["deployments"] if d["name"] == "generator"]
+    return found["autoscaling_config"]
+
+
 @pytest.fixture
 def values():
     return yaml.safe_load((REPOSITORY / "serve_config.yaml").read_text())
@@ -40,13 +46,22 @@ def test_the_shipped_file_has_nothing_wrong():
         (lambda v: v["applications"][0]["args"].update(access={"keys_file": "/none.yaml"}), "keys_file='/none.yaml'"),
         (lambda v: v["applications"][0]["deployments"][0].update(name="generater"), "'generater' is none of ingress"),
         (
-            lambda v: v["applications"][0]["deployments"][0]["autoscaling_config"].update(max_replica=3),
+            lambda v: scaling(v).update(max_replica=3),
             "generator.autoscaling_config.max_replica; did you mean 'max_replicas'",
         ),
+        (lambda v: scaling(v).update(min_replicas=-3), "autoscaling_config.min_replicas"),
+        (lambda v: scaling(v).update(policy="x"), "generator.autoscaling_config.policy='x'"),
+        (lambda v: scaling(v)["policy"].update(policy_kwarg={}), r"policy.policy_kwarg; did you mean 'policy_kwargs'"),
+        (lambda v: scaling(v)["policy"].update(policy_function="app.serving.autoscaling:Load"), "no attribute 'Load'"),
+        (lambda v: scaling(v)["policy"].update(policy_function="no.such:thing"), "No module named 'no'"),
+        (lambda v: scaling(v)["policy"]["policy_kwargs"].update(slak=0.2), "policy_kwargs.slak; did you mean 'slack'"),
+        (lambda v: scaling(v)["policy"]["policy_kwargs"].update(slack=2), "policy_kwargs: slack=2 must be"),
         (
-            lambda v: v["applications"][0]["deployments"][0]["autoscaling_config"].update(min_replicas=-3),
-            "autoscaling_config.min_replicas",
+            lambda v: v["applications"][0]["deployments"].append({"name": "limiter", "num_replicas": 2}),
+            "limiter: it counts for all",
         ),
+        (lambda v: v["applications"][0]["args"].update(log={"format": "yaml"}), "log.format"),
+        (lambda v: v.update(tracing_config={"enable": True}), "tracing_config.enable"),
         (lambda v: v["applications"][0].update(import_path="other:app"), "no application has import_path: app.serving"),
         (lambda v: v["http_options"].update(port="x"), "http_options.port"),
     ],

@@ -24,9 +24,8 @@ def test_what_was_accepted_is_finished_and_what_comes_gets_a_503():
             await asyncio.sleep(0.05)
             refused = await client.get("/slow")
             assert refused.status_code == 503 and refused.headers["retry-after"] == "5"
-            assert refused.json()["error"] == {
-                "message": "this server is shutting down", "type": "server_error", "param": None, "code": "shutting_down"
-            }  # fmt: skip
+            error = refused.json()["error"]
+            assert set(error) == {"message", "type", "param", "code"} and error["code"] == "shutting_down"
             assert not closing.done(), "two are still inside"
             go_on.set()
             assert {(await response).json() for response in accepted} == {"done"}

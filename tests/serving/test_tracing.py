@@ -1,0 +1,68 @@
+import pytest
+from opentelemetry import trace
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from app.serving import tracing
+from app.serving.messages import GenerateRequest, Piece, PromptInfo, Refusal, Started
+from app.serving.tracing import GenerationSpan, otlp_exporter
+
+REQUEST = GenerateRequest("pacos", ("a secret question",), max_tokens=9, temperature=0.5)
+
+
+@pytest.fixture
+def exporter(monkeypatch) -> InMemorySpanExporter:
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(tracing, "_tracer", lambda: provider.get_tracer("test"))
+    return exporter
+
+
+def by_name(exporter: InMemorySpanExporter) -> dict[str, ReadableSpan]:
+    return {span.name: span for span in exporter.get_finished_spans()}
+
+
+def test_a_generation_is_a_span_with_its_two_stages(exporter) -> None:
+    span = GenerationSpan(REQUEST)
+    for item in (Started("hash", (PromptInfo(7),)), Piece(0, "a", 1), Piece(0, "bc", 2, "stop")):
+        span.see(item)
+    span.end()
+    spans = by_name(exporter)
+    assert set(spans) == {"generate", "prefill", "decode"}
+    whole = spans["generate"]
+    assert whole.attributes is not None
+    assert whole.attributes["gen_ai.request.model"] == "pacos"
+    assert whole.attributes["gen_ai.usage.input_tokens"] == 7 and whole.attributes["gen_ai.usage.output_tokens"] == 3
+    assert whole.attributes["gen_ai.response.finish_reasons"] == ("stop",)
+    for stage in (spans["prefill"], spans["decode"]):
+        assert stage.parent is not None and stage.parent.span_id == whole.context.span_id
+    assert spans["prefill"].end_time <= spans["decode"].start_time  # type: ignore[operator]
+    assert "secret" not in whole.to_json()
+
+
+def test_a_refusal_is_an_error_and_a_client_that_leaves_ends_the_span(exporter) -> None:
+    refused = GenerationSpan(REQUEST)
+    refused.see(Refusal(429, "full", code="queue_full"))
+    refused.end()
+    spans = by_name(exporter)
+    assert set(spans) == {"generate", "prefill"} and spans["generate"].status.status_code is trace.StatusCode.ERROR
+    assert spans["generate"].attributes["error.type"] == "queue_full"  # type: ignore[index]
+    exporter.clear()
+    GenerationSpan(REQUEST).end()
+    assert set(by_name(exporter)) == {"generate", "prefill"}
+
+
+def test_without_tracing_nothing_is_kept() -> None:
+    span = GenerationSpan(REQUEST)
+    span.see(Started("hash", (PromptInfo(7),)))
+    assert not span._span.is_recording()
+    span.end()
+
+
+def test_the_exporter_is_what_serve_asks_for() -> None:
+    from ray.serve._private.tracing_utils import _load_span_processors
+
+    (processor,) = _load_span_processors(tracing.EXPORTER, "unused.json")
+    processor.shutdown()
+    assert otlp_exporter.__module__ + ":" + otlp_exporter.__name__ == tracing.EXPORTER
