@@ -20,6 +20,10 @@ REPOSITORY = Path(__file__).parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--api-examples", type=int, help="of tests/serving/test_api_schema.py: requests a route")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take long go first, so that no process is left with one at the end while the others are done."""
     slow = {item.path for item in items if any(item.iter_markers("slow")) or any(item.iter_markers("ray"))}

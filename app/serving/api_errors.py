@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.serving.messages import Refusal
-from app.serving.openai_schema import UNSUPPORTED, error_response
+from app.serving.openai_schema import COMBINATION, UNSUPPORTED, error_response
 from app.serving.request_log import note
 
 INTERNAL_ERROR = Refusal(500, "the server failed to answer; its log says why", code="internal_error")
@@ -47,7 +47,9 @@ def add_error_handlers(api: FastAPI) -> None:
         message = error.detail
         if error.status_code in (404, 405):
             message = f"{request.method} {request.url.path}: {error.detail.lower()}; /docs lists what there is"
-        return refuse(Refusal(error.status_code, message, code=code))
+        response = refuse(Refusal(error.status_code, message, code=code))
+        response.headers.update(error.headers or {})  # such as `Allow`
+        return response
 
     @api.exception_handler(Exception)
     async def on_failure(request: Request, error: Exception) -> JSONResponse:
@@ -85,10 +87,11 @@ class BodyLimit:
 
 
 def _invalid(errors: Any) -> Refusal:
-    """What is wrong with a body, field by field: 400 for parameters that are not supported, else 422."""
+    """What is wrong with a body, field by field: 400 for parameters that are not supported, or not together, else 422,
+    for what /openapi.json does not allow."""
     for error in errors:
-        if error["type"] == UNSUPPORTED:
-            return Refusal(400, error["msg"], code=UNSUPPORTED, param=error["ctx"]["param"])
+        if error["type"] in (UNSUPPORTED, COMBINATION):
+            return Refusal(400, error["msg"], code=error["type"], param=error["ctx"]["param"])
     first = errors[0]
     if first["type"] == "json_invalid":
         return Refusal(422, f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json")

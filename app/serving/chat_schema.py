@@ -3,12 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
+from typing_extensions import TypedDict
 
 from app.data.records import Message
 from app.serving.messages import ChatPrompt, Choice, Completion, GenerateRequest, Piece, Started, TokenLogprob
 from app.serving.openai_schema import (
+    WHOLE,
     MaxTokens,
     SamplingRequest,
     Text,
@@ -17,6 +19,7 @@ from app.serving.openai_schema import (
     WireRequest,
     new_id,
     now,
+    refuse_combination,
     usage,
 )
 from app.serving.retrieval_schema import Source, sources
@@ -40,35 +43,43 @@ def _joined_parts(content: Any) -> Any:
     return "".join(texts)
 
 
+class TextPart(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    type: Literal["text"]
+    text: Text
+
+
 class ChatMessage(WireRequest):
     role: Literal["system", "developer", "user", "assistant"]
     """`developer` is another word for `system`."""
-    content: Annotated[Text, BeforeValidator(_joined_parts)]
+    content: Annotated[Text, BeforeValidator(_joined_parts, json_schema_input_type=Text | list[TextPart])]
     name: Text | None = None
     """Accepted, and not used."""
 
 
 class ChatRequest(SamplingRequest):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[
+        list[ChatMessage], Field(min_length=1, examples=[[{"role": "user", "content": "What is hay?"}]])
+    ]
     max_tokens: MaxTokens | None = None
     """As many as the context has room for, if neither this nor the next is given."""
     max_completion_tokens: MaxTokens | None = None
     logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     rag: bool = False
     """Look for passages of the server's documents, and put them before the model with the last message; not in
     OpenAI's own API."""
-    rag_top_k: Annotated[int, Field(ge=1, le=50)] | None = None
+    rag_top_k: Annotated[int, Field(ge=1, le=50), WHOLE] | None = None
     """Passages to retrieve; the server's setting if not given."""
 
     @model_validator(mode="after")
     def _check_chat(self) -> "ChatRequest":
         if self.top_logprobs is not None and not self.logprobs:
-            raise PydanticCustomError("top_logprobs", "top_logprobs needs logprobs=true")
+            refuse_combination("top_logprobs needs logprobs=true", param="top_logprobs")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise PydanticCustomError("max_tokens", "max_tokens and max_completion_tokens differ; give one of them")
+            refuse_combination("max_tokens and max_completion_tokens differ; give one of them", param="max_tokens")
         if self.rag and self.messages[-1].role != "user":
-            raise PydanticCustomError("rag", "rag needs a last message of the user, which asks")
+            refuse_combination("rag needs a last message of the user, which asks", param="rag")
         return self
 
     def to_request(self, passages: tuple[str, ...] = ()) -> GenerateRequest:

@@ -7,7 +7,7 @@ from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapV
 from pydantic_core import PydanticCustomError
 
 from app.serving.messages import Embeddings
-from app.serving.openai_schema import Text, Wire, WireRequest
+from app.serving.openai_schema import WHOLE, Text, Wire, WireRequest
 
 MOST_TEXTS = 2048
 """In one request, as in OpenAI's API."""
@@ -35,12 +35,12 @@ _Texts = Annotated[list[_NonEmpty], Field(min_length=1, max_length=MOST_TEXTS)]
 
 
 class EmbeddingRequest(WireRequest):
-    model: Text
-    input: Annotated[_NonEmpty | _Texts, WrapValidator(_check_input)]
+    model: Annotated[Text, Field(examples=["pacos-embedder"])]
+    input: Annotated[_NonEmpty | _Texts, WrapValidator(_check_input), Field(examples=["What is hay?"])]
     """A text or several; each gets a vector of length 1."""
     encoding_format: Literal["float", "base64"] = "float"
     """base64: of the vector's fp32 values, least significant byte first."""
-    dimensions: Annotated[int, Field(ge=1)] | None = None
+    dimensions: Annotated[int, Field(ge=1), WHOLE] | None = None
     """Refused unless it is what the embedder has."""
     user: Text | None = None
     """Accepted, and not used."""

@@ -54,6 +54,20 @@ _ERRORS: dict[int | str, dict] = {
         504: "The answer took longer than request_timeout_s",
     }.items()
 }
+_ASKED = {status: _ERRORS[status] for status in (401, 429, 503, 504)}
+"""Of routes without a body."""
+_EVENT = {
+    "type": "object",
+    "properties": {"data": {"type": "string", "contentMediaType": "application/json"}},
+    "required": ["data"],
+}
+_STREAMING: dict[int | str, dict] = {
+    **_ERRORS,
+    200: {
+        "description": "The whole answer; with `stream: true` server-sent events: chunks, perhaps an error, `[DONE]`",
+        "content": {"text/event-stream": {"itemSchema": _EVENT}},
+    },
+}
 
 
 @serve.ingress()
@@ -95,7 +109,7 @@ def create_api(answering: Answering) -> FastAPI:
     add_error_handlers(api)
     started_at = now()
 
-    @api.post("/v1/completions", response_model=CompletionResponse, responses=_ERRORS)
+    @api.post("/v1/completions", response_model=CompletionResponse, responses=_STREAMING)
     async def completions(body: CompletionRequest) -> Response:
         """Continue a raw prompt, as OpenAI's completions API does; `stream: true` sends server-sent events."""
         if body.stream:
@@ -103,7 +117,7 @@ def create_api(answering: Answering) -> FastAPI:
         completion, was_cached = await answering.complete(body.to_request())
         return JSONResponse(completion_response(body, completion).model_dump(), headers=_cache_header(was_cached))
 
-    @api.post("/v1/chat/completions", response_model=ChatResponse, responses=_ERRORS)
+    @api.post("/v1/chat/completions", response_model=ChatResponse, responses=_STREAMING)
     async def chat_completions(body: ChatRequest) -> Response:
         """Answer a conversation, put into the model's own template; `stream: true` sends server-sent events."""
         passages = None
@@ -151,7 +165,7 @@ def create_api(answering: Answering) -> FastAPI:
         """Go on with a text as it is, without a template."""
         return await _plain(answering, body, in_template=False)
 
-    @api.get("/", response_model=Greeting)
+    @api.get("/", response_model=Greeting, responses={200: {"content": {"text/html": {"schema": {"type": "string"}}}}})
     async def root(request: Request) -> Response:
         """The playground in a browser; elsewhere what this is."""
         if "text/html" not in request.headers.get("accept", ""):
@@ -159,7 +173,7 @@ def create_api(answering: Answering) -> FastAPI:
         headers = {"Content-Security-Policy": content_security_policy(), "X-Content-Type-Options": "nosniff"}
         return HTMLResponse(page(), headers=headers)
 
-    @api.get("/v1/models", responses={503: _ERRORS[503]})
+    @api.get("/v1/models", responses=_ASKED)
     async def models() -> ModelList:
         """The base model, its fine-tuned variants, and the embedder."""
         served = await answering.models()
@@ -175,7 +189,7 @@ def create_api(answering: Answering) -> FastAPI:
         ]
         return ModelList(data=[*data, Model(id=embedder_name(answering.config.name), created=started_at)])
 
-    @api.get("/healthz", responses={503: _ERRORS[503]})
+    @api.get("/healthz", responses={status: _ERRORS[status] for status in (503, 504)})
     async def health() -> dict[str, str]:
         """Whether requests can be answered: the generator is asked."""
         await answering.models()

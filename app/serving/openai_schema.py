@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -16,6 +16,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
@@ -36,6 +37,8 @@ from app.serving.messages import (
 )
 
 UNSUPPORTED = "unsupported_parameter"
+COMBINATION = "invalid_combination"
+"""Parameters that are right one by one, and not together."""
 # OpenAI's parameters that are not built (yet), with the values that ask for nothing.
 _INERT_VALUES: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
@@ -52,27 +55,47 @@ def _encodable(text: str) -> str:
     return text
 
 
+def _whole(value: Any) -> Any:
+    """3 for 3.0: JSON has one kind of number, and its schemas call both integers."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def _check_prompt(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
     """One message instead of one for each kind of prompt that this is not."""
+    if value == []:
+        raise PydanticCustomError("prompt_empty", "must not be an empty list")
     try:
-        prompt = check(value)
+        return check(value)
     except ValidationError:
         raise PydanticCustomError(
             "prompt_type", "must be a string, a list of strings, a list of token ids, or a list of such lists"
         ) from None
-    if prompt == []:
-        raise PydanticCustomError("prompt_empty", "must not be an empty list")
-    return prompt
 
 
+def refuse_combination(message: str, *, param: str) -> NoReturn:
+    """From a validator of the whole request."""
+    raise PydanticCustomError(COMBINATION, "{message}", {"message": message, "param": param})
+
+
+Item = TypeVar("Item")
+NonEmptyList = Annotated[list[Item], Field(min_length=1)]
 Text = Annotated[str, AfterValidator(_encodable)]
-Prompt = Annotated[Text | list[Text] | list[int] | list[list[int]], WrapValidator(_check_prompt)]
-StopStrings = Annotated[
-    list[Annotated[Text, Field(min_length=1, max_length=200)]],
-    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
-    Field(max_length=4),
+WHOLE = BeforeValidator(_whole)
+Integer = Annotated[int, WHOLE]
+Prompt = Annotated[
+    Text | NonEmptyList[Text] | NonEmptyList[Integer] | NonEmptyList[list[Integer]], WrapValidator(_check_prompt)
 ]
-MaxTokens = Annotated[int, Field(ge=1)]
+StopString = Annotated[Text, Field(min_length=1, max_length=200)]
+_MOST_STOPS = Field(max_length=4)
+StopStrings = Annotated[
+    list[StopString],
+    _MOST_STOPS,
+    BeforeValidator(
+        lambda value: [value] if isinstance(value, str) else value,
+        json_schema_input_type=StopString | Annotated[list[StopString], _MOST_STOPS],
+    ),
+]
+MaxTokens = Annotated[int, Field(ge=1), WHOLE]
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
 TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
@@ -101,6 +124,18 @@ class WireRequest(Wire):
             )
         return {key: value for key, value in given.items() if key not in _INERT_VALUES}
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """As `_refuse_unsupported` reads it: null is nothing, in every field."""
+        schema = handler(core_schema)
+        whole = handler.resolve_ref_schema(schema)
+        for name, field in whole.get("properties", {}).items():
+            if name not in whole.get("required", ()) and {"type": "null"} not in field.get("anyOf", ()):
+                about = {key: field.pop(key) for key in ("title", "description", "default", "examples") if key in field}
+                whole["properties"][name] = {"anyOf": [field, {"type": "null"}], **about}
+        whole["additionalProperties"] = {"type": "null"}
+        return schema
+
 
 class StreamOptions(WireRequest):
     include_usage: bool = False
@@ -110,20 +145,20 @@ class StreamOptions(WireRequest):
 class SamplingRequest(WireRequest):
     """How tokens are chosen, and what is sent of them."""
 
-    model: Text
-    n: Annotated[int, Field(ge=1, le=128)] = 1
+    model: Annotated[Text, Field(examples=["pacos"])]
+    n: Annotated[int, Field(ge=1, le=128), WHOLE] = 1
     """Answers to each prompt."""
     temperature: Temperature = 1.0
     top_p: TopP = 1.0
-    top_k: Annotated[int, Field(ge=1)] | None = None
+    top_k: Annotated[int, Field(ge=1), WHOLE] | None = None
     """Draw from the k likeliest tokens only; not in OpenAI's own API, as the next two and `ignore_eos`."""
     min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
     """Draw from tokens of at least this share of the likeliest one's probability only."""
     repetition_penalty: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] = 1.0
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
-    logit_bias: dict[TokenId, Bias] = {}
-    seed: int | None = None
+    logit_bias: Annotated[dict[TokenId, Bias], Field(json_schema_extra={"additionalProperties": False})] = {}
+    seed: Integer | None = None
     """Equal seeds give equal answers."""
     stop: StopStrings = []
     ignore_eos: bool = False
@@ -140,7 +175,7 @@ class SamplingRequest(WireRequest):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.stream_options and not self.stream:
-            raise PydanticCustomError("stream_options", "stream_options needs stream=true")
+            refuse_combination("stream_options needs stream=true", param="stream_options")
         return self
 
     def _request(
@@ -167,10 +202,10 @@ class SamplingRequest(WireRequest):
 
 
 class CompletionRequest(SamplingRequest):
-    prompt: Prompt
+    prompt: Annotated[Prompt, Field(examples=["An adult alpaca eats"])]
     """Raw text or token ids; a list of either asks for several completions."""
     max_tokens: MaxTokens = 16
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     """Send each token's log-probability, and those of so many of the likeliest ones."""
 
     def to_request(self) -> GenerateRequest:
@@ -185,7 +220,7 @@ class AnswerRequest(WireRequest):
     max_tokens: MaxTokens = 128
     temperature: Temperature = 0.0
     top_p: TopP = 1.0
-    seed: int | None = None
+    seed: Integer | None = None
     stop: StopStrings = []
 
 

@@ -10,7 +10,7 @@ from app.serving.openai_schema import AnswerRequest, Text, Usage, Wire, usage
 
 
 class PlainRequest(AnswerRequest):
-    prompt: Annotated[Text, Field(min_length=1)]
+    prompt: Annotated[Text, Field(min_length=1, examples=["What is hay?"])]
 
     def to_request(self, *, model: str, in_template: bool) -> GenerateRequest:
         """`in_template`: the prompt is an instruction, and put into the model's own template."""

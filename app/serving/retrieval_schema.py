@@ -6,18 +6,18 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from app.config.base import SearchMode
-from app.serving.openai_schema import AnswerRequest, Text, Usage, Wire, WireRequest
+from app.serving.openai_schema import WHOLE, AnswerRequest, Text, Usage, Wire, WireRequest
 
 
 class RagRequest(AnswerRequest):
-    question: Annotated[Text, Field(min_length=1)]
-    top_k: Annotated[int, Field(ge=1, le=50)] | None = None
+    question: Annotated[Text, Field(min_length=1, examples=["What is hay?"])]
+    top_k: Annotated[int, Field(ge=1, le=50), WHOLE] | None = None
     """Passages to retrieve; the server's setting if not given."""
 
 
 class SearchRequest(WireRequest):
-    query: Annotated[Text, Field(min_length=1)]
-    top_k: Annotated[int, Field(ge=1, le=1000)] = 10
+    query: Annotated[Text, Field(min_length=1, examples=["hay"])]
+    top_k: Annotated[int, Field(ge=1, le=1000), WHOLE] = 10
     mode: SearchMode | None = None
     """By meaning, by words (BM25), or by both; the server's setting if not given."""
 

@@ -1,5 +1,6 @@
 """A tiny GPT-2 folder with clear-cut logits, an index, a delta, and what `transformers` continues a prompt with."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from app.config.methods import MethodConfig
 from app.data.tokenization import Tokenizer, save_tokenizer, train_tokenizer
 from app.models.checkpoints import load_decoder, weights_hash
 
@@ -84,6 +86,69 @@ def delta_dir(model_dir: Path, tokenizer: Tokenizer, tmp_path_factory: pytest.Te
     }  # fmt: skip
     write_delta(folder, Delta(method, weights, metadata))
     return folder
+
+
+@pytest.fixture(scope="session")
+def make_delta(model_dir: Path, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`make_delta(name, method, seed=…)`: a delta of `model_dir` with random weights."""
+    from app.methods import apply_method
+    from app.methods.delta import Delta, write_delta
+
+    def make(name: str, method: MethodConfig, *, seed: int = 0) -> Path:
+        model = load_decoder(model_dir)
+        apply_method(model, method)
+        generator = torch.Generator().manual_seed(seed)
+        weights = {
+            key: parameter + 0.5 * torch.randn(parameter.shape, generator=generator)
+            for key, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
+        folder: Path = tmp_path_factory.mktemp(name)
+        metadata = {
+            "base": str(model_dir), "base_hash": weights_hash(model_dir), "tokenizer_hash": tokenizer.fingerprint(),
+        }  # fmt: skip
+        write_delta(folder, Delta(method, {key: weight.detach() for key, weight in weights.items()}, metadata))
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def registry(tracking_store: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Path], int]:
+    """Registers a delta and promotes it; returns its version."""
+    from app.config import PromoteConfig, StoreConfig, TrackingConfig
+    from app.tracking.registry import promote, register
+    from app.tracking.run import open_tracker, tracked_run
+
+    def put(name: str, delta: Path) -> int:
+        output: Path = tmp_path_factory.mktemp("run")
+        tracker = open_tracker(TrackingConfig(), output=str(output.parent))
+        copy = Path(shutil.copytree(delta, output / "delta"))
+        with tracked_run(tracker, name=name, output=output, settings={}, resume=False, warn=pytest.fail) as run:
+            assert run is not None and run.keep(copy)
+            version = int(register(run, name, delta_folder=copy, figures={}).rpartition("/")[2])
+        promote(PromoteConfig(name=name, version=version, tracking=StoreConfig(uri=tracking_store)))
+        return version
+
+    return put
+
+
+@pytest.fixture(scope="session")
+def damage(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], None]:
+    """Cuts off the end of a delta's weights, wherever they were put; `delta` itself stays."""
+
+    def run(delta: Path) -> None:
+        content = (delta / "delta.safetensors").read_bytes()
+        copies = [
+            file
+            for file in tmp_path_factory.getbasetemp().rglob("delta.safetensors")
+            if file.parent != delta and file.read_bytes() == content
+        ]
+        assert copies
+        for file in copies:
+            file.write_bytes(content[:-8])
+
+    return run
 
 
 @pytest.fixture(scope="session")
