@@ -114,20 +114,21 @@ def make_delta(model_dir: Path, tokenizer: Tokenizer, tmp_path_factory: pytest.T
 
 
 @pytest.fixture(scope="session")
-def registry(tracking_store: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Path], int]:
-    """Registers a delta and promotes it; returns its version."""
+def registry(tracking_store: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., int]:
+    """`registry(name, delta, promoted=True)` registers a delta and promotes it; returns its version."""
     from app.config import PromoteConfig, StoreConfig, TrackingConfig
     from app.tracking.registry import promote, register
     from app.tracking.run import open_tracker, tracked_run
 
-    def put(name: str, delta: Path) -> int:
+    def put(name: str, delta: Path, *, promoted: bool = True) -> int:
         output: Path = tmp_path_factory.mktemp("run")
         tracker = open_tracker(TrackingConfig(), output=str(output.parent))
         copy = Path(shutil.copytree(delta, output / "delta"))
         with tracked_run(tracker, name=name, output=output, settings={}, resume=False, warn=pytest.fail) as run:
             assert run is not None and run.keep(copy)
             version = int(register(run, name, delta_folder=copy, figures={}).rpartition("/")[2])
-        promote(PromoteConfig(name=name, version=version, tracking=StoreConfig(uri=tracking_store)))
+        if promoted:
+            promote(PromoteConfig(name=name, version=version, tracking=StoreConfig(uri=tracking_store)))
         return version
 
     return put
