@@ -173,10 +173,12 @@ def serve(config: ServeConfig, *, address: Address) -> None:
     with on_ray(address) as is_own, serving(config, on_own_cluster=is_own) as url:
         show_addresses(url)
         console.say("Ctrl-C stops it.", style="dim")
-        wait_for_interrupt()
-        console.say("finishing what was accepted; Ctrl-C again does not wait for it", style="dim")
-        with suppress(KeyboardInterrupt):
-            finish_requests(config.drain_s)
+        try:
+            wait_for_interrupt()
+        finally:  # also where SIGTERM ends it, which Ray raises as SystemExit
+            console.say("finishing what was accepted; Ctrl-C again does not wait for it", style="dim")
+            with suppress(KeyboardInterrupt):
+                finish_requests(config.drain_s)
 
 
 def check_serving(config: ServeConfig) -> None:

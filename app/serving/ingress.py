@@ -54,7 +54,7 @@ _ERRORS: dict[int | str, dict] = {
         504: "The answer took longer than request_timeout_s",
     }.items()
 }
-_ASKED = {status: _ERRORS[status] for status in (401, 429, 503, 504)}
+_ASKED: dict[int | str, dict] = {status: _ERRORS[status] for status in (401, 429, 503, 504)}
 """Of routes without a body."""
 _EVENT = {
     "type": "object",
@@ -189,7 +189,7 @@ def create_api(answering: Answering) -> FastAPI:
         ]
         return ModelList(data=[*data, Model(id=embedder_name(answering.config.name), created=started_at)])
 
-    @api.get("/healthz", responses={status: _ERRORS[status] for status in (503, 504)})
+    @api.get("/healthz", responses={503: _ERRORS[503], 504: _ERRORS[504]})
     async def health() -> dict[str, str]:
         """Whether requests can be answered: the generator is asked."""
         await answering.models()

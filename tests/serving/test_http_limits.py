@@ -87,7 +87,12 @@ def wait_until(condition):
 
 
 def wait_until_idle():
-    wait_until(lambda now: not now["running"] and not now["waiting"] and now["free_slots"] == 2)
+    """No request holds a place or a block of the KV cache."""
+    wait_until(
+        lambda now: (
+            not now["running"] and not now["waiting"] and now["free_slots"] == 2 and now["free_blocks"] == now["blocks"]
+        )
+    )
 
 
 def post_and_leave(url, body, *, after_s):
