@@ -43,7 +43,10 @@ class GenerationSpan:
             "gen_ai.request.max_tokens": request.max_tokens,
             "gen_ai.request.temperature": request.temperature,
         }
-        self._span = _tracer().start_span("generate", attributes=attributes)
+        # Where Serve has not sampled the request there is no span to be within, and one would begin a trace of its own.
+        is_sampled = trace.get_current_span().get_span_context().trace_flags.sampled
+        self._tracer = trace.get_tracer("pacos") if is_sampled else trace.NoOpTracer()
+        self._span = self._tracer.start_span("generate", attributes=attributes)
         self._stage = self._begin("prefill")
         self._num_tokens = 0
         self._reasons: dict[int, str] = {}
@@ -71,8 +74,4 @@ class GenerationSpan:
         self._span.end()
 
     def _begin(self, stage: str) -> Span:
-        return _tracer().start_span(stage, context=trace.set_span_in_context(self._span))
-
-
-def _tracer() -> trace.Tracer:
-    return trace.get_tracer("pacos")
+        return self._tracer.start_span(stage, context=trace.set_span_in_context(self._span))

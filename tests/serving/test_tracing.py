@@ -1,3 +1,5 @@
+from collections.abc import Iterator
+
 import pytest
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -12,11 +14,19 @@ REQUEST = GenerateRequest("pacos", ("a secret question",), max_tokens=9, tempera
 
 
 @pytest.fixture
-def exporter(monkeypatch) -> InMemorySpanExporter:
-    exporter, provider = InMemorySpanExporter(), TracerProvider()
+def provider(monkeypatch) -> TracerProvider:
+    provider = TracerProvider()
+    monkeypatch.setattr(tracing.trace, "get_tracer", provider.get_tracer)
+    return provider
+
+
+@pytest.fixture
+def exporter(provider) -> Iterator[InMemorySpanExporter]:
+    """What is traced within a request that Serve has sampled."""
+    exporter = InMemorySpanExporter()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    monkeypatch.setattr(tracing, "_tracer", lambda: provider.get_tracer("test"))
-    return exporter
+    with provider.get_tracer("serve").start_as_current_span("replica_handle_request"):
+        yield exporter
 
 
 def by_name(exporter: InMemorySpanExporter) -> dict[str, ReadableSpan]:
@@ -35,6 +45,7 @@ def test_a_generation_is_a_span_with_its_two_stages(exporter) -> None:
     assert whole.attributes["gen_ai.request.model"] == "pacos"
     assert whole.attributes["gen_ai.usage.input_tokens"] == 7 and whole.attributes["gen_ai.usage.output_tokens"] == 3
     assert whole.attributes["gen_ai.response.finish_reasons"] == ("stop",)
+    assert whole.parent is not None, "within the request's"
     for stage in (spans["prefill"], spans["decode"]):
         assert stage.parent is not None and stage.parent.span_id == whole.context.span_id
     assert spans["prefill"].end_time <= spans["decode"].start_time  # type: ignore[operator]
@@ -53,7 +64,7 @@ def test_a_refusal_is_an_error_and_a_client_that_leaves_ends_the_span(exporter) 
     assert set(by_name(exporter)) == {"generate", "prefill"}
 
 
-def test_without_tracing_nothing_is_kept() -> None:
+def test_a_request_that_was_not_sampled_begins_no_trace_of_its_own(provider) -> None:
     span = GenerationSpan(REQUEST)
     span.see(Started("hash", (PromptInfo(7),)))
     assert not span._span.is_recording()
