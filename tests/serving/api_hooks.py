@@ -17,6 +17,8 @@ def map_body(context: Any, body: Any) -> Any:
     if not isinstance(body, dict):
         return body
     lengths = {name: MOST_TOKENS for name in _LENGTHS if _is_count(body.get(name))}
+    if context.operation.path == "/v1/chat/completions" and not any(body.get(name) for name in _LENGTHS):
+        lengths["max_tokens"] = MOST_TOKENS  # else the context is the limit
     names = {"model": _model(context)} if isinstance(body.get("model"), str) else {}
     return body | lengths | names
 

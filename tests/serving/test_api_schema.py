@@ -1,7 +1,7 @@
 """Schemathesis reads /openapi.json and asks what it allows and what it does not: no 5xx, no answer that is not
 documented, no valid request refused as invalid and no invalid one taken.
 
-`make test` asks about 1,200 times, of a tiny model; `pytest --api-examples 200 tests/serving/test_api_schema.py` asks
+`make test` asks about 1,200 times, of a tiny model; `pytest --api-examples 120 tests/serving/test_api_schema.py` asks
 more than 2,000 times, of the embedded base.
 """
 
