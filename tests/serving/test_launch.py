@@ -1,10 +1,18 @@
 import socket
+import sys
 
 import pytest
 
-from app.config import ServeConfig, validate
+from app.config import ServeConfig, TracingConfig, validate
 from app.errors import UserError
-from app.serving.launch import check_folders, check_port_is_free, explain, serve_application, with_absolute_paths
+from app.serving.launch import (
+    check_folders,
+    check_port_is_free,
+    explain,
+    serve_application,
+    serve_tracing,
+    with_absolute_paths,
+)
 
 
 def test_a_taken_port_is_told_before_anything_is_deployed():
@@ -52,3 +60,14 @@ def test_a_folder_of_another_kind_is_told_before_anything_is_deployed(tmp_path, 
     ):
         with pytest.raises(UserError, match=reason):
             check_folders(validate(ServeConfig, values))
+
+
+def test_tracing_is_what_serve_takes_and_a_missing_exporter_is_told(monkeypatch):
+    from ray.serve.schema import TracingConfig as ServesOwn
+
+    assert serve_tracing(TracingConfig()) is None
+    values = serve_tracing(TracingConfig(enabled=True, sampling_ratio=0.5))
+    assert values is not None and ServesOwn(**values).sampling_ratio == 0.5
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
+    with pytest.raises(UserError, match=r"pip install 'pacos\[tracing\]'"):
+        serve_tracing(TracingConfig(enabled=True))
