@@ -33,6 +33,7 @@ from app.config.methods import name_of
 from app.display.dry_run import show_forecast
 from app.display.evaluation import show_evaluations
 from app.display.training import show_pretrained, show_promoted, show_trained, show_versions, training_progress
+from app.errors import UserError
 from app.ray_cluster import connected, dashboard_url
 
 Address = str | None
@@ -165,11 +166,16 @@ def index(config: IndexConfig, *, address: Address) -> None:
 
 
 def serve(config: ServeConfig, *, address: Address) -> None:
-    from app.serving.launch import check_folders, check_port_is_free, finish_requests
+    from app.serving.launch import check_folders, check_port_is_free, finish_requests, tracing_environment
 
     check_folders(config)
+    tracing = tracing_environment(config.tracing)
     if not (address or os.environ.get("RAY_ADDRESS")):  # else Serve may run there already, and hold the port itself
         check_port_is_free(config.host, config.port)
+        os.environ.update(tracing)
+    elif tracing:
+        names = " ".join(f"{name}={value}" for name, value in tracing.items())
+        raise UserError(f"tracing.enabled=true, but the cluster runs already; start its nodes with {names}")
     with on_ray(address) as is_own, serving(config, on_own_cluster=is_own) as url:
         show_addresses(url)
         console.say("Ctrl-C stops it.", style="dim")

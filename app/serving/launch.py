@@ -30,7 +30,7 @@ def serve_application(
         UserError: the port is taken, the application runs already, a setting is wrong, or the deployments do not come
             up.
     """
-    _check_address_is_free(config)
+    _check_address_is_free(config.host, config.port)
     config = with_absolute_paths(config)
     check_folders(config)
     from ray import serve
@@ -40,11 +40,7 @@ def serve_application(
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     application = build(config.model_dump(exclude={"host", "port", "tracing"}))
     # one proxy on the head node: the address is this machine's
-    serve.start(
-        proxy_location="HeadOnly",
-        http_options={"host": config.host, "port": config.port},
-        tracing_config=serve_tracing(config.tracing),
-    )
+    serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port})
     try:
         serve.run_many(
             [serve.RunTarget(application, name=APPLICATION, route_prefix="/")], wait_for_applications_running=False
@@ -157,8 +153,9 @@ def check_port_is_free(host: str, port: int) -> None:
             ) from None
 
 
-def serve_tracing(config: TracingConfig) -> dict[str, Any] | None:
-    """Serve's own `tracing_config`.
+def tracing_environment(config: TracingConfig) -> dict[str, str]:
+    """What must be in the environment of a cluster's processes when it starts: Serve's `tracing_config` does not reach its
+    proxy (Ray 2.60), where a trace begins.
 
     Raises:
         UserError: the exporter is not installed.
@@ -166,18 +163,20 @@ def serve_tracing(config: TracingConfig) -> dict[str, Any] | None:
     from app.serving.tracing import EXPORTER, otlp_exporter
 
     if not config.enabled:
-        return None
+        return {}
     otlp_exporter()
-    return {"enabled": True, "exporter_import_path": EXPORTER, "sampling_ratio": config.sampling_ratio}
+    return {
+        "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH": EXPORTER,
+        "RAY_SERVE_TRACING_SAMPLING_RATIO": str(config.sampling_ratio),
+    }
 
 
 def _absolute(folder: str) -> str:
     return str(Path(folder).expanduser().absolute())
 
 
-def _check_address_is_free(config: ServeConfig) -> None:
+def _check_address_is_free(host: str, port: int) -> None:
     """For this application: the port of this machine, or the route `/` of the Serve that the cluster has already."""
-    host, port = config.host, config.port
     import ray
     from ray.serve.context import _get_global_client  # starts Ray where it is not up
 
@@ -190,11 +189,6 @@ def _check_address_is_free(config: ServeConfig) -> None:
         raise UserError(
             f"Ray Serve runs on this cluster already and listens on {running.host}:{running.port}; "
             f"set host={running.host} port={running.port}, or stop it with `serve shutdown`"
-        )
-    if config.tracing.enabled:
-        raise UserError(
-            "tracing.enabled=true, but Ray Serve runs on this cluster already, and traces or not as it was started; "
-            "set tracing_config in a file for `serve deploy`, or stop Serve with `serve shutdown`"
         )
     for name, application in client.get_serve_details()["applications"].items():
         if name == APPLICATION or application["route_prefix"] == "/":  # Serve would replace the first, refuse the other

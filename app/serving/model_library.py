@@ -28,7 +28,7 @@ from app.models.checkpoints import load_decoder, read_provenance, weights_hash
 from app.models.decoder import Decoder
 from app.models.precision import compute_dtype, resolve_precision
 from app.serving.messages import ModelInfo
-from app.serving.registered_deltas import delta_folder, follows_alias, production, version_now
+from app.serving.registered_deltas import delta_folder, follows_alias, production, version_before, version_now
 from app.serving.served_model import ServedModel
 from app.tracking.registry import NotRegistered
 
@@ -65,11 +65,13 @@ class ModelLibrary:
         """By the delta's name, what it is loaded from; an alias is looked up again and again."""
         self._versions: dict[str, str] = {}
         """By the delta's name, what its reference meant when it was loaded."""
+        self._told: dict[str, str] = {}
+        """By the delta's name, why it stays what it is: told once, not at every look."""
         self._unknown_until: dict[str, float] = {}
         self._loading = threading.Lock()
         try:
             for delta_name, reference in config.deltas.items():
-                self._load(delta_name, version_now(reference, config.tracking), pin=True)
+                self._load_first(delta_name, reference)
         except DeltasFull as error:
             self.shutdown()
             raise UserError(f"generator.max_delta_bytes={config.max_delta_bytes}: {error}; raise it") from None
@@ -125,7 +127,7 @@ class ModelLibrary:
                         self._load(delta_name, version, pin=delta_name in self._config.deltas)
                     logger.info(f"{self.name}:{delta_name} is {version} now")
             except (UserError, DeltasFull) as error:
-                logger.error(f"{self.name}:{delta_name} stays {self._versions.get(delta_name)}: {error}")
+                self._tell(delta_name, str(error))
             except Exception:  # whatever a store or a damaged file raises: what is loaded still answers
                 logger.exception(f"{self.name}:{delta_name} stays {self._versions.get(delta_name)}")
 
@@ -144,6 +146,24 @@ class ModelLibrary:
     def shutdown(self) -> None:
         for front in self.fronts.values():
             front.shutdown()
+
+    def _tell(self, delta_name: str, reason: str) -> None:
+        if self._told.get(delta_name) != reason:
+            self._told[delta_name] = reason
+            logger.error(f"{self.name}:{delta_name} stays {self._versions.get(delta_name)}: {reason}")
+
+    def _load_first(self, delta_name: str, reference: str) -> None:
+        """A replica that starts while an alias means something broken answers as its neighbours do, which stayed with
+        what it meant before."""
+        version = version_now(reference, self._config.tracking)
+        try:
+            self._load(delta_name, version, pin=True)
+        except UserError as error:
+            before = version_before(reference, self._config.tracking)
+            if before is None or before == version:
+                raise
+            logger.error(f"{self.name}:{delta_name} is {before}, which was promoted before {version}: {error}")
+            self._load(delta_name, before, pin=True)
 
     def _load_registered(self, delta_name: str) -> None:
         reference = production(delta_name)
@@ -177,6 +197,7 @@ class ModelLibrary:
         replaced = self._models.get(full_name)
         self._models[full_name] = served
         self._versions[delta_name] = version
+        self._told.pop(delta_name, None)
         if replaced is not None:
             self._retire(replaced)
 

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from app.config import GenerateConfig, GeneratorConfig, StoreConfig
-from app.tracking.registry import SCHEME, fetch, is_reference, pinned
+from app.tracking.registry import BEFORE, SCHEME, NotRegistered, fetch, is_reference, pinned
 from app.tracking.store import tracking_uri
 
 
@@ -58,6 +58,20 @@ def version_now(delta: str, tracking: StoreConfig) -> str:
         UserError: the registry does not answer.
     """
     return pinned(delta, uri=tracking.uri) if is_reference(delta) else delta
+
+
+def version_before(delta: str, tracking: StoreConfig) -> str | None:
+    """The version, as a reference, that had the alias before, if `delta` is one and has been moved.
+
+    Raises:
+        UserError: the registry does not answer.
+    """
+    if not follows_alias(delta):
+        return None
+    try:
+        return pinned(delta + BEFORE, uri=tracking.uri)
+    except NotRegistered:
+        return None
 
 
 def delta_folder(delta: str, tracking: StoreConfig) -> Path:

@@ -11,7 +11,7 @@ from app.errors import UserError
 from app.serving.messages import GenerateRequest, Piece, Refusal, Started
 
 EXPORTER = "app.serving.tracing:otlp_exporter"
-"""For Serve's `tracing_config.exporter_import_path`."""
+"""For Serve's RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH."""
 
 
 def otlp_exporter() -> list[SpanProcessor]:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 SCHEME = "models:/"
+BEFORE = "-before"
+"""Ends the alias of the version that had the alias before."""
 _HASH = "delta_hash"
 
 
@@ -73,10 +75,11 @@ def _exists(client: "MlflowClient", name: str) -> bool:
 
 
 def promote(config: PromoteConfig) -> int | None:
-    """Move the alias; returns the version that had it.
+    """Move the alias, to a version whose delta can be had; returns the version that had it, which `ALIAS-before` names
+    from then on.
 
     Raises:
-        UserError: there is no such name or version.
+        UserError: there is no such name or version, or its delta is not what was registered.
     """
     uri = tracking_uri(config.tracking.uri)
     client = open_store(uri)
@@ -84,7 +87,11 @@ def promote(config: PromoteConfig) -> int | None:
         versions = _versions(client, config.name)
         if str(config.version) not in versions:
             raise UserError(f"version={config.version}: {config.name!r} has {_listed(versions)}")
+    fetch(f"{SCHEME}{config.name}/{config.version}", uri=uri)
+    with told_as_mistakes(uri):
         before = _aliases(client, config.name).get(config.alias)
+        if before is not None and before != str(config.version):
+            client.set_registered_model_alias(config.name, config.alias + BEFORE, before)
         client.set_registered_model_alias(config.name, config.alias, str(config.version))
     return None if before is None else int(before)
 

@@ -14,12 +14,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 
 
 @contextmanager
-def collected_spans(port: int) -> Iterator[list[Any]]:
-    """What comes to `port` while the block runs.
-
-    Raises:
-        OSError: something listens there already.
-    """
+def collector() -> Iterator[tuple[str, list[Any]]]:
+    """Its URL, and the spans that have come."""
     spans: list[Any] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -38,10 +34,10 @@ def collected_spans(port: int) -> Iterator[list[Any]]:
         def log_message(self, *args: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield spans
+        yield f"http://127.0.0.1:{server.server_port}", spans
     finally:
         server.shutdown()
         server.server_close()

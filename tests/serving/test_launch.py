@@ -10,7 +10,7 @@ from app.serving.launch import (
     check_port_is_free,
     explain,
     serve_application,
-    serve_tracing,
+    tracing_environment,
     with_absolute_paths,
 )
 
@@ -62,12 +62,12 @@ def test_a_folder_of_another_kind_is_told_before_anything_is_deployed(tmp_path, 
             check_folders(validate(ServeConfig, values))
 
 
-def test_tracing_is_what_serve_takes_and_a_missing_exporter_is_told(monkeypatch):
-    from ray.serve.schema import TracingConfig as ServesOwn
+def test_tracing_is_serves_own_environment_and_a_missing_exporter_is_told(monkeypatch):
+    from ray.serve._private import constants
 
-    assert serve_tracing(TracingConfig()) is None
-    values = serve_tracing(TracingConfig(enabled=True, sampling_ratio=0.5))
-    assert values is not None and ServesOwn(**values).sampling_ratio == 0.5
+    assert tracing_environment(TracingConfig()) == {}
+    values = tracing_environment(TracingConfig(enabled=True, sampling_ratio=0.5))
+    assert all(hasattr(constants, name) for name in values) and "0.5" in values.values()
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     with pytest.raises(UserError, match=r"pip install 'pacos\[tracing\]'"):
-        serve_tracing(TracingConfig(enabled=True))
+        tracing_environment(TracingConfig(enabled=True))

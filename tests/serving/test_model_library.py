@@ -151,6 +151,25 @@ def test_a_broken_delta_is_refused_and_the_old_one_stays(deploy, make_delta, reg
     assert text(generator, "live") == old
 
 
+def test_a_replica_that_starts_while_the_promoted_one_is_broken_answers_with_the_one_before(
+    deploy, make_delta, registry, damage, caplog
+):
+    good, bad = (make_delta(name, LoraConfig(rank=2), seed=seed) for name, seed in (("earlier", 11), ("later", 12)))
+    registry("restarted", good)
+    registry("restarted", bad)
+    damage(bad)
+    generator = deploy(deltas={"live": "models:/restarted@production", "good": str(good)}, refresh_s=0.05)
+    assert text(generator, "live") == text(generator, "good")
+    until(lambda: "pacos:live stays models:/restarted/1" in caplog.text)
+    time.sleep(0.3)
+    told = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert len(told) == 2, "when it starts, and once when it looks again"
+    assert told[0].startswith("pacos:live is models:/restarted/1, which was promoted before models:/restarted/2: ")
+    registry("first-broken", bad, promoted=False)
+    with pytest.raises(UserError, match="no alias 'production'"):
+        deploy(deltas={"live": "models:/first-broken@production"})
+
+
 def test_a_registered_delta_is_loaded_when_it_is_first_asked_for(deploy, make_delta, registry):
     folder = make_delta("late", LoraConfig(rank=2), seed=4)
     generator = deploy(load_registered=True, deltas={"reference": str(folder)})

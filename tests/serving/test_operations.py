@@ -1,5 +1,5 @@
-"""The application as `serve deploy` deploys it, several replicas of each deployment, under load: what is logged and
-traced, models that are promoted, replicas and servers that are killed, autoscaling, a rollout."""
+"""The application as `serve deploy` deploys it, several replicas of each deployment, under load: what is logged,
+models that are promoted, replicas and servers that are killed, autoscaling, a rollout."""
 
 import hashlib
 import json
@@ -17,15 +17,11 @@ import yaml
 
 from app.config.methods import LoraConfig
 from app.serving.check import check_deploy_file
-from app.serving.tracing import EXPORTER
-from tests.serving.collector import collected_spans
 from tests.serving.load import Load, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 REPOSITORY = Path(__file__).parents[2]
-OTLP_PORT = 4318
-"""Where OpenTelemetry sends unless told otherwise."""
 KEY = "key-of-ana"
 HEADERS = {"authorization": f"Bearer {KEY}"}
 KEY_HASH = hashlib.sha256(KEY.encode()).hexdigest()
@@ -37,15 +33,6 @@ KINDS = {
     "cached": ("/v1/completions", LONG | {"temperature": 0.0, "max_tokens": 20}),
     "rag": ("/v1/rag", {"question": "How often does shearing take place?", "max_tokens": 10, "seed": 0}),
 }
-
-
-@pytest.fixture(scope="module")
-def spans():
-    try:
-        with collected_spans(OTLP_PORT) as spans:
-            yield spans
-    except OSError:
-        pytest.skip(f"something listens on OpenTelemetry's port {OTLP_PORT} already")
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +61,6 @@ def deploy_file(model_dir, index_dir, versions, registry, redis, tracking_store,
     registry("operated", versions[0])
     values = yaml.safe_load((REPOSITORY / "serve_config.yaml").read_text())
     values["http_options"]["port"] = free_port
-    values["tracing_config"] = {"enabled": True, "exporter_import_path": EXPORTER, "sampling_ratio": 0.01}
     (application,) = values["applications"]
     application["args"] |= {
         "generator": {
@@ -109,13 +95,13 @@ def deploy(values, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def url(ray_cluster, spans, deploy_file, tmp_path_factory):
+def url(ray_cluster, deploy_file, tmp_path_factory):
     from ray import serve
 
     from app.serving.launch import _wait_until_healthy, _wait_until_running, stop_application
 
     http_options = deploy_file["http_options"]
-    serve.start(proxy_location="HeadOnly", http_options=http_options, tracing_config=deploy_file["tracing_config"])
+    serve.start(proxy_location="HeadOnly", http_options=http_options)
     try:
         deploy(deploy_file, tmp_path_factory)
         until(lambda: "pacos" in serve.status().applications)
@@ -187,33 +173,8 @@ def test_a_request_is_found_by_its_id_in_the_log_and_nowhere_its_words(client):
     assert texts and not any("quixotically" in text or KEY in text for text in texts)
 
 
-def test_a_request_is_one_trace_from_the_proxy_to_the_engine(client, spans):
-    trace, root = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-    body = {"model": "pacos", "prompt": "traced", "max_tokens": 5, "temperature": 1.0}
-    headers = {"traceparent": f"00-{trace}-{root}-01"}  # sampled, whatever sampling_ratio is
-    assert client.post("/v1/completions", json=body, headers=headers).status_code == 200
-
-    def mine():
-        return {span.span_id.hex(): span for span in list(spans) if span.trace_id.hex() == trace}
-
-    until(lambda: {"generate", "prefill", "decode"} <= {span.name for span in mine().values()})
-    until(lambda: any(span.parent_span_id.hex() == root for span in mine().values()))
-    found = mine()
-    (span,) = [span for span in found.values() if span.name == "decode"]
-    way = []
-    while span is not None:
-        way.append(span.name)
-        parent = span.parent_span_id.hex()
-        span = found.get(parent)
-    assert parent == root, way
-    assert way[:2] == ["decode", "generate"] and len(way) > 4 and way[-1].startswith("proxy"), way
-    (generate,) = [span for span in found.values() if span.name == "generate"]
-    attributes = {attribute.key: attribute.value for attribute in generate.attributes}
-    assert attributes["gen_ai.usage.output_tokens"].int_value == 5
-
-
 def test_a_promoted_delta_answers_from_every_replica_and_no_request_fails(
-    url, client, registry, versions, damage, tracking_store
+    url, client, registry, versions, damage, tracking_store, monkeypatch
 ):
     from ray import serve
 
@@ -239,6 +200,7 @@ def test_a_promoted_delta_answers_from_every_replica_and_no_request_fails(
         load.go_on(1)
         broken = registry("operated", versions[2], promoted=False)
         damage(versions[2])
+        monkeypatch.setattr("app.tracking.registry.fetch", lambda reference, uri: None)  # which would refuse it
         promote(PromoteConfig(name="operated", version=broken, tracking=StoreConfig(uri=tracking_store)))
         until(lambda: len({line["replica"] for line in _refusals(broken)}) == 2)
         load.go_on(1)
@@ -287,7 +249,7 @@ def test_an_ingress_that_dies_takes_only_its_own_requests_along(url):
     lost = failed(load)
     assert lost, "some requests were there"
     for outcome in lost:
-        assert outcome.spans(killed_at), outcome
+        assert outcome.began < killed_at + 1 and outcome.ended > killed_at, outcome
         # a 500 of Serve's proxy, which clients try again, or a stream that ends before its [DONE]
         assert outcome.status == 500 if outcome.kind != "stream" else outcome.status in (200, 500), outcome
 
@@ -323,21 +285,3 @@ def test_a_rollout_under_load_fails_nobody(url, deploy_file, tmp_path_factory):
             until(lambda name=name, old=old: len(now := set(replicas(name))) == 2 and not now & old, within_s=240)
         load.go_on(2)
     assert not failed(load)
-
-
-def test_an_application_that_ends_finishes_its_requests_and_refuses_others(url, client):
-    from concurrent.futures import ThreadPoolExecutor
-
-    from app.serving.launch import finish_requests
-
-    body = LONG | {"max_tokens": 1500, "stream": True}
-    with ThreadPoolExecutor(1) as pool, client.stream("POST", "/v1/completions", json=body) as response:
-        lines = response.iter_lines()
-        assert next(lines).startswith("data: ")
-        finishing = pool.submit(finish_requests, 60)
-        until(lambda: client.get("/healthz").status_code == 503)
-        refused = client.post("/v1/completions", json=LONG)
-        assert refused.status_code == 503 and refused.json()["error"]["code"] == "shutting_down"
-        assert int(refused.headers["retry-after"]) >= 1
-        assert [line for line in lines if line][-1] == "data: [DONE]"
-        assert finishing.result() is True

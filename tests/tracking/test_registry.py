@@ -65,7 +65,10 @@ def test_serving_gets_the_version_that_was_promoted_last(
     assert read_delta(served(uri, f"models:/{name}/1")).hash == first.hash
     assert pinned(f"models:/{name}@production", uri=uri) == f"models:/{name}/2"
     shown = [version for version in list_versions(uri) if version.name == name]
-    assert [(version.version, version.aliases) for version in shown] == [(2, ("production",)), (1, ())]
+    assert [(version.version, version.aliases) for version in shown] == [
+        (2, ("production",)),
+        (1, ("production-before",)),
+    ]
     assert shown[0].tags["eval_loss"] == "1" and shown[0].tags["method"] == "lora"
     assert shown[0].tags["template"] == "pacos" and shown[0].tags["delta_hash"] == second.hash
     if uri.startswith("http"):  # fetched, by content, and nothing but its two files
@@ -84,8 +87,11 @@ def test_a_delta_that_has_changed_since_is_refused(store: str, make_delta: MakeD
     registered(store, "changed", make_delta(tmp_path / "run/delta", 4))
     folder = fetch("models:/changed/1", uri=store)
     shutil.copytree(make_delta(tmp_path / "other/delta", 5), folder, dirs_exist_ok=True)
-    with pytest.raises(UserError, match="has changed since it was registered"):
-        fetch("models:/changed/1", uri=store)
+    for ask in (lambda: fetch("models:/changed/1", uri=store), lambda: moved(store, "changed", 1)):
+        with pytest.raises(UserError, match="has changed since it was registered"):
+            ask()
+    with pytest.raises(UserError, match="has no alias 'production'"):
+        pinned("models:/changed@production", uri=store)
 
 
 def test_what_was_not_registered_by_a_run_of_ours_is_refused(store: str, tmp_path: Path) -> None:

@@ -1,0 +1,97 @@
+"""`pacos serve` as a process of its own: a request is one trace, and SIGTERM finishes what was accepted."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.serving.collector import collector
+from tests.serving.load import until
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+TRACE, ROOT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+
+
+@pytest.fixture(scope="module")
+def traced():
+    """(Where spans go to, those that came.)"""
+    with collector() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def process(model_dir, free_port, traced, tmp_path_factory):
+    settings = [
+        f"port={free_port}", f"generator.model={model_dir}", "generator.threads=1",
+        "tracing.enabled=true", "tracing.sampling_ratio=0.001",
+    ]  # fmt: skip
+    environment = os.environ | {"OTEL_EXPORTER_OTLP_ENDPOINT": traced[0], "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment.pop("RAY_ADDRESS", None)
+    folder = tmp_path_factory.mktemp("serving")
+    with (folder / "output").open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "app.cli", "serve", *settings],
+            env=environment, cwd=folder, stdout=output, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        yield process
+        process.kill()
+        process.wait()
+    print((folder / "output").read_text())
+
+
+@pytest.fixture(scope="module")
+def client(process, free_port):
+    with httpx.Client(base_url=f"http://127.0.0.1:{free_port}", timeout=60, trust_env=False) as client:
+
+        def answers():
+            assert process.poll() is None, "it has ended"
+            try:
+                return client.get("/healthz").status_code == 200
+            except httpx.TransportError:
+                return False
+
+        until(answers, within_s=180)
+        yield client
+
+
+def test_a_request_is_one_trace_from_the_proxy_to_the_engine(client, traced):
+    body = {"model": "pacos", "prompt": "traced", "max_tokens": 5, "temperature": 1.0}
+    headers = {"traceparent": f"00-{TRACE}-{ROOT}-01"}  # sampled, whatever sampling_ratio is
+    assert client.post("/v1/completions", json=body, headers=headers).status_code == 200
+
+    def mine():
+        return {span.span_id.hex(): span for span in list(traced[1]) if span.trace_id.hex() == TRACE}
+
+    until(lambda: {"generate", "prefill", "decode"} <= {span.name for span in mine().values()})
+    until(lambda: any(span.parent_span_id.hex() == ROOT for span in mine().values()))
+    found = mine()
+    (decode,) = [span for span in found.values() if span.name == "decode"]
+    way, span = [], decode
+    while span is not None:
+        way.append(span.name)
+        parent = span.parent_span_id.hex()
+        span = found.get(parent)
+    assert parent == ROOT, way
+    assert way[:2] == ["decode", "generate"] and "generator" in " ".join(way) and "ingress" in " ".join(way), way
+    (generate,) = [span for span in found.values() if span.name == "generate"]
+    attributes = {attribute.key: attribute.value for attribute in generate.attributes}
+    assert attributes["gen_ai.usage.output_tokens"].int_value == 5
+
+
+def test_what_was_accepted_is_finished_and_what_comes_is_refused_until_it_ends(client, process):
+    body = {"model": "pacos", "prompt": "An adult alpaca", "max_tokens": 1900, "temperature": 1.0}
+    with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
+        lines = response.iter_lines()
+        assert next(lines).startswith("data: ")
+        process.send_signal(signal.SIGTERM)
+        until(lambda: client.get("/healthz").status_code == 503, within_s=30)
+        refused = client.post("/v1/completions", json=body)
+        assert refused.status_code == 503 and refused.json()["error"]["code"] == "shutting_down"
+        assert int(refused.headers["retry-after"]) >= 1
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    assert process.wait(60) == signal.SIGTERM, "as Ray exits on SIGTERM"
