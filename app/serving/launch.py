@@ -154,8 +154,8 @@ def check_port_is_free(host: str, port: int) -> None:
 
 
 def tracing_environment(config: TracingConfig) -> dict[str, str]:
-    """What must be in the environment of a cluster's processes when it starts: Serve's `tracing_config` does not reach its
-    proxy (Ray 2.60), where a trace begins.
+    """What must be in the environment of a cluster's processes when it starts: Serve's own `tracing_config` does not
+    reach its proxy (Ray 2.60), where a trace begins.
 
     Raises:
         UserError: the exporter is not installed.
