@@ -265,8 +265,8 @@ def test_a_redis_that_dies_is_a_cache_that_misses(url, redis):
 
 
 def test_a_crowd_gets_another_generator(url):
-    crowd = {"stream": ("/v1/completions", LONG | {"stream": True, "max_tokens": 1500, "ignore_eos": True})}
-    with Load(url, crowd, clients=60, headers=HEADERS) as load:
+    crowd = {"stream": ("/v1/completions", LONG | {"stream": True, "max_tokens": 600})}
+    with Load(url, crowd, clients=40, headers=HEADERS) as load:
         until(lambda: len(replicas("generator")) == 3)
     assert not failed(load)
     with Load(url, {"stream": KINDS["stream"]}, headers=HEADERS) as load:
