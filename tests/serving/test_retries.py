@@ -1,5 +1,5 @@
 """What the ingress makes of replicas that end, over handles whose replicas do. tests/serving/test_operations.py kills real
-ones."""
+real ones."""
 
 import asyncio
 from collections.abc import AsyncGenerator
