@@ -1,4 +1,4 @@
-"""What the ingress makes of replicas that end, over handles whose replicas do. tests/serving/test_operations.py kills real
+"""What the ingress makes of replicas that end, over handles whose replicas do; tests/serving/test_operations.py kills
 real ones."""
 
 import asyncio
