@@ -4,6 +4,8 @@ In each layer, trained keys and values stand before those of the sequence, and e
 makes them from one small matrix while training (section 4.3), which is more stable at high learning rates.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -101,6 +103,7 @@ def _of_words(model: Decoder, length: int) -> tuple[Tensor, Tensor]:
     """Keys and values of words: the paper finds that random ones learn worse (section 7.4)."""
     words = draw_words(model, length).to(model.token_embedding.weight.dtype)
     # a base in bf16 may have other techniques' weights in fp32 on it already
-    with torch.autocast(words.device.type, dtype=words.dtype, enabled=words.dtype == torch.bfloat16):
+    is_mixed = words.dtype == torch.bfloat16 and words.device.type != "meta"
+    with torch.autocast(words.device.type, dtype=words.dtype) if is_mixed else nullcontext():
         keys, values = zip(*record(model, words), strict=True)
     return torch.stack(keys).float(), torch.stack(values).float()
