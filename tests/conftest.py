@@ -5,16 +5,19 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import hypothesis
-import pytest
-import torch
+# Beside other processes of this suite, two threads of one wait for each other longer than they compute. OpenMP reads
+# this once, when torch is loaded.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("RAY_worker_niceness", "0")
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 hypothesis.settings.register_profile("pacos", deadline=None)  # other processes may hold the cores
 hypothesis.settings.load_profile("pacos")
-# Beside other processes of this suite, two threads of one wait for each other longer than they compute.
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("RAY_worker_niceness", "0")
 
 REPOSITORY = Path(__file__).parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
