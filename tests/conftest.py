@@ -12,9 +12,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("RAY_worker_niceness", "0")
 
-import hypothesis  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import hypothesis
+import pytest
+import torch
 
 hypothesis.settings.register_profile("pacos", deadline=None)  # other processes may hold the cores
 hypothesis.settings.load_profile("pacos")
