@@ -61,7 +61,7 @@ def finish_requests(timeout_s: float) -> bool:
     from ray.serve.exceptions import RayServeException
 
     try:
-        ingress = serve.get_deployment_handle("ingress", APPLICATION, _check_exists=True)
+        ingress = serve.get_deployment_handle("ingress", APPLICATION)
         ingress.broadcast("close").results(timeout_s=timeout_s)
     except TimeoutError:
         return False
