@@ -1,6 +1,7 @@
 """One function per subcommand: connect to Ray, call the job, show how it goes and what came of it."""
 
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -179,12 +180,10 @@ def serve(config: ServeConfig, *, address: Address) -> None:
     with on_ray(address) as is_own, serving(config, on_own_cluster=is_own) as url:
         show_addresses(url)
         console.say("Ctrl-C stops it.", style="dim")
-        try:
-            wait_for_interrupt()
-        finally:  # also where SIGTERM ends it, which Ray raises as SystemExit
-            console.say("finishing what was accepted; Ctrl-C again does not wait for it", style="dim")
-            with suppress(KeyboardInterrupt):
-                finish_requests(config.drain_s)
+        wait_for_interrupt()
+        console.say("finishing what was accepted; Ctrl-C again does not wait for it", style="dim")
+        with suppress(KeyboardInterrupt):
+            finish_requests(config.drain_s)
 
 
 def check_serving(config: ServeConfig) -> None:
@@ -420,6 +419,8 @@ def show_addresses(url: str) -> None:
 
 
 def wait_for_interrupt() -> None:
+    """Until Ctrl-C or SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's own handler aborts the process
     try:
         while True:
             time.sleep(3600)

@@ -67,18 +67,22 @@ def test_a_request_is_one_trace_from_the_proxy_to_the_engine(client, traced):
     def mine():
         return {span.span_id.hex(): span for span in list(traced[1]) if span.trace_id.hex() == TRACE}
 
-    until(lambda: {"generate", "prefill", "decode"} <= {span.name for span in mine().values()})
-    until(lambda: any(span.parent_span_id.hex() == ROOT for span in mine().values()))
-    found = mine()
-    (decode,) = [span for span in found.values() if span.name == "decode"]
-    way, span = [], decode
-    while span is not None:
-        way.append(span.name)
-        parent = span.parent_span_id.hex()
-        span = found.get(parent)
-    assert parent == ROOT, way
-    assert way[:2] == ["decode", "generate"] and "generator" in " ".join(way) and "ingress" in " ".join(way), way
-    (generate,) = [span for span in found.values() if span.name == "generate"]
+    def way_up():
+        """From `decode` to the last span above it that is here, and that one's parent."""
+        found, names, parent = mine(), [], None
+        span = next((span for span in found.values() if span.name == "decode"), None)
+        while span is not None:
+            names.append(span.name)
+            parent = span.parent_span_id.hex()
+            span = found.get(parent)
+        return names, parent
+
+    until(lambda: way_up()[1] == ROOT)  # each process sends its own, some seconds later
+    names, _ = way_up()
+    assert names[:2] == ["decode", "generate"] and names[-1].startswith("proxy"), names
+    assert any("generator" in name for name in names) and any("ingress" in name for name in names), names
+    assert "prefill" in {span.name for span in mine().values()}
+    (generate,) = [span for span in mine().values() if span.name == "generate"]
     attributes = {attribute.key: attribute.value for attribute in generate.attributes}
     assert attributes["gen_ai.usage.output_tokens"].int_value == 5
 
@@ -94,4 +98,4 @@ def test_what_was_accepted_is_finished_and_what_comes_is_refused_until_it_ends(c
         assert refused.status_code == 503 and refused.json()["error"]["code"] == "shutting_down"
         assert int(refused.headers["retry-after"]) >= 1
         assert [line for line in lines if line][-1] == "data: [DONE]"
-    assert process.wait(60) == signal.SIGTERM, "as Ray exits on SIGTERM"
+    assert process.wait(60) == 0
