@@ -41,6 +41,8 @@ from app.serving.request_log import LogRequests, note
 from app.serving.retrieval_schema import RagRequest, RagResponse, SearchRequest, SearchResponse, Timings, sources
 
 CACHE_HEADER = "x-pacos-cache"
+_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
+"""JSON may hold these as they are, and so may an event; but many clients read lines as Python splits them, there too."""
 _ERRORS: dict[int | str, dict] = {
     status: {"model": ErrorResponse, "description": description}
     for status, description in {
@@ -276,7 +278,7 @@ async def _events(
 
 
 def _event(message: CompletionResponse | ChatChunk | ErrorResponse) -> str:
-    return f"data: {json.dumps(message.model_dump(), ensure_ascii=False)}\n\n"
+    return f"data: {json.dumps(message.model_dump(), ensure_ascii=False).translate(_LINE_ENDS)}\n\n"
 
 
 def _cache_header(was_cached: bool) -> dict[str, str]:

@@ -47,7 +47,8 @@ class Load:
         self._url, self._kinds, self._clients, self._headers = url, kinds, clients, dict(headers or {})
         self._seeds = itertools.count(time.time_ns() % 10**9)
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
+        self._thread = threading.Thread(target=self._run_here, daemon=True)
+        self._failure: Exception | None = None
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -57,6 +58,8 @@ class Load:
         self._stop.set()
         self._thread.join(120)
         assert not self._thread.is_alive(), "a request was left without an answer"
+        if self._failure is not None:
+            raise self._failure
 
     def wait_for(self, condition: Callable[[list[Outcome]], bool], *, within_s: float = 120) -> None:
         until(lambda: condition(list(self.outcomes)), within_s=within_s)
@@ -65,6 +68,12 @@ class Load:
         """Until each kind has been asked for and answered once more, after so long."""
         moment = time.monotonic() + seconds
         self.wait_for(lambda outcomes: {o.kind for o in outcomes if o.began > moment} == set(self._kinds))
+
+    def _run_here(self) -> None:
+        try:
+            asyncio.run(self._run())
+        except Exception as error:  # told where the block ends
+            self._failure = error
 
     async def _run(self) -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
@@ -85,7 +94,7 @@ class Load:
                         await _read_stream(response, outcome)
                     else:
                         _read_whole(await response.aread(), outcome)
-            except httpx.HTTPError as error:
+            except (httpx.HTTPError, json.JSONDecodeError) as error:
                 outcome.error = type(error).__name__
             outcome.ended = time.monotonic()
             self.outcomes.append(outcome)
@@ -110,7 +119,7 @@ async def _read_stream(response: httpx.Response, outcome: Outcome) -> None:
 def _read_whole(content: bytes, outcome: Outcome) -> None:
     try:
         answer = json.loads(content)
-    except ValueError:
+    except json.JSONDecodeError:
         outcome.error = content.decode(errors="replace")[:200]
         return
     outcome.is_complete = outcome.status == 200

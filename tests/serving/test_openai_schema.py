@@ -1,10 +1,12 @@
+import json
+
 import pytest
 from pydantic import ValidationError
 
 from app.data.records import Message
 from app.serving.chat_schema import ChatRequest
-from app.serving.messages import ChatPrompt
-from app.serving.openai_schema import CompletionRequest
+from app.serving.messages import ChatPrompt, Piece
+from app.serving.openai_schema import CompletionRequest, CompletionStream
 from app.serving.retrieval_schema import RagRequest
 
 BASE = {"model": "pacos", "prompt": "hello"}
@@ -124,3 +126,13 @@ def test_whatever_shapes_the_answer_changes_the_identity():
     ]  # fmt: skip
     identities = [str(CompletionRequest.model_validate(BASE | variant).to_request().identity()) for variant in variants]
     assert len(set(identities)) == len(variants)
+
+
+def test_an_event_is_one_line_however_lines_are_read():
+    from app.serving.ingress import _event
+
+    text = "a\nb\r\x85c\u2028d\u2029\x0b\x0c\x1c\x1e é 🦙"
+    chunk = CompletionStream(CompletionRequest.model_validate(BASE)).chunk(Piece(0, text, 3))
+    (line, empty) = _event(chunk).splitlines()
+    assert empty == "" and "é 🦙" in line
+    assert json.loads(line.removeprefix("data: "))["choices"][0]["text"] == text
