@@ -42,7 +42,7 @@ from app.serving.retrieval_schema import RagRequest, RagResponse, SearchRequest,
 
 CACHE_HEADER = "x-pacos-cache"
 _LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
-"""JSON may hold these as they are, and so may an event; but many clients read lines as Python splits them, there too."""
+"""JSON may hold these as they are, and an event too; but many clients end lines there, as Python does."""
 _ERRORS: dict[int | str, dict] = {
     status: {"model": ErrorResponse, "description": description}
     for status, description in {
