@@ -64,7 +64,8 @@ def deploy_file(model_dir, index_dir, versions, registry, redis, tracking_store,
     (application,) = values["applications"]
     application["args"] |= {
         "generator": {
-            "model": str(model_dir), "threads": 1, "max_batch_size": 8, "max_queue": 256, "refresh_s": 0.2,
+            "model": str(model_dir), "precision": "fp32", "threads": 1, "max_batch_size": 8, "max_queue": 256,
+            "refresh_s": 0.2,
             "deltas": {"live": "models:/operated@production", "old": str(versions[0]), "new": str(versions[1])},
             "tracking": {"uri": tracking_store},
         },
