@@ -113,7 +113,7 @@ def show_promoted(config: PromoteConfig, before: int | None) -> None:
     was = "" if before is None else f", which was {before}"
     console.say(
         f"{config.name}@{config.alias} is version {config.version}{was}; "
-        f"what serves models:/{config.name}@{config.alias} takes it at its next start"
+        f"what serves models:/{config.name}@{config.alias} follows"
     )
 
 
