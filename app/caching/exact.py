@@ -27,9 +27,6 @@ class ResponseCache:
     """JSON objects by key for `ttl_s` seconds. It fails open: a backend that is away means a miss, never an error."""
 
     def __init__(self, backend: Backend, ttl_s: float) -> None:
-        self.hits = 0
-        self.misses = 0
-        """Lookups that gave nothing, for whatever reason."""
         self.errors = 0
         """Lookups and writes that the backend could not serve."""
         self._backend = backend
@@ -37,12 +34,7 @@ class ResponseCache:
         self._is_out = False
 
     async def get(self, key: str) -> dict[str, Any] | None:
-        value = _parse(await self._try_get(key))
-        if value is None:
-            self.misses += 1
-        else:
-            self.hits += 1
-        return value
+        return _parse(await self._try_get(key))
 
     async def put(self, key: str, value: dict[str, Any]) -> None:
         """Keep `value`, or lose it if the backend is away.

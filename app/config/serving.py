@@ -65,6 +65,13 @@ class RedisCacheConfig(Config):
 class CacheConfig(Config):
     backend: Annotated[MemoryCacheConfig | RedisCacheConfig, Field(discriminator="type")] = MemoryCacheConfig()
     ttl_s: Annotated[float, Field(gt=0)] = 3600
+    sampled: bool = False
+    """Whether answers that were drawn at random, without a seed, are kept too: who asks again gets the same one."""
+    semantic: bool = False
+    """Whether an answer also goes to who asks the same in other words."""
+    similarity: Annotated[float, Field(ge=-1, le=1)] = 0.5
+    """How alike the embedded embedder must find the two questions, beside what the words themselves must have in
+    common."""
 
 
 class KeyHolder(Config):

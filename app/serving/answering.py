@@ -12,16 +12,16 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from app.caching.exact import cache_key
 from app.caching.single_flight import SingleFlight
 from app.config import ApplicationConfig
 from app.config.base import SearchMode
 from app.serving.access import current_key
 from app.serving.api_errors import ApiError
-from app.serving.cache import CacheClient
+from app.serving.cache import AnswerCache, AnswerKey
 from app.serving.limiter import LimiterClient
 from app.serving.messages import (
     SHUTTING_DOWN,
+    CacheResult,
     Collector,
     Completion,
     Embeddings,
@@ -55,19 +55,19 @@ class Answering:
         *,
         generator: DeploymentHandle,
         retriever: DeploymentHandle,
-        cache: DeploymentHandle,
         limiter: LimiterClient | None = None,
     ) -> None:
         self.config = config
         self._generator = generator
         self._streaming = generator.options(stream=True)
         self._retriever = retriever
-        self._cache = CacheClient(cache)
+        self._cache = AnswerCache(config.cache)
         self._limiter = limiter
         self._flights = SingleFlight()
         self._metrics = CacheMetrics()
         self._models: dict[str, ModelInfo] = {}
         self._models_until = 0.0
+        self._refresh: asyncio.Task[None] | None = None
 
     async def models(self) -> list[ModelInfo]:
         """Asks the generator, so it also shows whether that answers."""
@@ -85,28 +85,30 @@ class Answering:
         note(prompt_tokens=embeddings.num_tokens)
         return embeddings
 
-    async def complete(self, request: GenerateRequest) -> tuple[Completion, bool]:
+    async def complete(self, request: GenerateRequest) -> tuple[Completion, CacheResult]:
         """The answer, and whether it came from the cache, or from an equal request that ran already."""
-        completion, was_cached = await self._completed(request)
+        completion, result = await self._completed(request)
         note(
             model=request.model,
-            cache="hit" if was_cached else "miss",
+            cache=result,
             prompt_tokens=completion.prompt_tokens,
             completion_tokens=completion.completion_tokens,
         )
-        return completion, was_cached
+        return completion, result
 
-    async def _completed(self, request: GenerateRequest) -> tuple[Completion, bool]:
+    async def _completed(self, request: GenerateRequest) -> tuple[Completion, CacheResult]:
         key = await self._key(request)
         if key is None:
             self._metrics.count("uncached")
-            return await self._computed(key, request), False
-        if cached := await self._cached(key):
-            self._metrics.count("hit")
-            return cached, True
-        completion, was_cached = await self._flights.result(f"whole {key}", lambda: self._computed(key, request))
-        self._metrics.count("hit" if was_cached else "miss")
-        return completion, was_cached
+            return await self._computed(key, request), "miss"
+        if cached := await self._cache.get(key):
+            self._metrics.count(cached[1])
+            return cached
+        flight = self._flights.result(f"whole {key.exact}", lambda: self._computed(key, request))
+        completion, is_anothers = await flight
+        result: CacheResult = "hit" if is_anothers else "miss"
+        self._metrics.count(result)
+        return completion, result
 
     async def stream(self, request: GenerateRequest) -> AsyncGenerator[Started | Piece, None]:
         """`Started`, then pieces, within `request_timeout_s` altogether. A cached answer is streamed as one piece."""
@@ -117,24 +119,25 @@ class Answering:
                 async for item in items:
                     yield item
             return
-        if cached := await self._cached(key):
-            self._metrics.count("hit")
-            for item in _replay(cached):
-                yield item
+        if cached := await self._cache.get(key):
+            completion, result = cached
+            self._metrics.count(result)
+            for piece in _replay(completion, result):
+                yield piece
             return
-        async with aclosing(self._flights.stream(key, lambda: self._streamed(key, request))) as shared:
+        async with aclosing(self._flights.stream(key.exact, lambda: self._streamed(key, request))) as shared:
             async for item, is_anothers in shared:
                 if isinstance(item, Started):
                     self._metrics.count("hit" if is_anothers else "miss")
-                yield replace(item, was_cached=True) if is_anothers and isinstance(item, Started) else item
+                yield replace(item, cache="hit") if is_anothers and isinstance(item, Started) else item
 
-    async def _computed(self, key: str | None, request: GenerateRequest) -> Completion:
+    async def _computed(self, key: AnswerKey | None, request: GenerateRequest) -> Completion:
         completion = await self._call(lambda: self._generator.complete.remote(request))
         self._charge(completion.prompt_tokens + completion.completion_tokens)
         self._keep(key, request, completion)
         return completion
 
-    async def _streamed(self, key: str | None, request: GenerateRequest) -> AsyncGenerator[Started | Piece, None]:
+    async def _streamed(self, key: AnswerKey | None, request: GenerateRequest) -> AsyncGenerator[Started | Piece, None]:
         deadline = asyncio.get_running_loop().time() + self.config.request_timeout_s
         collector, num_tokens = None, 0
         try:
@@ -230,33 +233,37 @@ class Answering:
 
     # --- the cache ---
 
-    async def _key(self, request: GenerateRequest) -> str | None:
-        """None for a request whose answer must not be cached, because the next one may differ."""
-        if not request.is_deterministic:
+    async def _key(self, request: GenerateRequest) -> AnswerKey | None:
+        """None for a request whose answer must not be cached, or whose model is none that is loaded."""
+        if not self._cache.takes(request):
             return None
-        if request.model not in self._models or time.monotonic() > self._models_until:
-            await self.models()
-        model = self._models.get(request.model)
+        model = await self._loaded(request.model)
+        if model is None:
+            return None
         key = current_key.get()
-        tenant = None if key is None else key.name  # what one has asked is nothing that another can find out
-        return cache_key(model.hash, tenant=tenant, **request.identity()) if model else None
+        return self._cache.key(request, model_hash=model.hash, tenant=None if key is None else key.name)
 
-    async def _cached(self, key: str) -> Completion | None:
-        values = await self._cache.get(key)
-        try:
-            return Completion.from_json(values) if values else None
-        except (KeyError, TypeError):  # another program's value in a shared server
-            logger.warning("response cache: an entry of another format was ignored")
-            return None
+    async def _loaded(self, name: str) -> ModelInfo | None:
+        """What is known of the model, no longer than `_MODELS_FOR_S` ago. In use, it is asked before anyone waits."""
+        left_s = self._models_until - time.monotonic()
+        if name not in self._models or left_s < 0:
+            await self.models()
+        elif left_s < _MODELS_FOR_S / 2 and (self._refresh is None or self._refresh.done()):
+            self._refresh = asyncio.get_running_loop().create_task(self._refreshed())
+        return self._models.get(name)
 
-    def _keep(self, key: str | None, request: GenerateRequest, completion: Completion) -> None:
+    async def _refreshed(self) -> None:
+        with suppress(ApiError):  # who needs it will be told
+            await self.models()
+
+    def _keep(self, key: AnswerKey | None, request: GenerateRequest, completion: Completion) -> None:
         if key is None:
             return
         known = self._models.get(request.model)  # None where another request has forgotten them in the meantime
         if known is None or completion.model_hash != known.hash:
             self._models = {}  # a replica was replaced and has loaded other weights; the key is for the old ones
             return
-        self._cache.put(key, completion.to_json())
+        self._cache.put(key, completion)
 
 
 class Stopwatch:
@@ -289,8 +296,8 @@ def _cancel(response: Any) -> None:
         response.cancel()
 
 
-def _replay(completion: Completion) -> list[Started | Piece]:
-    started = Started(completion.model_hash, completion.prompts, was_cached=True)
+def _replay(completion: Completion, result: CacheResult) -> list[Started | Piece]:
+    started = Started(completion.model_hash, completion.prompts, result)
     pieces = [
         Piece(index, choice.text, choice.num_tokens, choice.finish_reason, choice.logprobs)
         for index, choice in enumerate(completion.choices)

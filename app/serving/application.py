@@ -1,4 +1,4 @@
-"""The Serve application: four deployments bound to each other. `serve deploy` and `pacos serve` both call `build`."""
+"""The Serve application: deployments bound to each other. `serve deploy` and `pacos serve` both call `build`."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,6 @@ from ray.serve.schema import LoggingConfig
 from app.config import ApplicationConfig, validate
 from app.errors import UserError
 from app.serving.access import KeyRing, keys_of_environment
-from app.serving.cache import CacheDeployment
 from app.serving.generator import GeneratorDeployment
 from app.serving.ingress import IngressDeployment
 from app.serving.limiter import LimiterDeployment
@@ -59,13 +58,6 @@ def build(args: dict[str, Any]) -> Application:
         graceful_shutdown_timeout_s=config.drain_s,
         logging_config=logs,
     )(RetrieverDeployment).bind(config.retriever)
-    cache = serve.deployment(
-        name="cache",
-        ray_actor_options={"num_cpus": 0.1},
-        max_ongoing_requests=_MAX_ONGOING,
-        max_queued_requests=_MAX_ONGOING,
-        logging_config=logs,
-    )(CacheDeployment).bind(config.cache)
     limiter = None
     access = config.access.model_copy(update={"keys": (*config.access.keys, *keys_of_environment())})
     config = config.model_copy(update={"access": access})
@@ -87,7 +79,7 @@ def build(args: dict[str, Any]) -> Application:
         backpressure_config={"status_code": 429, "retry_after_s": 1},
         graceful_shutdown_timeout_s=config.drain_s,
         logging_config=logs.model_copy(update={"enable_access_log": False}),  # `request_log` tells more
-    )(IngressDeployment).bind(config, generator, retriever, cache, limiter)
+    )(IngressDeployment).bind(config, generator, retriever, limiter)
 
 
 def _check_absolute(config: ApplicationConfig) -> None:

@@ -11,7 +11,7 @@ from app.errors import UserError
 from app.serving.launch import check_folders
 
 IMPORT_PATH = "app.serving.application:build"
-DEPLOYMENTS = ("ingress", "generator", "retriever", "cache", "limiter")
+DEPLOYMENTS = ("ingress", "generator", "retriever", "limiter")
 
 
 def is_deploy_file(file: str) -> bool:

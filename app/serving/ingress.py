@@ -20,7 +20,7 @@ from app.serving.chat_schema import ChatChunk, ChatRequest, ChatResponse, ChatSt
 from app.serving.draining import Doorkeeper, RefuseWhenEnding
 from app.serving.embedding_schema import EmbeddingRequest, EmbeddingResponse, embedder_name, embedding_response
 from app.serving.limiter import LimiterClient
-from app.serving.messages import ChatPrompt, GenerateRequest, Piece, Refusal, Started
+from app.serving.messages import CacheResult, ChatPrompt, GenerateRequest, Piece, Refusal, Started
 from app.serving.openai_schema import (
     CompletionRequest,
     CompletionResponse,
@@ -79,13 +79,10 @@ class IngressDeployment:
         config: ApplicationConfig,
         generator: DeploymentHandle,
         retriever: DeploymentHandle,
-        cache: DeploymentHandle,
         limiter: DeploymentHandle | None,
     ) -> None:
         self._limiter = None if limiter is None else LimiterClient(limiter)
-        self._answering = Answering(
-            config, generator=generator, retriever=retriever, cache=cache, limiter=self._limiter
-        )
+        self._answering = Answering(config, generator=generator, retriever=retriever, limiter=self._limiter)
 
         self._door = Doorkeeper()
 
@@ -116,8 +113,8 @@ def create_api(answering: Answering) -> FastAPI:
         """Continue a raw prompt, as OpenAI's completions API does; `stream: true` sends server-sent events."""
         if body.stream:
             return await _streamed(answering, body.to_request(), CompletionStream(body))
-        completion, was_cached = await answering.complete(body.to_request())
-        return JSONResponse(completion_response(body, completion).model_dump(), headers=_cache_header(was_cached))
+        completion, cache = await answering.complete(body.to_request())
+        return JSONResponse(completion_response(body, completion).model_dump(), headers={CACHE_HEADER: cache})
 
     @api.post("/v1/chat/completions", response_model=ChatResponse, responses=_STREAMING)
     async def chat_completions(body: ChatRequest) -> Response:
@@ -129,10 +126,10 @@ def create_api(answering: Answering) -> FastAPI:
         request = body.to_request(passages=tuple(passage["text"] for passage in passages or ()))
         if body.stream:
             return await _streamed(answering, request, ChatStream(body, passages=passages))
-        completion, was_cached = await answering.complete(request)
+        completion, cache = await answering.complete(request)
         citations = None if passages is None else sources(passages[: completion.prompts[0].num_passages])
         response = chat_response(body, completion, citations=citations)
-        return JSONResponse(response.model_dump(), headers=_cache_header(was_cached))
+        return JSONResponse(response.model_dump(), headers={CACHE_HEADER: cache})
 
     @api.post("/v1/search", response_model=SearchResponse, responses=_ERRORS)
     async def search(body: SearchRequest) -> Response:
@@ -143,8 +140,8 @@ def create_api(answering: Answering) -> FastAPI:
     @api.post("/v1/rag", response_model=RagResponse, responses=_ERRORS)
     async def rag(body: RagRequest) -> Response:
         """Answer a question from the indexed documents, with the passages that the answer was drawn from."""
-        answer, was_cached = await answer_question(answering, body)
-        return JSONResponse(answer.model_dump(), headers=_cache_header(was_cached))
+        answer, cache = await answer_question(answering, body)
+        return JSONResponse(answer.model_dump(), headers={CACHE_HEADER: cache})
 
     @api.post("/v1/embeddings", response_model=EmbeddingResponse, responses=_ERRORS)
     async def embeddings(body: EmbeddingRequest) -> Response:
@@ -203,12 +200,12 @@ def create_api(answering: Answering) -> FastAPI:
 async def _plain(answering: Answering, body: PlainRequest, *, in_template: bool) -> Response:
     model = body.model or answering.config.name
     request = body.to_request(model=model, in_template=in_template)
-    completion, was_cached = await answering.complete(request)
+    completion, cache = await answering.complete(request)
     response = plain_response(model, completion, in_template=in_template)
-    return JSONResponse(response.model_dump(), headers=_cache_header(was_cached))
+    return JSONResponse(response.model_dump(), headers={CACHE_HEADER: cache})
 
 
-async def answer_question(answering: Answering, body: RagRequest) -> tuple[RagResponse, bool]:
+async def answer_question(answering: Answering, body: RagRequest) -> tuple[RagResponse, CacheResult]:
     config, watch = answering.config, Stopwatch()
     passages = await answering.search(body.question, top_k=body.top_k or config.retriever.top_k)
     retrieve_s = watch.lap()
@@ -221,7 +218,7 @@ async def answer_question(answering: Answering, body: RagRequest) -> tuple[RagRe
         seed=body.seed,
         stop=tuple(body.stop),
     )
-    completion, was_cached = await answering.complete(request)
+    completion, cache = await answering.complete(request)
     (choice,) = completion.choices
     answer = RagResponse(
         id=new_id("rag"),
@@ -233,7 +230,7 @@ async def answer_question(answering: Answering, body: RagRequest) -> tuple[RagRe
         usage=usage(completion.prompt_tokens, completion.completion_tokens),
         timings=Timings(retrieve_s=retrieve_s, generate_s=watch.lap(), total_s=watch.total()),
     )
-    return answer, was_cached
+    return answer, cache
 
 
 async def _streamed(
@@ -243,10 +240,10 @@ async def _streamed(
     items = answering.stream(request)
     started = await anext(items)
     assert isinstance(started, Started)
-    cached = "hit" if started.was_cached else "miss"
-    note(model=request.model, cache=cached, prompt_tokens=sum(prompt.num_tokens for prompt in started.prompts))
+    num_prompt_tokens = sum(prompt.num_tokens for prompt in started.prompts)
+    note(model=request.model, cache=started.cache, prompt_tokens=num_prompt_tokens)
     # without these, a reverse proxy may gather the events before it sends them on
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **_cache_header(started.was_cached)}
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", CACHE_HEADER: started.cache}
     return StreamingResponse(_events(stream, started, items), media_type="text/event-stream", headers=headers)
 
 
@@ -279,7 +276,3 @@ async def _events(
 
 def _event(message: CompletionResponse | ChatChunk | ErrorResponse) -> str:
     return f"data: {json.dumps(message.model_dump(), ensure_ascii=False).translate(_LINE_ENDS)}\n\n"
-
-
-def _cache_header(was_cached: bool) -> dict[str, str]:
-    return {CACHE_HEADER: "hit" if was_cached else "miss"}

@@ -6,7 +6,7 @@ long, and wrap it.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -32,6 +32,9 @@ class Embeddings:
 
 
 Prompt = str | tuple[int, ...] | ChatPrompt
+
+CacheResult = Literal["hit", "semantic", "miss"]
+"""Whether an answer was there, was there for another wording of the question, or was computed."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,10 @@ class GenerateRequest:
 
     def identity(self) -> dict[str, Any]:
         """All that shapes the answer, besides the model, as JSON values."""
-        return asdict(self) | {"model": None}
+        values = asdict(self) | {"model": None}
+        if self.temperature == 0:  # takes the likeliest token, whatever these say
+            values |= {"seed": None, "top_p": 1.0, "top_k": None, "min_p": 0.0}
+        return values
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ class Started:
 
     model_hash: str
     prompts: tuple[PromptInfo, ...]
-    was_cached: bool = False
+    cache: CacheResult = "miss"
 
 
 @dataclass(frozen=True)

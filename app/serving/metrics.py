@@ -121,7 +121,7 @@ class CacheMetrics:
     """Of one ingress replica: where answers came from."""
 
     def __init__(self) -> None:
-        text = "Requests by what the response cache had: `hit`, `miss`, or `uncached`, which may not be cached."
+        text = "Requests by what the response cache had: `hit`, `semantic`, `miss`, or `uncached`: not to be cached."
         self._requests = _counter("response_cache_requests", text, ("result",))
 
     def count(self, result: str) -> None:

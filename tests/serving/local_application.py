@@ -13,7 +13,6 @@ import uvicorn
 
 from app.config import ApplicationConfig
 from app.serving.answering import Answering
-from app.serving.cache import CacheDeployment
 from app.serving.generator import GeneratorDeployment
 from app.serving.ingress import create_api
 from app.serving.retriever import RetrieverDeployment
@@ -65,11 +64,7 @@ class LocalStream:
 def served_here(config: ApplicationConfig) -> Iterator[str]:
     """Yields the URL."""
     generator = GeneratorDeployment(config)
-    deployments = {
-        "generator": generator,
-        "retriever": RetrieverDeployment(config.retriever),
-        "cache": CacheDeployment(config.cache),
-    }
+    deployments = {"generator": generator, "retriever": RetrieverDeployment(config.retriever)}
     answering = Answering(config, **{name: LocalHandle(deployment) for name, deployment in deployments.items()})
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(create_api(answering), log_level="warning"))

@@ -46,6 +46,6 @@ def test_the_shipped_serve_config_is_valid_to_its_last_key():
     assert application.import_path == "app.serving.application:build"
     validate(ApplicationConfig, application.args)
     for deployment in application.deployments:
-        assert deployment.name in {"ingress", "generator", "retriever", "cache"}
+        assert deployment.name in {"ingress", "generator", "retriever"}
         # Serve drops unknown keys in here without a word.
         assert set(deployment.autoscaling_config) <= set(AutoscalingConfig.model_fields)

@@ -31,7 +31,7 @@ def url(ray_cluster, model_dir, delta_dir, index_dir, free_port):
     }  # fmt: skip
     states = []
     yield serve_application(validate(ServeConfig, config), progress=states.append)
-    assert set(states[-1].values()) == {"HEALTHY"} and set(states[-1]) == {"ingress", "generator", "retriever", "cache"}
+    assert set(states[-1].values()) == {"HEALTHY"} and set(states[-1]) == {"ingress", "generator", "retriever"}
     stop_application()
 
 

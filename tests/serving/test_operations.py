@@ -25,7 +25,7 @@ REPOSITORY = Path(__file__).parents[2]
 KEY = "key-of-ana"
 HEADERS = {"authorization": f"Bearer {KEY}"}
 KEY_HASH = hashlib.sha256(KEY.encode()).hexdigest()
-DEPLOYMENTS = {"ingress": 2, "generator": 2, "retriever": 2, "cache": 1, "limiter": 1}
+DEPLOYMENTS = {"ingress": 2, "generator": 2, "retriever": 2, "limiter": 1}
 LONG = {"model": "pacos", "prompt": "An adult alpaca", "max_tokens": 400, "temperature": 1.0}
 KINDS = {
     "whole": ("/v1/completions", LONG),

@@ -55,7 +55,7 @@ class Replicas:
 
 def answering(replicas: Replicas, **settings: Any) -> Answering:
     handle = LocalHandle(replicas)
-    return Answering(ApplicationConfig(**settings), generator=handle, retriever=handle, cache=handle)  # type: ignore[arg-type]
+    return Answering(ApplicationConfig(**settings), generator=handle, retriever=handle)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("end", [DIED, ActorUnavailableError("gone", None), SHUTS_DOWN])
