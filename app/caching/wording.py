@@ -41,7 +41,7 @@ def canonical(text: str) -> str:
     if not _ABOUT_LISTS.search(request):
         request = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), request)
     request = _applied(_QUANTITIES, request)
-    if material:
+    if material and len(_POINTS.findall(request)) == 1:
         request = _applied(_MATERIAL, request)
     request = _applied(_QUESTIONS, request)
     request = _SYMMETRIC.sub(_sorted, request)
@@ -159,7 +159,10 @@ _I_WANT = re.compile(
 )
 _WH = "what|who|whom|whose|which|when|where|why|how"
 _TELL = re.compile(
-    rf"^(?:tell me|explain|describe|do you know|I want to know|I(?: would|'d) like to know) (?=(?:{_WH})\b)"
+    r"^(?:tell me|explain|describe|do you know(?! how| \w+ you)|I want to know|I(?: would|'d) like to know) "
+    rf"(?=(?:{_WH})\b)"
+    # "Explain how many people cope" asks for their ways, "How many people cope?" for their number
+    r"(?!how (?:many|much|few|little)\b)"
 )
 _BE = "is|are|was|were"
 _MEASURES = "old|tall|long|high|deep|wide|heavy|big|large|far|fast|hot|cold"
@@ -223,6 +226,7 @@ _QUANTITIES = _rules(
 
 # --- material that the question is about ---
 
+_POINTS = re.compile(r"\b(?:the following|this|these|that|those)\b")
 _MATERIAL = _rules(
     (r"\bthe following (?=\w+s\b)", "these "),
     (r"\bthe following (?=(?:text|passage|paragraph|sentence|article|review)\b)", "this "),
@@ -244,14 +248,16 @@ _HANDIWORK = (
     "bake|boil|chop|clean|cook|fold|fry|grill|iron|knit|peel|plant|prune|remove|repair|replace|roast|sew|tie|wash"
 )
 _THING = r"[^,.?!;]+"
+_NO_NOUN = rf"(?:{_NOT}|am|be|been|can|will|may|might|of|one|ones|I|you|he|she|it|we|they)\b"
 _QUESTIONS = _rules(
-    (r"^which\b", "what"),
-    (r"^(in|at|on|for|from) which\b", r"\1 what"),
+    # before a noun, or among all; "Which is it?" has an answer that "What is it?" has not
+    (rf"^((?:in|at|on|for|from) )?which (?=(?!{_NO_NOUN})\w)", r"\1what "),
+    (r"^which is (?=the (?:\w+est|most) )", "what is "),
     (r"^in what year did\b", "what year did"),
     # attributes
     (r"\bcapital city of\b", "capital of"),
     (r"^what city is the capital of\b", "what is the capital of"),
-    (rf"^(?:tell me|give me|name|state) the ({_ATTRIBUTES}) of\b", r"what is the \1 of"),
+    (rf"^(?:tell me|give me|name|state) the ({_ATTRIBUTES}) of (?!(?:my|our|your|an?) )", r"what is the \1 of "),
     (rf"^what is ({_THING})'s ({_ATTRIBUTES})$", r"what is the \2 of \1"),
     # "the age of" may be an era
     (rf"^what is ({_THING})'s age$", r"how old is \1"),
@@ -270,7 +276,7 @@ _QUESTIONS = _rules(
     (r"^what (?:author|writer) wrote\b", "who wrote"),
     (r"\bthe biggest (?=(?:planet|country|city|ocean|lake|island|continent|desert|state|animal)\b)", "the largest "),
     (r"\bthe world's (\w+est \w+)$", r"the \1 in the world"),
-    (r"^(how many \w+(?: \w+)?) are there\b", r"\1 are"),
+    (r"^(how many \w+(?: \w+)?) are there (?=(?:in|on|at) )", r"\1 are "),
     # lists
     (r"\b(?:drawbacks|downsides) of\b", "disadvantages of"),
     (rf"^(?:list|name|give me|tell me) the ({_ASPECTS}) of\b", r"what are the \1 of"),
