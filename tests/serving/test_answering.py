@@ -8,7 +8,6 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
 import pytest
-from local_application import LocalHandle
 
 from app.config import ApplicationConfig
 from app.config.serving import ApiKeyConfig
@@ -17,6 +16,7 @@ from app.serving import answering as answering_module
 from app.serving.access import current_key
 from app.serving.answering import Answering
 from app.serving.messages import ChatPrompt, Choice, Completion, GenerateRequest, ModelInfo, Piece, PromptInfo, Started
+from tests.serving.local_application import LocalHandle
 
 
 class Generator:

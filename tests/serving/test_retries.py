@@ -61,7 +61,7 @@ def answering(replicas: Replicas, **settings: Any) -> Answering:
 @pytest.mark.parametrize("end", [DIED, ActorUnavailableError("gone", None), SHUTS_DOWN])
 def test_what_a_replica_did_not_answer_another_does(end) -> None:
     async def main() -> None:
-        assert await answering(Replicas(end, COMPLETION)).complete(REQUEST) == (COMPLETION, False)
+        assert await answering(Replicas(end, COMPLETION)).complete(REQUEST) == (COMPLETION, "miss")
         assert await answering(Replicas(end, [])).search("hay?", top_k=1) == []
 
     asyncio.run(main())
