@@ -44,8 +44,9 @@ def canonical(text: str) -> str:
     if material and len(_POINTS.findall(request)) == 1:
         request = _applied(_MATERIAL, request)
     request = _applied(_QUESTIONS, request)
-    request = _SYMMETRIC.sub(_sorted, request)
-    return f"{request}\n{material}" if material else request
+    if material:  # it may speak of "the former"
+        return f"{request}\n{material}"
+    return _SYMMETRIC.sub(_sorted, request)
 
 
 def is_about_words(text: str) -> bool:
@@ -86,8 +87,8 @@ def _parted(text: str) -> tuple[str, str]:
     """(what is asked, the material that it is asked of)."""
     text = text.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
     found = _MATERIAL_BEGINS.search(text)
-    request, material = (text[: found.start()], text[found.start() :]) if found else (text, "")
-    return " ".join(unicodedata.normalize("NFC", request).split()), material
+    request = (text[: found.start()] if found else text).rstrip()
+    return " ".join(unicodedata.normalize("NFC", request).split()), text[len(request) :] if found else ""
 
 
 def _decapitalized(request: str) -> str:

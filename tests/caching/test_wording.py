@@ -101,6 +101,8 @@ def test_final_marks_and_a_questions_first_capital_count_for_nothing():
         ("Sort:\n3\n1", "Sort:\n3\n 1"),
         ("What does `x = 1_000` do?", "What does `x = 1000` do?"),
         ("What is f(seven)?", "What is f(7)?"),
+        ("What is f(x)?", "What is f (x)?"),
+        ("Compare cats and dogs: the former first.", "Compare dogs and cats: the former first."),
         ("Reply to “I can't”", "Reply to “I cannot”"),
         ("What is 2³?", "What is 23?"),
         ("¿Qué es el tiempo?", "Qué es el tiempo?"),
