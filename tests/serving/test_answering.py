@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
+import httpx
 import pytest
 
 from app.config import ApplicationConfig
@@ -15,6 +16,7 @@ from app.data.records import Message
 from app.serving import answering as answering_module
 from app.serving.access import current_key
 from app.serving.answering import Answering
+from app.serving.ingress import create_api
 from app.serving.messages import ChatPrompt, Choice, Completion, GenerateRequest, ModelInfo, Piece, PromptInfo, Started
 from tests.serving.local_application import LocalHandle
 
@@ -82,6 +84,26 @@ def test_an_answer_is_computed_once_and_found_by_its_request_and_by_another_word
         assert await streamed(answers, asked("What's the capital of Chile?")) == ("first 2", "miss")
         assert await whole(answers, asked("Please tell me the capital of Chile.")) == ("first 2", "semantic")
         assert generator.num_answers == 2
+
+    run(scenario)
+
+
+def test_the_header_says_whether_and_how_an_answer_was_found():
+    async def scenario() -> None:
+        transport = httpx.ASGITransport(create_api(answering(Generator(), semantic=True)))
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+
+            async def header(question: str, **fields: Any) -> str:
+                messages = [{"role": "user", "content": question}]
+                body = {"model": "pacos", "messages": messages, "temperature": 0, "max_tokens": 9} | fields
+                response = await client.post("/v1/chat/completions", json=body)
+                assert response.status_code == 200 and "first 1" in response.text
+                return response.headers["x-pacos-cache"]
+
+            assert [await header(QUESTION), await header(QUESTION)] == ["miss", "hit"]
+            for stream in (False, True):
+                assert await header(QUESTION, stream=stream) == "hit"
+                assert await header("Can you tell me the capital of Peru?", stream=stream) == "semantic"
 
     run(scenario)
 
