@@ -59,6 +59,8 @@ SourceName = Annotated[str, AfterValidator(_source)]
 
 SearchMode = Literal["hybrid", "dense", "words"]
 """How passages are found: by meaning (embeddings), by words (BM25), or by both lists together."""
+VectorKind = Literal["auto", "flat", "hnsw", "ivf_pq"]
+"""How vectors are searched: one by one, exactly; along a graph; compressed, in lists. auto goes by their number."""
 
 
 class Config(BaseModel):

@@ -18,7 +18,9 @@ from app.config.base import (
     Precision,
     Seed,
     StorageName,
+    VectorKind,
 )
+from app.config.documents import ChunkingConfig, ReadingConfig
 from app.config.methods import LoraConfig, MethodConfig
 from app.config.tracking import RegisteredName, StoreConfig, TrackingConfig
 
@@ -283,24 +285,20 @@ class EvaluateConfig(Config):
         return self
 
 
-class IndexConfig(Config):
+class IndexConfig(ChunkingConfig):
     """`pacos index`: a folder of documents to a searchable index."""
 
     documents: LocalPath
-    """Folder (searched recursively for .md and .txt) or one file."""
+    """Folder (searched recursively for .md, .txt, .html and .pdf) or one file."""
     output: LocalPath
     embedder: ModelName = "embedded"
     """`embedded`, a sentence-transformers folder, or a Hugging Face name."""
-    chunk_words: Annotated[int, Field(ge=10)] = 90
-    overlap_words: Annotated[int, Field(ge=0)] = 20
+    vectors: VectorKind = "auto"
+    """How they are searched: `flat` one by one and exactly, `hnsw` along a graph, `ivf_pq` compressed in lists; auto
+    takes the first up to 50,000, the second up to 2,000,000."""
+    reading: ReadingConfig = ReadingConfig()
     batch_size: Positive = 64
     workers: WorkersConfig = WorkersConfig(count=1)
-
-    @model_validator(mode="after")
-    def _check(self) -> "IndexConfig":
-        if self.overlap_words >= self.chunk_words:
-            raise ValueError(f"overlap_words={self.overlap_words} must be less than chunk_words={self.chunk_words}")
-        return self
 
 
 class GenerateConfig(Config):

@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr
 
-from app.config.base import Config, LocalPath, Positive, SearchMode
+from app.config.base import Config, LocalPath, Positive, SearchMode, VectorKind
+from app.config.documents import ChunkingConfig, ReadingConfig
 from app.config.tracking import StoreConfig
 
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -36,16 +37,38 @@ class GeneratorConfig(Config):
     device: Literal["cpu", "cuda"] = "cpu"
 
 
+class UploadsConfig(ChunkingConfig):
+    max_bytes: Positive = 20_000_000
+    """Of a request to /v1/documents."""
+    max_files: Positive = 50
+    """Of a request."""
+    resource: str | None = None
+    """Of Ray, that the machine with the folder has and no other (`node:10.0.0.7`): keeps the deployment there."""
+    reading: ReadingConfig = ReadingConfig()
+
+
 class RetrieverConfig(Config):
     index: str | None = None
-    """Folder that `pacos index` wrote; none turns /v1/rag off."""
+    """Folder that `pacos index` wrote; without it and `documents`, /v1/rag is off."""
+    documents: str | None = None
+    """Folder for documents that are uploaded to /v1/documents, on a disk of the machine that the deployment `documents`
+    runs on; none turns that off. While it is new, the documents of `index` are taken in."""
+    uploads: UploadsConfig = UploadsConfig()
     embedder: str | None = None
-    """Of /v1/embeddings: `embedded`, a sentence-transformers folder, or a Hugging Face name; none: the index's, without
-    an index the embedded one. An index is searched with the embedder that made it."""
+    """Of uploads and /v1/embeddings: `embedded`, a sentence-transformers folder, or a Hugging Face name; none: the
+    index's, without an index the embedded one. An index is searched with the embedder that made it."""
+    vectors: VectorKind = "auto"
+    """Of uploads, as in `pacos index`."""
+    threads: Positive = 2
+    """For building a graph (hnsw) or lists (ivf_pq) over uploads."""
     search: SearchMode = "hybrid"
     """By meaning (`dense`), by words (BM25), or by both, if the request does not say."""
     top_k: Positive = 3
     """Passages put before the model, if the request does not say."""
+    reranker: str | None = None
+    """A cross-encoder, by folder or Hugging Face name, that puts what was found into a better order; none: as found."""
+    rerank: Positive = 30
+    """Passages that it reads for a question: each costs a pass through the model."""
 
 
 class MemoryCacheConfig(Config):

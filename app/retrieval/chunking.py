@@ -5,12 +5,16 @@ its place. Knows no vectors and no files.
 """
 
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-_WORD = re.compile(r"\S+")
-_HEADING = re.compile(r"^ {0,3}(#{1,6})[ \t]+(.+?)[ \t]*#*[ \t]*$", re.MULTILINE)
+# No pattern may need more than one pass over a text that someone made for it.
+_WORD = re.compile(r"\S{1,100}")  # what is longer is no word, and must not make a chunk of its own length
+_HEADING = re.compile(r"^ {0,3}#{1,6}[ \t]+(\S.*)$", re.MULTILINE)
+_CLOSING = re.compile(r"(?:^|[ \t])#+$")
 _FENCE = re.compile(r"^ {0,3}(```+|~~~+)", re.MULTILINE)
+_NOWHERE = (sys.maxsize, sys.maxsize)
 _PARAGRAPH_END = re.compile(r"\n[ \t]*\n")
 
 
@@ -19,12 +23,17 @@ class Document:
     name: str
     """Path below the folder of documents, with forward slashes: unique in an index."""
     text: str
+    given_title: str = ""
+    is_markdown: bool | None = None
+    """Whether its headings part it; None: by its name."""
 
     @property
     def title(self) -> str:
-        """The first Markdown heading, else the file's name."""
-        heading = next(_headings(self.text), None) if is_markdown(self.name) else None
-        return heading.group(2) if heading else self.name.rsplit("/", 1)[-1]
+        """The one that was given, else the first Markdown heading, else the file's name."""
+        if self.given_title:
+            return self.given_title
+        heading = next(_headings(self), None)
+        return heading.text if heading else self.name.rsplit("/", 1)[-1]
 
 
 @dataclass(frozen=True)
@@ -43,10 +52,6 @@ class Chunk:
         return f"{self.title}\n\n{self.text}"
 
 
-def is_markdown(name: str) -> bool:
-    return name.lower().endswith(".md")
-
-
 def chunk_document(document: Document, *, chunk_words: int, overlap_words: int) -> Iterator[Chunk]:
     """Chunks of at most `chunk_words` words, in reading order.
 
@@ -63,18 +68,37 @@ def chunk_document(document: Document, *, chunk_words: int, overlap_words: int) 
 def _sections(document: Document) -> Iterator[tuple[str, int, int]]:
     """(heading, start, end) of the text under each heading; a plain-text document is one section."""
     heading, start = "", 0
-    for match in _headings(document.text) if is_markdown(document.name) else ():
-        yield heading, start, match.start()
-        heading, start = match.group(2), match.end()
+    for found in _headings(document):
+        yield heading, start, found.start
+        heading, start = found.text, found.end
     yield heading, start, len(document.text)
 
 
-def _headings(text: str) -> Iterator[re.Match[str]]:
+@dataclass(frozen=True)
+class _Heading:
+    text: str
+    start: int
+    end: int
+
+
+def _headings(document: Document) -> Iterator[_Heading]:
     """Markdown headings; a line of a fenced code block that starts with # is none."""
-    fenced = _fenced_ranges(text)
-    for match in _HEADING.finditer(text):
-        if not any(start <= match.start() < end for start, end in fenced):
-            yield match
+    is_markdown = document.is_markdown
+    if not (document.name.lower().endswith((".md", ".markdown")) if is_markdown is None else is_markdown):
+        return
+    fenced = iter(_fenced_ranges(document.text))
+    start, end = next(fenced, _NOWHERE)
+    for match in _HEADING.finditer(document.text):
+        while end <= match.start():
+            start, end = next(fenced, _NOWHERE)
+        if match.start() < start:
+            yield _Heading(_without_closing(match[1].rstrip()), match.start(), match.end())
+
+
+def _without_closing(heading: str) -> str:
+    """`## Food ##` is titled as `## Food` is."""
+    found = _CLOSING.search(heading[-100:])
+    return heading[: -len(found[0])].rstrip() if found else heading
 
 
 def _fenced_ranges(text: str) -> list[tuple[int, int]]:

@@ -1,12 +1,12 @@
-"""A folder of .md and .txt files -> documents, and a list of the files that had to be left out, with the reason."""
+"""A folder of files -> documents, and a list of the files that had to be left out, with the reason."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from app.config.documents import ReadingConfig
 from app.errors import UserError
 from app.retrieval.chunking import Document
-
-SUFFIXES = (".md", ".txt")
+from app.retrieval.reading import SUFFIXES, File, Unreadable, kind_of, read_file
 
 
 @dataclass(frozen=True)
@@ -15,8 +15,9 @@ class Skipped:
     reason: str
 
 
-def read_documents(source: str) -> tuple[list[Document], list[Skipped]]:
-    """Every .md and .txt file of the folder `source` and its subfolders, or that one file, in order of their names.
+def read_documents(source: str, reading: ReadingConfig | None = None) -> tuple[list[Document], list[Skipped]]:
+    """Every text, Markdown, HTML and PDF file of the folder `source` and its subfolders, or that one file, in order of
+    their names.
 
     Hidden files and folders are passed over. Line ends become \\n, and a byte order mark goes.
 
@@ -26,7 +27,7 @@ def read_documents(source: str) -> tuple[list[Document], list[Skipped]]:
     root = Path(source).expanduser()
     documents, skipped = [], []
     for name, file in _files(root, source):
-        document = _read(name, file)
+        document = _read(name, file, reading or ReadingConfig())
         if isinstance(document, Document):
             documents.append(document)
         else:
@@ -45,7 +46,7 @@ def _files(root: Path, source: str) -> list[tuple[str, Path]]:
     files = sorted((file.relative_to(root), file) for file in root.rglob("*") if file.suffix.lower() in SUFFIXES)
     found = [(name.as_posix(), file) for name, file in files if file.is_file() and not _is_hidden(name)]
     if not found:
-        raise UserError(f"documents={source!r} holds no {' or '.join(SUFFIXES)} file")
+        raise UserError(f"documents={source!r} holds none of {', '.join(SUFFIXES)}")
     return found
 
 
@@ -53,11 +54,10 @@ def _is_hidden(name: Path) -> bool:
     return any(part.startswith(".") for part in name.parts)
 
 
-def _read(name: str, file: Path) -> Document | Skipped:
+def _read(name: str, file: Path, reading: ReadingConfig) -> Document | Skipped:
     try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        return Skipped(name, f"byte {error.start} is not UTF-8; convert it, for example with iconv -f LATIN1 -t UTF-8")
+        return read_file(File(name, file.read_bytes(), kind_of(name) or "text"), reading)
+    except Unreadable as error:
+        return Skipped(name, str(error))
     except OSError as error:
         return Skipped(name, f"cannot be read: {error.strerror}")
-    return Document(name, text) if text.strip() else Skipped(name, "empty")

@@ -13,10 +13,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from app.atomic import check_replaceable, replaced_folder
+from app.config.base import VectorKind
 from app.errors import UserError
 from app.retrieval.chunking import Chunk, Document
-from app.retrieval.index import write_vectors
 from app.retrieval.store import write_store
+from app.retrieval.vector_build import build_vectors
 
 DOCUMENTS, VECTORS, MANIFEST = "documents.sqlite", "vectors.faiss", "manifest.json"
 _FILES = (MANIFEST, DOCUMENTS, VECTORS)
@@ -53,7 +54,14 @@ def check_output(folder: Path) -> None:
 
 
 def write_index(
-    folder: Path, *, documents: Sequence[Document], chunks: Sequence[Chunk], vectors: np.ndarray, manifest: Manifest
+    folder: Path,
+    *,
+    documents: Sequence[Document],
+    chunks: Sequence[Chunk],
+    vectors: np.ndarray,
+    manifest: Manifest,
+    kind: VectorKind = "auto",
+    threads: int = 1,
 ) -> Manifest:
     """Write the index, and put it in the place of the old one once it is complete.
 
@@ -62,8 +70,11 @@ def write_index(
     """
     with replaced_folder(folder.resolve(), contents=_FILES) as staging:
         write_store(staging / DOCUMENTS, documents, chunks)
-        write_vectors(staging / VECTORS, vectors)
-        hashes = {"documents_sha256": _sha256(staging / DOCUMENTS), "vectors_sha256": _sha256(staging / VECTORS)}
+        build_vectors(staging / VECTORS, vectors, kind=kind, threads=threads)
+        hashes = {
+            "documents_sha256": file_sha256(staging / DOCUMENTS),
+            "vectors_sha256": file_sha256(staging / VECTORS),
+        }
         manifest = manifest.model_copy(update=hashes)
         (staging / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return manifest
@@ -87,7 +98,7 @@ def read_manifest(folder: Path) -> Manifest:
     if manifest.format != FORMAT:
         raise damaged(folder, f"{MANIFEST} has format {manifest.format}, but {FORMAT} is due")
     for name, expected in ((DOCUMENTS, manifest.documents_sha256), (VECTORS, manifest.vectors_sha256)):
-        if _sha256(folder / name) != expected:
+        if file_sha256(folder / name) != expected:
             raise damaged(folder, f"{name} does not match its hash in {MANIFEST}")
     return manifest
 
@@ -96,6 +107,6 @@ def damaged(folder: Path, problem: str) -> UserError:
     return UserError(f"index={str(folder)!r}: {problem}; build it again with `pacos index`")
 
 
-def _sha256(file: Path) -> str:
+def file_sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

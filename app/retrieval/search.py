@@ -1,17 +1,19 @@
-"""A question -> the passages of an index that come nearest to it, by meaning, by words or by both. Knows no HTTP and no
-language model."""
+"""A question -> the passages that come nearest to it, by meaning, by words or by both. Knows no HTTP and no language
+model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
+
+import numpy as np
 
 from app.config.base import SearchMode
 from app.errors import UserError
-from app.retrieval.chunking import Chunk
 from app.retrieval.embedding import Embedder, embedder_hash
 from app.retrieval.folder import DOCUMENTS, VECTORS, Manifest, damaged, read_manifest
 from app.retrieval.index import VectorIndex
-from app.retrieval.store import Store
+from app.retrieval.store import Chunks, FoundChunk, open_store
 
 LEXICAL_WEIGHT = 2.0
 """What a place in the list by words counts for, where one in the list by meaning counts 1. On Cranfield the embedded
@@ -27,14 +29,24 @@ class Passage:
     """Text from a document. It is data: nothing in it is to be fetched or obeyed."""
 
     document: str
+    """Its name."""
+    document_id: str
+    """Of an uploaded document what /v1/documents calls it, of an index's its name."""
     title: str
     chunk: int
+    """Its id in the index or library."""
     start: int
     end: int
     """Characters of the document, `end` excluded."""
     text: str
     score: float
     """1 for a passage that is first by every way of searching, less further down; above 0."""
+
+
+class Vectors(Protocol):
+    """A `VectorIndex` or `LiveVectors`."""
+
+    def search(self, query: np.ndarray, *, top_k: int) -> list[tuple[int, float]]: ...
 
 
 class Searcher:
@@ -53,28 +65,42 @@ class Searcher:
             self._vectors = VectorIndex(folder / VECTORS)
         except RuntimeError as error:
             raise damaged(folder, f"FAISS cannot read {VECTORS} ({error})") from None
-        self._store = Store(folder / DOCUMENTS)
+        self._chunks = open_store(folder / DOCUMENTS)
+
+    @property
+    def version(self) -> str:
+        """Another one for other documents."""
+        return self.manifest.documents_sha256
 
     def search(self, query: str, *, top_k: int, mode: SearchMode = "hybrid") -> list[Passage]:
-        """The `top_k` nearest passages, best first; none for a query without a single known word.
+        """As `search_passages`."""
+        return search_passages(query, self.embedder, self._vectors, self._chunks, top_k=top_k, mode=mode)
 
-        `dense` goes by the embeddings' similarity, `words` by BM25; `hybrid` puts both lists together.
-        """
-        depth = max(DEPTH, top_k)
-        ranked: dict[str, Sequence[int]] = {}
-        if mode != "words":
-            ranked["dense"] = self._by_meaning(query, depth)
-        if mode != "dense":
-            ranked["words"] = self._store.search(query, top_k=depth)
-        hits = fused(ranked, weights={"dense": 1.0, "words": LEXICAL_WEIGHT})[:top_k]
-        chunks = self._store.chunks([number for number, _ in hits])
-        return [_passage(number, chunks[number], score) for number, score in hits]
 
-    def _by_meaning(self, query: str, top_k: int) -> list[int]:
-        (vector,) = self.embedder.embed([query])
-        if not vector.any():
-            return []
-        return [number for number, _ in self._vectors.search(vector, top_k=top_k)]
+def search_passages(
+    query: str, embedder: Embedder, vectors: Vectors, chunks: Chunks, *, top_k: int, mode: SearchMode
+) -> list[Passage]:
+    """The `top_k` nearest passages, best first; none for a query without a single known word.
+
+    `dense` goes by the embeddings' similarity, `words` by BM25; `hybrid` puts both lists together.
+    """
+    depth = max(DEPTH, top_k)
+    ranked: dict[str, Sequence[int]] = {}
+    if mode != "words":
+        ranked["dense"] = _by_meaning(query, embedder, vectors, depth)
+    if mode != "dense":
+        ranked["words"] = chunks.search(query, top_k=depth)
+    hits = fused(ranked, weights={"dense": 1.0, "words": LEXICAL_WEIGHT})[:top_k]
+    found = chunks.get([number for number, _ in hits])
+    # one that is not found has gone in this very moment
+    return [_passage(number, found[number], score) for number, score in hits if number in found]
+
+
+def _by_meaning(query: str, embedder: Embedder, vectors: Vectors, top_k: int) -> list[int]:
+    (vector,) = embedder.embed([query])
+    if not vector.any():
+        return []
+    return [number for number, _ in vectors.search(vector, top_k=top_k)]
 
 
 def fused(ranked: Mapping[str, Sequence[int]], *, weights: Mapping[str, float]) -> list[tuple[int, float]]:
@@ -102,9 +128,10 @@ def _embedder(folder: Path, manifest: Manifest) -> Embedder:
     return embedder
 
 
-def _passage(number: int, chunk: Chunk, score: float) -> Passage:
+def _passage(number: int, chunk: FoundChunk, score: float) -> Passage:
     return Passage(
         document=chunk.document,
+        document_id=chunk.document_id,
         title=chunk.title,
         chunk=number,
         start=chunk.start,

@@ -1,15 +1,17 @@
 """Documents and chunks in one SQLite file: the source of truth for texts, and how they are found by words.
 
-Knows no vectors.
+Knows no vectors, and no changes: `library.py` has documents that come and go.
 """
 
 import re
 import sqlite3
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from app.retrieval.chunking import Chunk, Document
+from app.retrieval.reading import Kind, kind_of
 
 _SCHEMA = """
 CREATE TABLE documents (
@@ -34,8 +36,6 @@ CREATE VIRTUAL TABLE words USING fts5 (
 _WORD = re.compile(r"\w+")
 _MOST_WORDS = 100
 """Of a query; the rest of a longer one is not looked up."""
-_CHUNK = 'SELECT chunks.id, name, chunks.title, start, "end", chunks.text FROM chunks JOIN documents ON documents.id = '
-_CHUNK += "document_id"
 
 
 def write_store(file: Path, documents: Iterable[Document], chunks: Sequence[Chunk]) -> None:
@@ -59,23 +59,50 @@ def write_store(file: Path, documents: Iterable[Document], chunks: Sequence[Chun
         connection.close()
 
 
-class Store:
-    """Reading, from any thread, of a file that `write_store` made.
+def stored_documents(file: Path) -> Iterator[tuple[Document, Kind]]:
+    """The documents of a file that `write_store` made, as they were read."""
+    connection = _read_only(file)
+    try:
+        for name, title, text in connection.execute("SELECT name, title, text FROM documents ORDER BY id"):
+            kind = kind_of(name) or "text"
+            yield Document(name, text, given_title=title, is_markdown=kind in ("markdown", "html")), kind
+    finally:
+        connection.close()
+
+
+def open_store(file: Path) -> "Chunks":
+    """Of a file that `write_store` made; a document's id is its name.
 
     The file is never changed in place: a new index replaces its whole folder. So it is opened as immutable, without
     locks or journals, and works on a read-only disk.
     """
+    return Chunks(_read_only(file), key="name")
 
-    def __init__(self, file: Path) -> None:
-        uri = f"{file.resolve().as_uri()}?mode=ro&immutable=1"
-        self._connection = sqlite3.connect(uri, uri=True, check_same_thread=False)
+
+def _read_only(file: Path) -> sqlite3.Connection:
+    return sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro&immutable=1", uri=True, check_same_thread=False)
+
+
+@dataclass(frozen=True)
+class FoundChunk(Chunk):
+    document_id: str
+
+
+class Chunks:
+    """What can be searched, over an open database with tables `documents`, `chunks`, `words`. From any thread."""
+
+    def __init__(self, connection: sqlite3.Connection, *, key: str) -> None:
+        """`key`: the column of `documents` that holds its id as others know it."""
+        self._connection = connection
+        self._chunk = f"""SELECT chunks.id, name, chunks.title, start, "end", chunks.text, documents.{key}
+            FROM chunks JOIN documents ON documents.id = document_id"""
         self._lock = threading.Lock()
 
-    def chunks(self, ids: Sequence[int]) -> dict[int, Chunk]:
+    def get(self, ids: Sequence[int]) -> dict[int, FoundChunk]:
         """The chunks with these ids; one that does not exist is left out."""
         marks = ", ".join("?" * len(ids))
-        rows = self._rows(f"{_CHUNK} WHERE chunks.id IN ({marks})", [int(number) for number in ids])
-        return {number: Chunk(*fields) for number, *fields in rows}
+        rows = self._rows(f"{self._chunk} WHERE chunks.id IN ({marks})", [int(number) for number in ids])
+        return {number: FoundChunk(*fields) for number, *fields in rows}
 
     def search(self, query: str, *, top_k: int) -> list[int]:
         """Ids of the `top_k` chunks that have most of the words of `query`, best first, by BM25 (Robertson and Zaragoza
@@ -88,6 +115,9 @@ class Store:
             "SELECT rowid FROM words WHERE words MATCH ? ORDER BY rank, rowid LIMIT ?", [any_of_them, top_k]
         )
         return [number for (number,) in rows]
+
+    def ids(self) -> list[int]:
+        return [number for (number,) in self._rows("SELECT id FROM chunks", [])]
 
     def close(self) -> None:
         self._connection.close()

@@ -18,6 +18,7 @@ from app.config.base import SearchMode
 from app.serving.access import current_key
 from app.serving.api_errors import ApiError
 from app.serving.cache import AnswerCache, AnswerKey
+from app.serving.documents import NO_LIBRARY
 from app.serving.limiter import LimiterClient
 from app.serving.messages import (
     SHUTTING_DOWN,
@@ -29,6 +30,7 @@ from app.serving.messages import (
     ModelInfo,
     Piece,
     Refusal,
+    Retrieved,
     Started,
 )
 from app.serving.metrics import CacheMetrics
@@ -55,12 +57,14 @@ class Answering:
         *,
         generator: DeploymentHandle,
         retriever: DeploymentHandle,
+        documents: DeploymentHandle | None = None,
         limiter: LimiterClient | None = None,
     ) -> None:
         self.config = config
         self._generator = generator
         self._streaming = generator.options(stream=True)
         self._retriever = retriever
+        self._documents = documents
         self._cache = AnswerCache(config.cache)
         self._limiter = limiter
         self._flights = SingleFlight()
@@ -76,7 +80,7 @@ class Answering:
         self._models_until = time.monotonic() + _MODELS_FOR_S
         return models
 
-    async def search(self, question: str, *, top_k: int, mode: SearchMode | None = None) -> list[dict[str, Any]]:
+    async def search(self, question: str, *, top_k: int, mode: SearchMode | None = None) -> Retrieved:
         return await self._call(lambda: self._retriever.search.remote(question, top_k, mode))
 
     async def embed(self, texts: Sequence[str], *, dimensions: int | None) -> Embeddings:
@@ -84,6 +88,14 @@ class Answering:
         self._charge(embeddings.num_tokens)
         note(prompt_tokens=embeddings.num_tokens)
         return embeddings
+
+    async def documents(self, method: str, *args: Any) -> Any:
+        """What `method` of the documents deployment answers. It is not asked again where its replica ends: the change
+        may be made."""
+        if self._documents is None:
+            raise ApiError(NO_LIBRARY)
+        deadline = asyncio.get_running_loop().time() + self.config.request_timeout_s
+        return await self._call_once(getattr(self._documents, method).remote(*args), deadline)
 
     async def complete(self, request: GenerateRequest) -> tuple[Completion, CacheResult]:
         """The answer, and whether it came from the cache, or from an equal request that ran already."""

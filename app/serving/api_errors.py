@@ -6,7 +6,9 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.serving.messages import Refusal
@@ -48,7 +50,9 @@ def add_error_handlers(api: FastAPI) -> None:
         if error.status_code in (404, 405):
             message = f"{request.method} {request.url.path}: {error.detail.lower()}; /docs lists what there is"
         response = refuse(Refusal(error.status_code, message, code=code))
-        response.headers.update(error.headers or {})  # such as `Allow`
+        response.headers.update(error.headers or {})
+        if error.status_code == 405:  # the framework names the methods of the path's first route alone
+            response.headers["Allow"] = ", ".join(sorted(_methods(api, request.scope)))
         return response
 
     @api.exception_handler(Exception)
@@ -56,34 +60,42 @@ def add_error_handlers(api: FastAPI) -> None:
         return refuse(INTERNAL_ERROR)  # the framework logs the traceback
 
 
-class BodyLimit:
-    """ASGI middleware: a request body over `max_bytes` gets a 413, before the rest of it is read."""
+def _methods(api: FastAPI, scope: Scope) -> set[str]:
+    """That some route takes at this path."""
+    fitting = (route for route in api.routes if isinstance(route, Route | APIRoute))
+    return {method for route in fitting if route.matches(scope)[0] != Match.NONE for method in route.methods or ()}
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+
+class BodyLimit:
+    """ASGI middleware: a request body over `max_bytes` gets a 413, before the rest of it is read. Below the path of
+    `uploads` its own limit counts."""
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int, uploads: tuple[str, int]) -> None:
         self.app = app
-        self.max_bytes = max_bytes
+        self._max_bytes = max_bytes
+        self._uploads_path, self._uploads_max_bytes = uploads
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        max_bytes, setting = self._max_bytes, "max_body_bytes"
+        if scope["path"].startswith(self._uploads_path):
+            max_bytes, setting = self._uploads_max_bytes, "retriever.uploads.max_bytes"
+        message = f"the request body is larger than {max_bytes} bytes, this server's {setting}"
         declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared[:20]) > self.max_bytes:
-            return await refuse(self._refusal())(scope, receive, send)
+        if declared.isdigit() and int(declared[:20]) > max_bytes:
+            return await refuse(Refusal(413, message, code="body_too_large"))(scope, receive, send)
         received = 0
 
         async def limited_receive() -> Message:
             nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self.max_bytes:
-                raise HTTPException(413, self._refusal().message)
-            return message
+            part = await receive()
+            received += len(part.get("body", b""))
+            if received > max_bytes:
+                raise HTTPException(413, message)
+            return part
 
         await self.app(scope, limited_receive, send)
-
-    def _refusal(self) -> Refusal:
-        message = f"the request body is larger than {self.max_bytes} bytes, this server's max_body_bytes"
-        return Refusal(413, message, code="body_too_large")
 
 
 def _invalid(errors: Any) -> Refusal:

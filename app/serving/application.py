@@ -10,6 +10,7 @@ from ray.serve.schema import LoggingConfig
 from app.config import ApplicationConfig, validate
 from app.errors import UserError
 from app.serving.access import KeyRing, keys_of_environment
+from app.serving.documents import DocumentsDeployment
 from app.serving.generator import GeneratorDeployment
 from app.serving.ingress import IngressDeployment
 from app.serving.limiter import LimiterDeployment
@@ -50,6 +51,7 @@ def build(args: dict[str, Any]) -> Application:
         graceful_shutdown_timeout_s=config.drain_s,
         logging_config=logs,
     )(GeneratorDeployment).bind(config)
+    documents = _documents(config, logs)
     retriever = serve.deployment(
         name="retriever",
         ray_actor_options={"num_cpus": 0.2},
@@ -57,7 +59,7 @@ def build(args: dict[str, Any]) -> Application:
         max_queued_requests=_MAX_ONGOING,
         graceful_shutdown_timeout_s=config.drain_s,
         logging_config=logs,
-    )(RetrieverDeployment).bind(config.retriever)
+    )(RetrieverDeployment).bind(config.retriever, documents)
     limiter = None
     access = config.access.model_copy(update={"keys": (*config.access.keys, *keys_of_environment())})
     config = config.model_copy(update={"access": access})
@@ -79,7 +81,22 @@ def build(args: dict[str, Any]) -> Application:
         backpressure_config={"status_code": 429, "retry_after_s": 1},
         graceful_shutdown_timeout_s=config.drain_s,
         logging_config=logs.model_copy(update={"enable_access_log": False}),  # `request_log` tells more
-    )(IngressDeployment).bind(config, generator, retriever, limiter)
+    )(IngressDeployment).bind(config, generator, retriever, documents, limiter)
+
+
+def _documents(config: ApplicationConfig, logs: LoggingConfig) -> Application | None:
+    if config.retriever.documents is None:
+        return None
+    resource = config.retriever.uploads.resource
+    return serve.deployment(
+        name="documents",
+        num_replicas=1,  # one writer
+        ray_actor_options={"num_cpus": 0.1, "resources": {} if resource is None else {resource: 0.001}},
+        max_ongoing_requests=_MAX_ONGOING,
+        max_queued_requests=_MAX_ONGOING,
+        graceful_shutdown_timeout_s=config.drain_s,
+        logging_config=logs,
+    )(DocumentsDeployment).bind(config.retriever)
 
 
 def _check_absolute(config: ApplicationConfig) -> None:
@@ -88,12 +105,16 @@ def _check_absolute(config: ApplicationConfig) -> None:
     paths = {f"generator.deltas.{name}": folder for name, folder in deltas if not is_reference(folder)}
     if config.retriever.index is not None:
         paths["retriever.index"] = config.retriever.index
+    if config.retriever.documents is not None:
+        paths["retriever.documents"] = config.retriever.documents
     if config.access.keys_file is not None:
         paths["access.keys_file"] = config.access.keys_file
-    if config.retriever.embedder is not None and config.retriever.embedder.startswith("."):
-        paths["retriever.embedder"] = config.retriever.embedder
+    for name in ("embedder", "reranker"):
+        model = getattr(config.retriever, name)
+        if model is not None and model.startswith("."):
+            paths[f"retriever.{name}"] = model
     if config.generator.model.startswith("."):
         paths["generator.model"] = config.generator.model
     for key, path in paths.items():
         if not Path(path).is_absolute():
-            raise UserError(f"{key}={path!r}: give an absolute path, one that every node of the cluster can read")
+            raise UserError(f"{key}={path!r}: give an absolute path, the same on every node that needs it")

@@ -11,7 +11,8 @@ from app.errors import UserError
 from app.serving.launch import check_folders
 
 IMPORT_PATH = "app.serving.application:build"
-DEPLOYMENTS = ("ingress", "generator", "retriever", "limiter")
+DEPLOYMENTS = ("ingress", "generator", "retriever", "documents", "limiter")
+_SINGLE = {"limiter": "counts for all", "documents": "is the one that writes"}
 
 
 def is_deploy_file(file: str) -> bool:
@@ -64,8 +65,8 @@ def _check_deployment(values: dict[str, Any]) -> None:
     if name not in DEPLOYMENTS:
         raise UserError(f"deployments: {name!r} is none of {', '.join(DEPLOYMENTS)}")
     scaling = values.get("autoscaling_config")
-    if name == "limiter" and (scaling or values.get("num_replicas", 1) != 1):
-        raise UserError("deployments.limiter: it counts for all and must stay one replica; leave its number out")
+    if name in _SINGLE and (scaling or values.get("num_replicas", 1) != 1):
+        raise UserError(f"deployments.{name}: it {_SINGLE[name]} and must stay one replica; leave its number out")
     if isinstance(scaling, dict):
         where = f"deployments.{name}.autoscaling_config"
         _refuse_unknown(scaling, set(AutoscalingConfig.model_fields), where=where)

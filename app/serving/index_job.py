@@ -33,7 +33,7 @@ def build_index(config: IndexConfig, *, progress: Progress | None = None) -> dic
     started = time.perf_counter()
     folder = Path(config.output).expanduser()
     check_output(folder)
-    documents, skipped = read_documents(config.documents)
+    documents, skipped = read_documents(config.documents, config.reading)
     documents, chunks, without_text = _chunk(documents, config)
     embedder = Embedder(config.embedder)  # here too, so that a bad one is reported before workers start
     vectors = _embed(chunks, config, width=embedder.width, progress=progress or _silent)
@@ -46,7 +46,15 @@ def build_index(config: IndexConfig, *, progress: Progress | None = None) -> dic
         chunk_words=config.chunk_words,
         overlap_words=config.overlap_words,
     )
-    write_index(folder, documents=documents, chunks=chunks, vectors=vectors, manifest=manifest)
+    write_index(
+        folder,
+        documents=documents,
+        chunks=chunks,
+        vectors=vectors,
+        manifest=manifest,
+        kind=config.vectors,
+        threads=config.workers.threads,
+    )
     return {
         "documents": len(documents),
         "chunks": len(chunks),

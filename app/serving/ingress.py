@@ -17,6 +17,8 @@ from app.serving.access import KeyRing, RequireKey
 from app.serving.answering import Answering, Stopwatch
 from app.serving.api_errors import INTERNAL_ERROR, ApiError, BodyLimit, add_error_handlers
 from app.serving.chat_schema import ChatChunk, ChatRequest, ChatResponse, ChatStream, chat_response
+from app.serving.document_routes import PATH as DOCUMENTS_PATH
+from app.serving.document_routes import add_document_routes
 from app.serving.draining import Doorkeeper, RefuseWhenEnding
 from app.serving.embedding_schema import EmbeddingRequest, EmbeddingResponse, embedder_name, embedding_response
 from app.serving.limiter import LimiterClient
@@ -48,8 +50,11 @@ _ERRORS: dict[int | str, dict] = {
     for status, description in {
         400: "A parameter is not supported, or the prompt does not fit into the context",
         401: "The server asks for an API key",
-        404: "No such model",
+        403: "A page of another site may not upload",
+        404: "No such model or document",
+        409: "A document of this name is there already",
         413: "The body is too large",
+        415: "A body of a kind that is not taken",
         422: "The body is not JSON, or a value has the wrong type or range",
         429: "The queue is full, or the key's limit used up; see Retry-After",
         503: "The server cannot answer just now",
@@ -79,10 +84,13 @@ class IngressDeployment:
         config: ApplicationConfig,
         generator: DeploymentHandle,
         retriever: DeploymentHandle,
+        documents: DeploymentHandle | None,
         limiter: DeploymentHandle | None,
     ) -> None:
         self._limiter = None if limiter is None else LimiterClient(limiter)
-        self._answering = Answering(config, generator=generator, retriever=retriever, limiter=self._limiter)
+        self._answering = Answering(
+            config, generator=generator, retriever=retriever, documents=documents, limiter=self._limiter
+        )
 
         self._door = Doorkeeper()
 
@@ -104,7 +112,11 @@ class IngressDeployment:
 def create_api(answering: Answering) -> FastAPI:
     """The routes over `answering`."""
     api = FastAPI(title="Pacos", version=__version__, description="Completions, and answers from your documents.")
-    api.add_middleware(BodyLimit, max_bytes=answering.config.max_body_bytes)
+    api.add_middleware(
+        BodyLimit,
+        max_bytes=answering.config.max_body_bytes,
+        uploads=(DOCUMENTS_PATH, answering.config.retriever.uploads.max_bytes),
+    )
     add_error_handlers(api)
     started_at = now()
 
@@ -119,11 +131,12 @@ def create_api(answering: Answering) -> FastAPI:
     @api.post("/v1/chat/completions", response_model=ChatResponse, responses=_STREAMING)
     async def chat_completions(body: ChatRequest) -> Response:
         """Answer a conversation, put into the model's own template; `stream: true` sends server-sent events."""
-        passages = None
+        found = None
         if body.rag:
             top_k = body.rag_top_k or answering.config.retriever.top_k
-            passages = await answering.search(body.messages[-1].content, top_k=top_k)
-        request = body.to_request(passages=tuple(passage["text"] for passage in passages or ()))
+            found = await answering.search(body.messages[-1].content, top_k=top_k)
+        passages = None if found is None else found.passages
+        request = body.to_request(passages=() if found is None else found.texts)
         if body.stream:
             return await _streamed(answering, request, ChatStream(body, passages=passages))
         completion, cache = await answering.complete(request)
@@ -134,14 +147,16 @@ def create_api(answering: Answering) -> FastAPI:
     @api.post("/v1/search", response_model=SearchResponse, responses=_ERRORS)
     async def search(body: SearchRequest) -> Response:
         """The passages of the indexed documents that come nearest to a query."""
-        passages = await answering.search(body.query, top_k=body.top_k, mode=body.mode)
-        return JSONResponse(SearchResponse(data=sources(passages)).model_dump())
+        found = await answering.search(body.query, top_k=body.top_k, mode=body.mode)
+        return JSONResponse(SearchResponse(data=sources(found.passages), version=found.version).model_dump())
 
     @api.post("/v1/rag", response_model=RagResponse, responses=_ERRORS)
     async def rag(body: RagRequest) -> Response:
         """Answer a question from the indexed documents, with the passages that the answer was drawn from."""
         answer, cache = await answer_question(answering, body)
         return JSONResponse(answer.model_dump(), headers={CACHE_HEADER: cache})
+
+    add_document_routes(api, answering, _ERRORS)
 
     @api.post("/v1/embeddings", response_model=EmbeddingResponse, responses=_ERRORS)
     async def embeddings(body: EmbeddingRequest) -> Response:
@@ -207,11 +222,11 @@ async def _plain(answering: Answering, body: PlainRequest, *, in_template: bool)
 
 async def answer_question(answering: Answering, body: RagRequest) -> tuple[RagResponse, CacheResult]:
     config, watch = answering.config, Stopwatch()
-    passages = await answering.search(body.question, top_k=body.top_k or config.retriever.top_k)
+    found = await answering.search(body.question, top_k=body.top_k or config.retriever.top_k)
     retrieve_s = watch.lap()
     request = GenerateRequest(
         model=body.model or config.name,
-        prompts=(ChatPrompt((Message("user", body.question),), tuple(passage["text"] for passage in passages)),),
+        prompts=(ChatPrompt((Message("user", body.question),), found.texts),),
         max_tokens=body.max_tokens,
         temperature=body.temperature,
         top_p=body.top_p,
@@ -226,7 +241,7 @@ async def answer_question(answering: Answering, body: RagRequest) -> tuple[RagRe
         model=request.model,
         answer=choice.text.strip(),
         finish_reason=choice.finish_reason,
-        sources=sources(passages[: completion.prompts[0].num_passages]),
+        sources=sources(found.passages[: completion.prompts[0].num_passages]),
         usage=usage(completion.prompt_tokens, completion.completion_tokens),
         timings=Timings(retrieve_s=retrieve_s, generate_s=watch.lap(), total_s=watch.total()),
     )

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from app.atomic import make_folder
 from app.config import ServeConfig, TracingConfig
 from app.errors import UserError
 
@@ -33,6 +34,8 @@ def serve_application(
     _check_address_is_free(config.host, config.port)
     config = with_absolute_paths(config)
     check_folders(config)
+    if config.retriever.documents is not None:
+        make_folder(Path(config.retriever.documents))
     from ray import serve
 
     from app.serving.application import build
@@ -93,11 +96,12 @@ def with_absolute_paths(config: ServeConfig) -> ServeConfig:
     is_folder = generator.model != "embedded" and Path(generator.model).expanduser().is_dir()
     model = _absolute(generator.model) if is_folder else generator.model
     index = None if retriever.index is None else _absolute(retriever.index)
+    documents = None if retriever.documents is None else _absolute(retriever.documents)
     keys_file = None if config.access.keys_file is None else _absolute(config.access.keys_file)
     return config.model_copy(
         update={
             "generator": generator.model_copy(update={"deltas": deltas, "model": model}),
-            "retriever": retriever.model_copy(update={"index": index}),
+            "retriever": retriever.model_copy(update={"index": index, "documents": documents}),
             "access": config.access.model_copy(update={"keys_file": keys_file}),
         }
     )

@@ -24,6 +24,20 @@ class ChatPrompt:
 
 
 @dataclass(frozen=True)
+class Retrieved:
+    """What was found for a question."""
+
+    passages: tuple[dict[str, Any], ...]
+    """The fields of `app.retrieval.search.Passage`, best passage first."""
+    version: str
+    """Of the documents that were searched: what rests on the passages holds as long as it stays the same."""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return tuple(passage["text"] for passage in self.passages)
+
+
+@dataclass(frozen=True)
 class Embeddings:
     vectors: np.ndarray
     """float32 [texts, width]."""

@@ -24,11 +24,16 @@ class SearchRequest(WireRequest):
 
 class Source(Wire):
     document: str
+    """Its name."""
+    document_id: str
+    """Of an uploaded document, for /v1/documents; of an index's its name."""
     title: str
+    chunk: int
+    """Which passage it is: the same as long as the document is."""
     text: str
     start: int
     end: int
-    """Characters of the document, `end` excluded."""
+    """Characters of the document's text, `end` excluded."""
     score: float
     """1 for a passage that is first by every way of searching, less further down."""
 
@@ -37,6 +42,8 @@ class SearchResponse(Wire):
     object: Literal["list"] = "list"
     data: list[Source]
     """Best first."""
+    version: str
+    """Of the documents that were searched; another one after every change."""
 
 
 class Timings(Wire):

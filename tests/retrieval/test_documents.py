@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+from hand_made_pdf import make_pdf
 
 from app.errors import UserError
 from app.retrieval.documents import read_documents
@@ -22,9 +23,21 @@ def test_empty_and_undecodable_files_are_left_out_with_the_reason(tmp_path: Path
     documents, skipped = read_documents(str(tmp_path))
     assert [document.name for document in documents] == ["good.md"]
     assert [(file.name, file.reason.split(";")[0]) for file in skipped] == [
-        ("empty.md", "empty"),
+        ("empty.md", "holds no text"),
         ("latin.txt", "byte 2 is not UTF-8"),
     ]
+
+
+def test_html_and_pdf_are_read_too(tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text("<title>Page</title><h1>Hay</h1><p>It is dry.</p>")
+    (tmp_path / "paper.pdf").write_bytes(make_pdf(["It is wet."], title="Paper"))
+    (tmp_path / "broken.pdf").write_bytes(b"%PDF-1.7")
+    documents, skipped = read_documents(str(tmp_path))
+    assert [(document.name, document.title) for document in documents] == [
+        ("page.html", "Page"),
+        ("paper.pdf", "Paper"),
+    ]
+    assert [(file.name, file.reason.split(" (")[0]) for file in skipped] == [("broken.pdf", "is damaged")]
 
 
 def test_one_file_is_a_document_by_its_own_name_with_plain_line_ends(tmp_path: Path) -> None:
@@ -36,7 +49,7 @@ def test_one_file_is_a_document_by_its_own_name_with_plain_line_ends(tmp_path: P
 def test_nothing_to_read_is_an_error_that_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder or file"):
         read_documents(str(tmp_path / "absent"))
-    with pytest.raises(UserError, match=r"holds no \.md or \.txt file"):
+    with pytest.raises(UserError, match=r"holds none of \.txt, "):
         read_documents(str(tmp_path))
     (tmp_path / "latin.md").write_bytes(b"\xff")
     with pytest.raises(UserError, match=r"no file can be used; latin\.md: byte 0 is not UTF-8"):

@@ -35,7 +35,7 @@ def test_an_index_is_built_by_workers_and_searched_without_them(
     seen: list[tuple[int, int]] = []
     summary = build_index(config, progress=lambda done, total: seen.append((done, total)))
     assert (summary["documents"], summary["width"]) == (3, 64)
-    assert summary["skipped"] == ["empty.md: empty", "headings.md: no text below its headings"]
+    assert summary["skipped"] == ["empty.md: holds no text", "headings.md: no text below its headings"]
     total = summary["chunks"]
     assert seen[-1] == (total, total) and [done for done, _ in seen] == sorted({done for done, _ in seen})
     searcher = Searcher(tmp_path / "index")

@@ -98,10 +98,10 @@ def test_the_same_documents_give_the_same_index(index: Path, tiny_embedder: Path
 def test_a_build_that_dies_leaves_the_old_index(
     index: Path, tiny_embedder: Path, monkeypatch: pytest.MonkeyPatch, build: Build
 ) -> None:
-    def die(*arguments: object) -> None:
+    def die(*arguments: object, **settings: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(index_folder, "write_vectors", die)
+    monkeypatch.setattr(index_folder, "build_vectors", die)
     with pytest.raises(KeyboardInterrupt):
         build(index, tiny_embedder, {"new.txt": "A pair of llamas."})
     assert Searcher(index).manifest.documents == 3

@@ -13,6 +13,7 @@ import uvicorn
 
 from app.config import ApplicationConfig
 from app.serving.answering import Answering
+from app.serving.documents import DocumentsDeployment
 from app.serving.generator import GeneratorDeployment
 from app.serving.ingress import create_api
 from app.serving.retriever import RetrieverDeployment
@@ -36,11 +37,21 @@ class LocalHandle:
 
 
 class LocalCall:
+    """Begun at once where there is an event loop to run it; elsewhere by `result`."""
+
     def __init__(self, coroutine: Any) -> None:
-        self._task = asyncio.ensure_future(coroutine)
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            self._coroutine = coroutine
+        else:
+            self._task = asyncio.ensure_future(coroutine)
 
     def __await__(self) -> Any:
         return self._task.__await__()
+
+    def result(self, *, timeout_s: float) -> Any:
+        return asyncio.run(asyncio.wait_for(self._coroutine, timeout_s))
 
     def cancel(self) -> None:
         self._task.cancel()
@@ -64,8 +75,13 @@ class LocalStream:
 def served_here(config: ApplicationConfig) -> Iterator[str]:
     """Yields the URL."""
     generator = GeneratorDeployment(config)
-    deployments = {"generator": generator, "retriever": RetrieverDeployment(config.retriever)}
-    answering = Answering(config, **{name: LocalHandle(deployment) for name, deployment in deployments.items()})
+    documents = None if config.retriever.documents is None else LocalHandle(DocumentsDeployment(config.retriever))
+    answering = Answering(
+        config,
+        generator=LocalHandle(generator),
+        retriever=LocalHandle(RetrieverDeployment(config.retriever, documents)),
+        documents=documents,
+    )
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(create_api(answering), log_level="warning"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

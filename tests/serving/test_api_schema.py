@@ -21,7 +21,8 @@ pytestmark = pytest.mark.slow
 CONFIG = """
 [checks.positive_data_acceptance]
 # 400: it has the documented form, and cannot be answered, such as a prompt that is longer than the context
-expected-statuses = ["2xx", 400, 404, 429]
+# 409: a generated document has the name of an earlier one
+expected-statuses = ["2xx", 400, 404, 409, 429]
 
 [checks.negative_data_rejection]
 expected-statuses = [400, 405, 413, 422]
@@ -31,9 +32,11 @@ expected-statuses = [400, 405, 413, 422]
 def test_the_api_is_what_its_schema_says(pytestconfig, tiny_model, index_dir, tmp_path):
     asked_for = pytestconfig.getoption("--api-examples")
     examples, model = (2, str(tiny_model)) if asked_for is None else (asked_for, "embedded")
+    (tmp_path / "documents").mkdir()
     values = {
-        "generator": {"model": model, "max_batch_size": 32, "threads": 1}, "retriever": {"index": str(index_dir)},
-    }  # fmt: skip
+        "generator": {"model": model, "max_batch_size": 32, "threads": 1},
+        "retriever": {"index": str(index_dir), "documents": str(tmp_path / "documents")},
+    }
     (tmp_path / "schemathesis.toml").write_text(CONFIG)
     hooks = {"SCHEMATHESIS_HOOKS": "tests.serving.api_hooks", "PYTHONPATH": str(Path(__file__).parents[2])}
     with served_here(ApplicationConfig.model_validate(values)) as url:

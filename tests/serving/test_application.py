@@ -20,6 +20,8 @@ def test_an_unknown_argument_stops_the_deployment():
     [
         {"generator": {"deltas": {"a": "runs/a/delta"}}},
         {"retriever": {"index": "runs/index"}},
+        {"retriever": {"documents": "runs/documents"}},
+        {"retriever": {"reranker": "./model"}},
         {"generator": {"model": "./model"}},
     ],
 )

@@ -57,6 +57,10 @@ def test_the_shipped_file_has_nothing_wrong():
         (lambda v: scaling(v)["policy"]["policy_kwargs"].update(slak=0.2), "policy_kwargs.slak; did you mean 'slack'"),
         (lambda v: scaling(v)["policy"]["policy_kwargs"].update(slack=2), "policy_kwargs: slack=2 must be"),
         (
+            lambda v: v["applications"][0]["deployments"].append({"name": "documents", "num_replicas": 2}),
+            "documents: it is the one that writes",
+        ),
+        (
             lambda v: v["applications"][0]["deployments"].append({"name": "limiter", "num_replicas": 2}),
             "limiter: it counts for all",
         ),

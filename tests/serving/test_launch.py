@@ -30,10 +30,12 @@ def test_paths_become_absolute_and_model_names_stay(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     (tmp_path / "embedded").mkdir()
     deltas = {"a": "d", "b": "models:/alpaca@production"}
-    values = {"generator": {"model": "model", "deltas": deltas}, "retriever": {"index": "~/index"}}
+    retriever = {"index": "~/index", "documents": "runs/documents"}
+    values = {"generator": {"model": "model", "deltas": deltas}, "retriever": retriever}
     config = with_absolute_paths(validate(ServeConfig, values))
     assert config.generator.model == str(tmp_path / "model")
     assert config.generator.deltas == {"a": str(tmp_path / "d"), "b": "models:/alpaca@production"}
+    assert config.retriever.documents == str(tmp_path / "runs" / "documents")
     assert config.retriever.index is not None and config.retriever.index.startswith("/")
     for name in ("embedded", "gpt2"):
         assert with_absolute_paths(validate(ServeConfig, {"generator": {"model": name}})).generator.model == name

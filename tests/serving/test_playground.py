@@ -144,3 +144,49 @@ def test_it_fits_a_phone(browser, url, scheme):
     paper = page.evaluate("getComputedStyle(document.querySelector('#settings')).backgroundColor")
     assert (paper == "rgb(25, 24, 22)") == (scheme == "dark")
     context.close()
+
+
+@pytest.fixture(scope="module")
+def library_url(model_dir: Path, index_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The same, with documents that can be uploaded."""
+    retriever = {"index": str(index_dir), "documents": str(tmp_path_factory.mktemp("documents")), "top_k": 2}
+    generator = {"model": str(model_dir), "threads": 1, "max_batch_size": 8}
+    with served_here(validate(ApplicationConfig, {"generator": generator, "retriever": retriever})) as url:
+        yield url
+
+
+def test_without_a_library_there_is_no_panel_of_documents(page):
+    assert not page.locator("#documents").is_visible() and page.problems == []
+
+
+def test_documents_are_uploaded_read_and_deleted_by_keyboard(browser, library_url, tmp_path):
+    context = browser.new_context(viewport={"width": 1200, "height": 900})
+    page = context.new_page()
+    page.set_default_timeout(60_000)
+    page.goto(library_url)
+    rows = page.locator("#documents-list li")
+    rows.nth(2).wait_for()
+    (tmp_path / "dentist.md").write_text("# 🦙 Dentist\n\nThe alpaca dentist visits the herd in spring.\n")
+    page.set_input_files("#upload", [tmp_path / "dentist.md"])
+    rows.nth(3).wait_for()
+    assert "1 stored" in page.locator("#documents-state").inner_text()
+    with page.expect_response(lambda response: response.request.method == "PUT") as replaced:
+        page.set_input_files("#upload", [tmp_path / "dentist.md"])
+    assert replaced.value.status == 200
+    page.wait_for_timeout(1500)  # found everywhere within two seconds
+    page.check("#rag")
+    ask(page, "When does the alpaca dentist visit the herd?")
+    page.locator(".cites summary").first.focus()
+    page.keyboard.press("Enter")
+    page.locator(".cites details[open] button").first.focus()
+    page.keyboard.press("Enter")
+    assert page.locator("#reader mark").inner_text() == "The alpaca dentist visits the herd in spring."
+    page.keyboard.press("Escape")
+    assert not page.locator("#reader").is_visible()
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="Delete dentist.md").focus()
+    page.keyboard.press("Enter")
+    rows.filter(has_text="dentist.md").wait_for(state="detached")
+    assert rows.count() == 3
+    assert page.evaluate("document.activeElement.tagName") == "BUTTON", "focus stays in the list"
+    context.close()

@@ -1,0 +1,95 @@
+"""A program of its own: an HTML or PDF file on standard input -> its text, as one JSON object on standard output.
+
+Files come from anyone, and a small one can be made to need all memory, or hours. So `app/retrieval/reading.py` runs
+this apart, and the kernel holds it to its limits. Knows nothing of the rest of the application, and reads no
+other file.
+
+    python -P extract.py KIND MAX_CHARACTERS MAX_PAGES MAX_MEMORY_BYTES MAX_SECONDS
+
+The object has `text` and `title`, or `refused`, the reason why there is no text.
+"""
+
+import io
+import json
+import logging
+import resource
+import sys
+from collections.abc import Callable
+
+# what a page shows is its text; these hold none, or none of its own
+_NOT_TEXT = ("script", "style", "noscript", "template", "head", "iframe", "object", "svg", "math", "nav", "form")
+
+
+class Refused(Exception):
+    """The file cannot be used; the message says why."""
+
+
+def main(arguments: list[str]) -> None:
+    kind, max_characters, max_pages, max_memory_bytes, max_seconds = arguments[0], *map(int, arguments[1:])
+    resource.setrlimit(resource.RLIMIT_AS, (max_memory_bytes, max_memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CPU, (max_seconds, max_seconds))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    logging.disable()  # pypdf warns of every flaw of a file
+    content = sys.stdin.buffer.read()
+    try:
+        text, title = _pdf(content, max_characters, max_pages) if kind == "pdf" else _html(content)
+        answer = {"text": text, "title": title}
+        if len(text) > max_characters:
+            answer = {"refused": too_long(max_characters)}
+    except Refused as error:
+        answer = {"refused": str(error)}
+    except MemoryError:
+        answer = {"refused": f"needs more than {max_memory_bytes} bytes of memory to be read"}
+    except RecursionError:
+        answer = {"refused": "is nested too deeply to be read"}
+    except Exception as error:  # whatever a damaged file makes of the library that reads it
+        answer = {"refused": f"is damaged ({type(error).__name__})"}
+    sys.stdout.buffer.write(json.dumps(answer).encode())
+
+
+def too_long(max_characters: int) -> str:
+    return f"holds more than {max_characters} characters of text"
+
+
+def _html(content: bytes) -> tuple[str, str]:
+    """As Markdown, so that headings part it as they do there; links and pictures are left out."""
+    from bs4 import BeautifulSoup
+    from markdownify import MarkdownConverter
+
+    page = BeautifulSoup(content, "html.parser")
+    title = page.title.get_text(" ", strip=True) if page.title else ""
+    for element in page(_NOT_TEXT):
+        element.decompose()
+    converter = MarkdownConverter(heading_style="ATX", strip=["a", "img"], escape_asterisks=False,
+                                  escape_underscores=False, escape_misc=False)  # fmt: skip
+    return converter.convert_soup(page).strip(), title
+
+
+def _pdf(content: bytes, max_characters: int, max_pages: int) -> tuple[str, str]:
+    """The pages' text, a blank line between them."""
+    from pypdf import PdfReader
+
+    reader = PdfReader(io.BytesIO(content))
+    if reader.is_encrypted and not reader.decrypt(""):
+        raise Refused("is encrypted; save it without a password")
+    if len(reader.pages) > max_pages:
+        raise Refused(f"has {len(reader.pages)} pages, more than {max_pages}")
+    parts, length = [], 0
+    for page in reader.pages:
+        parts.append(page.extract_text())
+        length += len(parts[-1])
+        if length > max_characters:
+            raise Refused(too_long(max_characters))
+    title = _or_empty(lambda: str(reader.metadata.title or "") if reader.metadata else "")
+    return "\n\n".join(part.strip() for part in parts if part.strip()), title
+
+
+def _or_empty(read: Callable[[], str]) -> str:
+    try:
+        return read()
+    except Exception:  # a damaged title is no reason to refuse the text
+        return ""
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
