@@ -6,7 +6,6 @@ rows alone, and a prefix or prompt is keys and values that stand in the cache be
 that of its delta alone.
 """
 
-import copy
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from app.methods import apply_method
 from app.methods.adapter import Adapted
 from app.methods.delta import Delta, load_trained
 from app.methods.lora import DoraLinear, LoraLinear
+from app.methods.over_base import shared_copy, updated
 from app.models.attention import KeysValues
 from app.models.decoder import Block, Decoder
 from app.models.quantization import QuantizedLinear
@@ -92,7 +92,7 @@ class Site(nn.Module):
             self._lora_rows.add(x[0], y[0])
             return y
         for rows, layer in self._active:
-            y[:, rows] = _updated(layer, self.base, x[:, rows], y[:, rows])
+            y[:, rows] = updated(layer, self.base, x[:, rows], y[:, rows])
         return y
 
 
@@ -119,7 +119,7 @@ class MixedModel:
     ) -> None:
         self.base = base
         self.num_extra_layers = num_extra_layers
-        self.decoder, _ = _share(base)
+        self.decoder, _ = shared_copy(base)
         self._sites: dict[str, Site] = {}
         self._is_plain = base.prefix is None and not any(isinstance(m, LoraLinear | Adapted) for m in base.modules())
         for name, module in list(self.decoder.named_modules()) if self._is_plain else ():
@@ -160,7 +160,7 @@ class MixedModel:
             )
         if not self._is_plain:
             raise UserError("the engine's model has a delta applied to it already; deltas go over a plain base")
-        changed, copy_of = _share(self.base)
+        changed, copy_of = shared_copy(self.base)
         apply_method(changed, delta.method)
         _own_trained(changed)
         load_trained(changed, delta.weights)
@@ -282,17 +282,6 @@ class Deltas:
             del self._loaded[variant.hash]
 
 
-def _share(base: Decoder) -> tuple[Decoder, dict[int, nn.Module]]:
-    """A copy of the modules of `base` around its own tensors, and which module is the copy of which (by id)."""
-    memo: dict[int, Any] = {}
-    for parameter in base.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.data, requires_grad=False)
-    for buffer in base.buffers():
-        memo[id(buffer)] = buffer
-    shared = copy.deepcopy(base, memo)
-    return shared, memo
-
-
 def _own_trained(model: Decoder) -> None:
     """Give `model` tensors of its own where it trains the base's."""
     for module in model.modules():
@@ -309,19 +298,6 @@ def _differs(layer: nn.Module, base: nn.Module) -> bool:
 def _is_plain_lora(layer: nn.Module, base: nn.Module) -> bool:
     """Whether it is the base and a low-rank update, and nothing else."""
     return type(layer) is LoraLinear and not _differs(layer.base, base)  # type: ignore[arg-type]
-
-
-def _updated(layer: Any, base: Any, x: Tensor, y: Tensor) -> Tensor:
-    """What `layer` makes of `x`, of which `base` makes `y`."""
-    if isinstance(layer, LoraLinear):
-        return layer.update(x, _updated(layer.base, base, x, y))
-    if isinstance(layer, Adapted):
-        return layer.update(_updated(layer.base, base, x, y))
-    if isinstance(layer, nn.LayerNorm | nn.RMSNorm):
-        return layer(x)
-    if layer.bias is not None and layer.bias.data_ptr() != base.bias.data_ptr():
-        return y + (layer.bias - base.bias)
-    return y
 
 
 def _through(x: Tensor, parts: Sequence[tuple[slice, list[Block]]], context: Any, rotation: Any) -> Tensor:

@@ -95,7 +95,7 @@ def run(
         factor = scale.value if scale else 1.0
         nll = _backward(model, optimizer, batch.to(device), plan=plan, token_count=token_count, scale=factor)
         nll_sum, num_stopping = sum_over_workers(nll, float(should_stop()), device=device)
-        _check_finite(nll_sum, "loss", step)
+        check_finite(nll_sum, "loss", step)
         gradient_norm = optimizer.step(rate, scale=factor)
         metrics: Metrics = {
             "step": step,
@@ -105,7 +105,7 @@ def run(
             "step_s": time.perf_counter() - started,
         }
         if scale is None:
-            _check_finite(gradient_norm, "gradient's norm", step)  # before such weights are saved
+            check_finite(gradient_norm, "gradient's norm", step)  # before such weights are saved
         else:
             metrics["loss_scale"] = factor
             scale.update(is_finite=math.isfinite(gradient_norm))
@@ -153,7 +153,7 @@ def training_attention(model: Decoder, *, device: torch.device, precision: Preci
     return choose_backend(model.attention, rows)
 
 
-def _check_finite(value: float, name: str, step: int) -> None:
+def check_finite(value: float, name: str, step: int) -> None:
     if not math.isfinite(value):
         raise FloatingPointError(f"the {name} is {value} at step {step}; lower optimizer.learning_rate")
 
@@ -171,7 +171,11 @@ def evaluate(model: Decoder, batches: Iterable[Batch], *, precision: Precision) 
         nll_sum += nll.item()
         token_count += count.item()
     model.train(was_training)
-    nll_sum, token_count = sum_over_workers(nll_sum, token_count, device=device)
+    return held_out_metrics(*sum_over_workers(nll_sum, token_count, device=device))
+
+
+def held_out_metrics(nll_sum: float, token_count: float) -> Metrics:
+    """What is told of an evaluation; nothing where there is nothing to evaluate on."""
     if not token_count:
         return {}
     loss = nll_sum / token_count
