@@ -20,6 +20,9 @@ cli = typer.Typer(
     help="Fine-tune and serve instruction-following language models on one Ray cluster.",
 )
 
+_MODULES = {"quickstart": "app.quickstart", "sweep": "tune.commands", "promote_best": "tune.commands"}
+"""Where the function of a command is, if not in `app.commands`."""
+
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, over the file's.")]
 ConfigFile = Annotated[str | None, typer.Option("--config", "-c", metavar="FILE", help="YAML file of settings.")]
 Address = Annotated[
@@ -67,6 +70,14 @@ def train(
 ) -> None:
     """Fine-tune a model on prepared shards."""
     _run("train", "TrainConfig", overrides, config, address=address, resume=resume, dry_run=dry_run)
+
+
+@cli.command()
+def sweep(
+    overrides: Overrides = None, config: ConfigFile = None, address: Address = None, resume: Resume = False
+) -> None:
+    """Many training runs: which technique, which size, which learning rate."""
+    _run("sweep", "SweepConfig", overrides, config, address=address, resume=resume)
 
 
 @cli.command()
@@ -125,12 +136,21 @@ def models(overrides: Overrides = None, config: ConfigFile = None) -> None:
 
 @cli.command()
 def promote(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A registered model.")],
-    version: Annotated[str, typer.Argument(metavar="VERSION", help="Which of its versions.")],
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A registered model.")] = None,
+    version: Annotated[str | None, typer.Argument(metavar="VERSION", help="Which of its versions.")] = None,
     overrides: Overrides = None,
     config: ConfigFile = None,
+    best: Annotated[
+        str | None, typer.Option("--best", metavar="SWEEP", help="Register and promote the winner of that sweep.")
+    ] = None,
 ) -> None:
     """A registered version to production: what `models:/NAME@production` in a server's settings means."""
+    given = [*filter(None, (name, version)), *(overrides or ())]
+    if best is not None:
+        _run("promote_best", "PromoteBestConfig", [f"best={best}", *given], config)
+        return
+    if name is None or version is None:
+        raise typer.BadParameter("name a registered model and a version, or --best SWEEP")
     _run("promote", "PromoteConfig", [f"name={name}", f"version={version}", *(overrides or ())], config)
 
 
@@ -216,7 +236,7 @@ def _run(command: str, schema: str, overrides: list[str] | None, file: str | Non
     import app.config
 
     settings = app.config.load_config(getattr(app.config, schema), file=file, overrides=overrides or ())
-    module = importlib.import_module("app.quickstart" if command == "quickstart" else "app.commands")
+    module = importlib.import_module(_MODULES.get(command, "app.commands"))
     try:
         getattr(module, command)(settings, **options)
     except KeyboardInterrupt as stop:

@@ -5,7 +5,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -140,14 +141,36 @@ def grid(
     title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = (), last: bool = True
 ) -> None:
     """A table with a header; columns `right` hold figures, and the last row is a total unless `last` is false."""
-    shown = Table(box=None, padding=(0, 2, 0, 2), header_style="dim")
+    console.print(Text(title, style="italic"), soft_wrap=True)
+    console.print(rich_grid(header, rows, right=right, last=last))
+
+
+def rich_grid(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    right: Sequence[int] = (),
+    last: bool = False,
+    title: str | None = None,
+) -> Table:
+    """The table alone, to be shown by `live`."""
+    shown = Table(box=None, padding=(0, 2, 0, 2), header_style="dim", title=title, title_justify="left")
     for number, name in enumerate(header):
         shown.add_column(name, justify="right" if number in right else "left")
     for number, row in enumerate(rows):
         is_total = last and number == len(rows) - 1
         shown.add_row(*map(Text, row), style="bold" if is_total else "")
-    console.print(Text(title, style="italic"), soft_wrap=True)
-    console.print(shown)
+    return shown
+
+
+@contextmanager
+def live(make: Callable[[], RenderableType]) -> Iterator[None]:
+    """What `make` returns, at the bottom of the terminal and anew every second, for the block; else nothing."""
+    if not console.is_terminal:
+        yield
+        return
+    with Live(get_renderable=make, console=console, refresh_per_second=1, transient=True):
+        yield
 
 
 def in_bytes(size: int) -> str:

@@ -76,6 +76,13 @@ def tiles(figures: Mapping[str, str | None]) -> str:
     return f"<div class='tiles'>{''.join(shown)}</div>"
 
 
+def ranking(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table with a header, a row for each of many."""
+    head = "".join(f"<td><b>{html.escape(name)}</b>" for name in header)
+    lines = ("".join(f"<td>{html.escape(cell)}" for cell in row) for row in rows)
+    return f"<table><tr>{head}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+
+
 def columns(texts: Mapping[str, str]) -> str:
     """Texts side by side, each under its name."""
     cells = (
@@ -95,13 +102,18 @@ def figures(*draws: Draw) -> str:
     return f"<div class='figures'>{''.join(map(_figure, draws))}</div>"
 
 
-def _figure(draw: Draw) -> str:
+def wide_figure(draw: Draw) -> str:
+    """One plot over the page's width."""
+    return _figure(draw, size=(9.4, 3.6))
+
+
+def _figure(draw: Draw, size: tuple[float, float] = (4.6, 3)) -> str:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(4.6, 3), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=size, layout="constrained")
     draw(axes)
     alternative = html.escape(axes.get_title(), quote=True)
     axes.grid(axis="y", alpha=0.3)

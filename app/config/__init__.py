@@ -45,6 +45,7 @@ from app.config.serving import (
     ServeConfig,
     TracingConfig,
 )
+from app.config.sweep import PromoteBestConfig, SweepConfig
 from app.config.tracking import ModelsConfig, PromoteConfig, StoreConfig, TrackingConfig
 from app.config.transfer import DeltasConfig, DescribeConfig, ExportConfig, ImportConfig, MergeConfig, QuantizeConfig
 
@@ -90,7 +91,9 @@ __all__ = [
     "RedisCacheConfig",
     "RetrieverConfig",
     "ServeConfig",
+    "SweepConfig",
     "ModelsConfig",
+    "PromoteBestConfig",
     "PromoteConfig",
     "StoreConfig",
     "TracingConfig",

@@ -4,7 +4,7 @@ import typing
 
 from pydantic.fields import FieldInfo
 
-from app.config import data, schema, serving, tracking, transfer
+from app.config import data, schema, serving, sweep, tracking, transfer
 from app.config.base import Config
 
 COMMANDS: dict[str, type[Config]] = {
@@ -12,6 +12,7 @@ COMMANDS: dict[str, type[Config]] = {
     "pacos inspect": data.InspectConfig,
     "pacos pretrain": schema.PretrainConfig,
     "pacos train": schema.TrainConfig,
+    "pacos sweep": sweep.SweepConfig,
     "pacos evaluate": schema.EvaluateConfig,
     "pacos generate": schema.GenerateConfig,
     "pacos describe": transfer.DescribeConfig,
@@ -22,6 +23,7 @@ COMMANDS: dict[str, type[Config]] = {
     "pacos quantize": transfer.QuantizeConfig,
     "pacos models": tracking.ModelsConfig,
     "pacos promote": tracking.PromoteConfig,
+    "pacos promote --best": sweep.PromoteBestConfig,
     "pacos index": schema.IndexConfig,
     "pacos serve": serving.ServeConfig,
     "pacos ask": serving.AskConfig,

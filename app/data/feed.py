@@ -9,6 +9,7 @@ rows of a window are permuted. Only a window at a time is in memory. A window is
 worker: its rows of all the window's steps.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -119,6 +120,11 @@ class Feed:
             yield collate(ids, masks, lengths, pad_to=self.pad_to)
             start += count
 
+    def local_batches(self, start_step: int = 0) -> Iterator["Batch"]:
+        """Whole steps from `start_step` on, for a process that is the only worker: without Ray, read as they come."""
+        for window in self.windows(start_step):
+            yield from self.batches(_only_packet(self, window), workers=1)
+
     def dataset(self, *, start_step: int, workers: int, reading_cpus: float = 1) -> Any:
         """A Ray Data dataset of the packets from `start_step` on: window after window, a block for each worker.
 
@@ -155,6 +161,12 @@ class Feed:
 def _read_packets(items: pa.Table, *, feed: Feed, workers: int) -> Iterator[pa.Table]:
     for window in items["window"].to_pylist():
         yield from feed.packets(Window(*window), workers=workers)
+
+
+@functools.lru_cache(maxsize=2)
+def _only_packet(feed: Feed, window: Window) -> pa.Table:
+    """Kept for the next that asks: runs that are trained side by side mostly read the same."""
+    return next(feed.packets(window, workers=1))
 
 
 def _row_arrays(lists: Any) -> list[np.ndarray]:

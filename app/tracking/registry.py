@@ -4,6 +4,7 @@ Of the store's files only a delta's two are fetched, safetensors and JSON, and o
 registered. Nothing is unpickled, and no code of MLflow's model flavours runs.
 """
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from app.config.methods import name_of
 from app.config.tracking import PromoteConfig
 from app.errors import UserError
 from app.methods.delta import DELTA_FILES, read_delta
-from app.tracking.run import TrackedRun
+from app.tracking.run import RUN_FILE
 from app.tracking.store import local_folder, open_store, told_as_mistakes, tracking_uri
 
 if TYPE_CHECKING:
@@ -44,16 +45,16 @@ class Version:
     """`method`, `base`, `eval_loss`, `perplexity`, …"""
 
 
-def register(run: TrackedRun, name: str, *, delta_folder: Path, figures: Mapping[str, Any]) -> str:
+def register(client: "MlflowClient", run_id: str, name: str, *, delta_folder: Path, figures: Mapping[str, Any]) -> str:
     """The finished run's delta, already among its artifacts, as the next version of `name`; returns `NAME/VERSION`.
 
     A run that is resumed after its end does not make a second version of the same delta.
     """
-    client, delta = run.client, read_delta(delta_folder)
+    delta = read_delta(delta_folder)
     if not _exists(client, name):
         client.create_registered_model(name)
     for version in client.search_model_versions(f"name='{name}'"):
-        if version.run_id == run.run_id and version.tags.get(_HASH) == delta.hash:
+        if version.run_id == run_id and version.tags.get(_HASH) == delta.hash:
             return f"{name}/{version.version}"
     template = delta.metadata.get("template")
     tags = {
@@ -65,9 +66,37 @@ def register(run: TrackedRun, name: str, *, delta_folder: Path, figures: Mapping
         "template": template["type"] if template else "",
         **{key: f"{value:.6g}" for key, value in figures.items() if isinstance(value, int | float)},
     }
-    source = f"{client.get_run(run.run_id).info.artifact_uri}/{delta_folder.name}"
-    made = client.create_model_version(name, source=source, run_id=run.run_id, tags=tags)
+    source = f"{client.get_run(run_id).info.artifact_uri}/{delta_folder.name}"
+    made = client.create_model_version(name, source=source, run_id=run_id, tags=tags)
     return f"{name}/{made.version}"
+
+
+def register_finished(run: Path, name: str, *, uri: str) -> int:
+    """The delta of a run that is over, from its folder; returns its version under `name`.
+
+    Raises:
+        UserError: the run was not tracked, or has no delta.
+    """
+    file = run / RUN_FILE
+    if not file.is_file():
+        raise UserError(f"{str(run)!r} was not tracked; a registered model needs its MLflow run")
+    summary = json.loads((run / "result.json").read_text())
+    client = open_store(uri)
+    with told_as_mistakes(uri):
+        made = register(
+            client,
+            json.loads(file.read_text())["run_id"],
+            name,
+            delta_folder=run / "delta",
+            figures=figures_of_summary(summary),
+        )
+    return int(made.rpartition("/")[2])
+
+
+def figures_of_summary(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What a version says of its run."""
+    names = {"eval_loss_after": "eval_loss", "perplexity_after": "perplexity", "cost": "cost"}
+    return {name: summary[key] for key, name in names.items()}
 
 
 def _exists(client: "MlflowClient", name: str) -> bool:

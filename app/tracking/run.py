@@ -92,15 +92,25 @@ def _artifacts(config: TrackingConfig, uri: str) -> str | None:
 
 @contextmanager
 def tracked_run(
-    tracker: Tracker | None, *, name: str, output: Path, settings: Mapping[str, Any], resume: bool, warn: Warn
+    tracker: Tracker | None,
+    *,
+    name: str,
+    output: Path,
+    settings: Mapping[str, Any],
+    resume: bool,
+    warn: Warn,
+    parent: str | None = None,
 ) -> Iterator["TrackedRun | None"]:
-    """The run of the job in `output`, which a resumed job continues; ended with the block, as that ends."""
+    """The run of the job in `output`, which a resumed job continues; ended with the block, as that ends.
+
+    `parent` is the id of the run that it belongs to.
+    """
     if tracker is None:
         yield None
         return
     with told_as_mistakes(tracker.uri):
         run_id = _resumed(tracker, output) if resume else None
-        run_id = run_id or _created(tracker, name)
+        run_id = run_id or _created(tracker, name, parent)
         _log_settings(tracker.client, run_id, settings)
         write_text(output / RUN_FILE, json.dumps({"run_id": run_id, "uri": masked(tracker.uri)}, indent=2) + "\n")
         run = TrackedRun(tracker.client, run_id, uri=tracker.uri, warn=warn)
@@ -115,8 +125,10 @@ def tracked_run(
         run.end(status)
 
 
-def _created(tracker: Tracker, name: str) -> str:
+def _created(tracker: Tracker, name: str, parent: str | None) -> str:
     tags = {"mlflow.source.name": "pacos", "mlflow.source.type": "JOB"}
+    if parent is not None:
+        tags["mlflow.parentRunId"] = parent
     return tracker.client.create_run(tracker.experiment_id, run_name=name, tags=tags).info.run_id
 
 

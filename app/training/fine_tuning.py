@@ -106,10 +106,11 @@ def fine_tune(
     resume: bool = False,
     on_metrics: Callable[[Metrics], None] = lambda metrics: None,
     warn: Callable[[str], None] = log_warning,
+    parent: str | None = None,
 ) -> dict[str, Any]:
     """Train on the cluster; Ray is initialised. Returns a summary, which also stands in `result.json`.
 
-    `warn` is told what went wrong beside the training, which goes on.
+    `warn` is told what went wrong beside the training, which goes on; `parent` is as in `recorded`.
 
     Raises:
         UserError: the output folder holds a run and `resume` is false, or none that can be resumed, or one that runs;
@@ -119,16 +120,16 @@ def fine_tune(
     from app.training.feeding import FeedConfig
 
     config, output = job.config, Path(job.config.output)
-    inputs = f"{job.manifest.content_hash()} {weights_hash(model_folder(config.model))}"
-    title = f"{name_of(config.method)} on {config.model}"
+    inputs = inputs_of(job)
     with recorded(
         config,
         inputs=inputs,
         checkpoints=job.checkpoints,
         resume=resume,
-        title=title,
+        title=title_of(job),
         on_metrics=on_metrics,
         warn=warn,
+        parent=parent,
     ) as recording:
         run_on_workers(
             _worker,
@@ -140,10 +141,20 @@ def fine_tune(
             feeding=FeedConfig(job.feed, checkpoints=job.checkpoints, is_elastic=config.workers.is_elastic),
         )
         delta = None if config.method.type == "full" else job.result
-        return recording.finish(_figures(job, recording.log), delta=delta, register_as=config.register_as)
+        return recording.finish(figures_of(job, recording.log), delta=delta, register_as=config.register_as)
 
 
-def _figures(job: Job, log: RunLog) -> dict[str, Any]:
+def inputs_of(job: Job) -> str:
+    """A hash of what the run reads."""
+    return f"{job.manifest.content_hash()} {weights_hash(model_folder(job.config.model))}"
+
+
+def title_of(job: Job) -> str:
+    return f"{name_of(job.config.method)} on {job.config.model}"
+
+
+def figures_of(job: Job, log: RunLog) -> dict[str, Any]:
+    """What the run's summary says of its training."""
     steps = [row for row in log.rows if "step_s" in row][1:]  # the first step warms caches up
     return {
         "steps": job.total_steps,
@@ -177,7 +188,7 @@ def _worker(payload: dict[str, Any]) -> None:
     set_up(model, config)
     if config.compile:
         model.compile_blocks()
-    validation = _validation_batches(job)
+    validation = validation_batches(job)
     metrics = train_on_worker(
         model,
         plan=loop_plan(job, workers=world_size()),
@@ -190,7 +201,7 @@ def _worker(payload: dict[str, Any]) -> None:
         checkpoints=job.checkpoints,
         keep_last=config.keep_last,
         keep_best=config.keep_best,
-        about=lambda step: {**job.feed.position(step), "seed": config.seed, "inputs": payload["inputs"]},
+        about=lambda step: about_step(job, step, inputs=payload["inputs"]),
         batches=lambda start_step: worker_batches(job.feed, start_step=start_step),
         validation=lambda: validation,
         channel=payload["channel"],
@@ -199,7 +210,12 @@ def _worker(payload: dict[str, Any]) -> None:
         trained = _trained_model(job)
         sample_after(trained, config, job.manifest, folder=folder)
         with told_if_unwritable(job.result):
-            _write_result(job, trained, metrics)
+            write_result(job, trained, metrics)
+
+
+def about_step(job: Job, step: int, *, inputs: str) -> dict[str, Any]:
+    """What a checkpoint says of the run, and of its place in the data after `step` steps."""
+    return {**job.feed.position(step), "seed": job.config.seed, "inputs": inputs}
 
 
 def set_up(model: Decoder, config: TrainConfig) -> None:
@@ -234,7 +250,7 @@ def is_packed(manifest: Manifest) -> bool:
     return manifest.values["config"]["layout"]["type"] == "packed"
 
 
-def _validation_batches(job: Job) -> list[Batch]:
+def validation_batches(job: Job) -> list[Batch]:
     """This worker's share of the held-out records, by length, so that little is padding.
 
     Kept in memory, as ids: reading them anew for every evaluation costs more.
@@ -256,7 +272,7 @@ def _trained_model(job: Job) -> Decoder:
     return model
 
 
-def _write_result(job: Job, model: Decoder, metrics: Metrics) -> None:
+def write_result(job: Job, model: Decoder, metrics: Metrics) -> None:
     """The trained delta, or the whole model after full fine-tuning, in one rename."""
     config = job.config
     if config.method.type == "full":

@@ -10,11 +10,9 @@ Knows no Ray and no files.
 """
 
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +52,7 @@ def why_not_packed(config: TrainConfig) -> str | None:
         "attention": (config.attention, "auto"),
         "gradient_checkpointing": (config.gradient_checkpointing, False),
         "compile": (config.compile, False),
+        "samples": (config.samples, 0),
     }
     for name, (value, wanted) in settings.items():
         if value != wanted:
@@ -65,7 +64,7 @@ def why_not_packed(config: TrainConfig) -> str | None:
 
 @dataclass(frozen=True)
 class Piece:
-    """Some rows of a batch, end to end, as far as they matter: nothing behind a row's last label influences its loss."""
+    """Some rows of a batch, end to end, without what stands behind a row's last label: that influences no loss."""
 
     ids: Tensor
     """int64 [time]"""
@@ -167,8 +166,11 @@ _Rows = list[tuple[_Work, list[Piece]]]
 
 
 class Pack:
-    """`base`, whose weights stay as they are, and the runs that train over it. Rows go through it in passes of at most
-    `pass_tokens`, or of one row that is longer: that bounds the memory, however many runs there are."""
+    """`base`, whose weights stay as they are, for the runs that train over it: each step's are those that it is given.
+
+    Rows go through the base in passes of at most `pass_tokens`, or of one row that is longer: that bounds the memory,
+    however many runs there are.
+    """
 
     def __init__(
         self, base: Decoder, *, precision: Precision, device: torch.device, pass_tokens: int = PASS_TOKENS
@@ -180,7 +182,6 @@ class Pack:
         self.pass_tokens = pass_tokens
         self.base = base.to(device).requires_grad_(False)
         store_frozen(self.base, precision, device)
-        self.members: dict[str, Member] = {}
         self._decoder, _ = shared_copy(self.base)
         self._sites: dict[str, _Site] = {}
         for name, module in list(self._decoder.named_modules()):
@@ -189,7 +190,7 @@ class Pack:
                 parent, _, attribute = name.rpartition(".")
                 setattr(self._decoder.get_submodule(parent), attribute, self._sites[name])
 
-    def join(
+    def new_member(
         self,
         name: str,
         method: MethodConfig,
@@ -205,7 +206,6 @@ class Pack:
         Raises:
             UserError: the technique does not fit the base, or the checkpoint not the technique.
         """
-        assert name not in self.members
         model, _ = shared_copy(self.base)
         torch.manual_seed(plan.seed)
         with autocast(self.device, self.precision):  # frozen layers are stored in its format
@@ -214,7 +214,7 @@ class Pack:
             load_trained(model, resume.weights)
         model.train()
         step = resume.step if resume is not None else 0
-        member = Member(
+        return Member(
             name,
             model,
             layers={site: layer for site in self._sites if _is_own(layer := model.get_submodule(site))},
@@ -225,19 +225,10 @@ class Pack:
             step=step,
             has_begun=resume is not None,
         )
-        self.members[name] = member
-        return member
 
-    def leave(self, name: str) -> None:
-        """Its rows are free for others from the next step on."""
-        self.members.pop(name, None)
-
-    def begin(self, names: Sequence[str]) -> dict[str, Metrics]:
+    def begin(self, members: Sequence[Member]) -> dict[str, Metrics]:
         """The first report of each of these, as `loop.run` makes it: the held-out loss before any step."""
-        members = [self.members[name] for name in names]
-        attention = training_attention(
-            self.base, device=self.device, precision=self.precision, is_packed=True
-        )
+        attention = training_attention(self.base, device=self.device, precision=self.precision, is_packed=True)
         kernels = {"attention": attention, "cross_entropy": cross_entropy.version_on(self.device)}
         first = {"step": 0, "precision": resolve_precision(self.precision, self.device), "kernels": kernels}
         evaluated = self._evaluate(members)
@@ -245,17 +236,15 @@ class Pack:
             member.has_begun = True
         return {member.name: {**first, **evaluated[member.name]} for member in members}
 
-    def step(self, names: Sequence[str]) -> dict[str, Metrics | Exception]:
-        """One step of each of these; returns the metrics of `loop.run` by name, or what ended a run. It stays until it
-        is told to leave.
+    def step(self, members: Sequence[Member]) -> dict[str, Metrics | Exception]:
+        """One step of each of these; returns the metrics of `loop.run` by name, or what ended a run.
 
         A loss that is not finite ends its own run; no other sees it.
         """
         started = time.perf_counter()
         works, batches = [], {}
-        for name in names:
-            member = self.members[name]
-            batches[name] = batch = next(member.batches)
+        for member in members:
+            batches[member.name] = batch = next(member.batches)
             pieces = pieces_of(batch, most_tokens=self.pass_tokens)
             works.append(_Work(member, pieces, scale=1 / max(1, batch.loss_tokens)))
         for rows in self._passes(works):
@@ -310,7 +299,7 @@ class Pack:
         """All rows of `works`, in passes."""
         rows: _Rows = []
         num_tokens = 0
-        for work, piece in ((work, piece) for work in works for piece in work.pieces):
+        for work, piece in [(of_member, piece) for of_member in works for piece in of_member.pieces]:
             if rows and num_tokens + piece.num_tokens > self.pass_tokens:
                 yield rows
                 rows, num_tokens = [], 0

@@ -14,7 +14,7 @@ from typing import Any
 from app.atomic import write_text
 from app.config.schema import PretrainConfig, TrainConfig
 from app.run_lock import locked
-from app.tracking.registry import register
+from app.tracking.registry import figures_of_summary, register
 from app.tracking.run import TrackedRun, Warn, flattened, open_tracker, tracked_run
 from app.training.checkpoint_store import CheckpointStore
 from app.training.cost import WorkerHours
@@ -41,8 +41,11 @@ def recorded(
     title: str,
     on_metrics: OnMetrics,
     warn: Warn,
+    parent: str | None = None,
 ) -> Iterator["Recording"]:
     """Lock and open the run's folder, and its MLflow run, for the block; `inputs` is a hash of what the run reads.
+
+    `parent` is the id of the MLflow run that this one belongs to, as a trial to its sweep.
 
     Raises:
         UserError: another run holds the folder, its state does not fit `resume`, or MLflow does not answer.
@@ -57,7 +60,9 @@ def recorded(
         name = config.tracking.run_name or output.name
         settings = config.model_dump(mode="json")
         try:
-            with tracked_run(tracker, name=name, output=output, settings=settings, resume=resume, warn=warn) as run:
+            with tracked_run(
+                tracker, name=name, output=output, settings=settings, resume=resume, warn=warn, parent=parent
+            ) as run:
                 yield Recording(title, output, settings, log, hours, run, on_metrics)
         finally:
             hours.end()
@@ -116,10 +121,9 @@ class Recording:
         kept = delta is not None and run.keep(delta)
         registered = None
         if delta is not None and register_as is not None and kept:
-            names = {"eval_loss_after": "eval_loss", "perplexity_after": "perplexity", "cost": "cost"}
-            figures = {name: summary[key] for key, name in names.items()}
+            figures = figures_of_summary(summary)
             registered = run.attempt(
                 f"the delta could not be registered as {register_as!r}; `--resume` tries it again",
-                lambda: register(run, register_as, delta_folder=delta, figures=figures),
+                lambda: register(run.client, run.run_id, register_as, delta_folder=delta, figures=figures),
             )
         return {"mlflow_run": run.run_id, "registered": registered}

@@ -216,7 +216,7 @@ def train_on_worker(
     should_stop = channel.watch()
     checkpoint = checkpoints.latest()
     if checkpoint is not None:
-        _check_continues(checkpoint, about(checkpoint.step), place=checkpoints.place)
+        check_continues(checkpoint, about(checkpoint.step), place=checkpoints.place)
         load_trained(model, checkpoint.weights)
     device = ray.train.torch.get_device()
     model.to(device)
@@ -232,14 +232,12 @@ def train_on_worker(
             channel.send({**metrics, **of_all, "workers": world_size(), "peak_worker_bytes": peak_memory_bytes()})
 
     def save(step: int, metrics: Metrics) -> None:
-        figures = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
-        state = {**about(step), "workers": world_size(), "metrics": figures}
-        made = Checkpoint(step, optimizer.weights(), optimizer.moments(), state)  # collective
+        made = checkpoint_of(optimizer, metrics, about=about(step))  # collective
         saved.update(metrics)
         if rank() == 0:
             checkpoints.save(made, keep_last=keep_last, keep_best=keep_best)
             on_save(metrics)
-        ray.train.report(figures)
+        ray.train.report(made.state["metrics"])
 
     last_step = loop.run(
         model,
@@ -258,7 +256,14 @@ def train_on_worker(
     return saved
 
 
-def _check_continues(checkpoint: Checkpoint, expected: Mapping[str, Any], *, place: str) -> None:
+def checkpoint_of(optimizer: Optimizer, metrics: Metrics, *, about: Mapping[str, Any]) -> Checkpoint:
+    """After the step of `metrics`; a collective call."""
+    figures = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
+    state = {**about, "workers": world_size(), "metrics": figures}
+    return Checkpoint(metrics["step"], optimizer.weights(), optimizer.moments(), state)
+
+
+def check_continues(checkpoint: Checkpoint, expected: Mapping[str, Any], *, place: str) -> None:
     """Refuse a checkpoint that is not of this run, or stands elsewhere in its data."""
     for name, value in expected.items():
         if checkpoint.state.get(name) != value:

@@ -25,8 +25,8 @@ from app.models.checkpoints import load_decoder
 from app.training import loop
 from app.training.checkpointing import Checkpoint
 from app.training.loop import Metrics, Plan
-from app.training.optimizer import PlainOptimizer
-from app.training.pack import Pack, Piece, pieces_of, why_not_packed
+from app.training.optimizer import PlainOptimizer, trained_parameters
+from app.training.pack import Member, Pack, Piece, pieces_of, why_not_packed
 
 CPU = torch.device("cpu")
 METHODS: dict[str, MethodConfig] = {
@@ -88,30 +88,36 @@ def alone(tiny_model: Path, method: MethodConfig, of_run: Plan, *, documents: in
     return rows
 
 
-def new_pack(tiny_model: Path, *, pass_tokens: int = 8192, precision: Precision = "fp32") -> Pack:
-    return Pack(load_decoder(tiny_model), precision=precision, device=CPU, pass_tokens=pass_tokens)
+class Runs:
+    """A pack with those that are in it."""
 
+    def __init__(self, tiny_model: Path, *, pass_tokens: int = 8192, precision: Precision = "fp32") -> None:
+        self.pack = Pack(load_decoder(tiny_model), precision=precision, device=CPU, pass_tokens=pass_tokens)
+        self.members: dict[str, Member] = {}
+        self.rows: dict[str, list[Metrics]] = {}
 
-def join(pack: Pack, name: str, of_run: Plan, *, documents: int = 1, resume: Checkpoint | None = None) -> None:
-    pack.join(
-        name,
-        METHODS[name],
-        plan=of_run,
-        batches=lambda step: batches(of_run.seed, step, documents=documents),
-        validation=validation(documents),
-        resume=resume,
-    )
+    def join(self, name: str, of_run: Plan, *, documents: int = 1, resume: Checkpoint | None = None) -> None:
+        self.members[name] = self.pack.new_member(
+            name,
+            METHODS[name],
+            plan=of_run,
+            batches=lambda step: batches(of_run.seed, step, documents=documents),
+            validation=validation(documents),
+            resume=resume,
+        )
 
+    def advance(self) -> None:
+        """One step of every run; those that are done leave."""
+        begun = self.pack.begin([member for member in self.members.values() if not member.has_begun])
+        for results in (begun, self.pack.step(list(self.members.values()))):
+            for name, metrics in results.items():
+                assert isinstance(metrics, dict), metrics
+                self.rows.setdefault(name, []).append(metrics)
+        self.members = {name: member for name, member in self.members.items() if not member.is_done}
 
-def advance(pack: Pack, rows: dict[str, list[Metrics]]) -> None:
-    """One step of every run that is not done; those that are leave."""
-    begun = pack.begin([name for name, member in pack.members.items() if not member.has_begun])
-    for results in (begun, pack.step(list(pack.members))):
-        for name, metrics in results.items():
-            assert isinstance(metrics, dict), metrics
-            rows.setdefault(name, []).append(metrics)
-    for name in [name for name, member in pack.members.items() if member.is_done]:
-        pack.leave(name)
+    def finish(self) -> None:
+        while self.members:
+            self.advance()
 
 
 def check_same(packed: list[Metrics], expected: list[Metrics], *, within: float = 1e-4) -> None:
@@ -124,87 +130,79 @@ def check_same(packed: list[Metrics], expected: list[Metrics], *, within: float 
             assert mine[key] == pytest.approx(theirs[key], abs=within, rel=within), (mine["step"], key)
 
 
-@pytest.mark.parametrize(
-    ("documents", "pass_tokens"), [(1, 8192), (3, 100)], ids=["one_pass", "packed_rows_in_passes"]
-)
-def test_fifty_steps_in_a_pack_are_those_of_each_run_alone(
-    tiny_model: Path, documents: int, pass_tokens: int
-) -> None:
-    pack = new_pack(tiny_model, pass_tokens=pass_tokens)
+@pytest.mark.parametrize(("documents", "pass_tokens"), [(1, 8192), (3, 100)], ids=["one_pass", "packed_rows_in_passes"])
+def test_fifty_steps_in_a_pack_are_those_of_each_run_alone(tiny_model: Path, documents: int, pass_tokens: int) -> None:
+    runs = Runs(tiny_model, pass_tokens=pass_tokens)
     plans = {name: plan(number, steps=50, is_packed=documents > 1) for number, name in enumerate(METHODS)}
     for name, of_run in plans.items():
-        join(pack, name, of_run, documents=documents)
-    rows: dict[str, list[Metrics]] = {}
-    while pack.members:
-        advance(pack, rows)
+        runs.join(name, of_run, documents=documents)
+    runs.finish()
     for name, of_run in plans.items():
         expected = alone(tiny_model, METHODS[name], of_run, documents=documents)
         assert abs(expected[0]["eval_loss"] - expected[-1]["eval_loss"]) > 3e-3  # else nothing has been trained
-        check_same(rows[name], expected)
+        check_same(runs.rows[name], expected)
 
 
 def test_runs_join_and_leave_between_steps_and_the_others_notice_nothing(tiny_model: Path) -> None:
-    pack = new_pack(tiny_model)
+    runs = Runs(tiny_model)
     plans = {name: plan(number, steps=12) for number, name in enumerate(METHODS)}
-    rows: dict[str, list[Metrics]] = {}
-    join(pack, "lora", plans["lora"])
-    advance(pack, rows)
-    join(pack, "prefix", plans["prefix"])
-    join(pack, "adapter", plans["adapter"])
+    runs.join("lora", plans["lora"])
+    runs.advance()
+    runs.join("prefix", plans["prefix"])
+    runs.join("adapter", plans["adapter"])
     for _ in range(3):
-        advance(pack, rows)
-    pack.leave("adapter")
-    join(pack, "prompt", plans["prompt"])
-    while pack.members:
-        advance(pack, rows)
-    assert [row["step"] for row in rows.pop("adapter")] == [0, 1, 2, 3]
-    for name, mine in rows.items():
+        runs.advance()
+    del runs.members["adapter"]
+    runs.join("prompt", plans["prompt"])
+    runs.finish()
+    assert [row["step"] for row in runs.rows.pop("adapter")] == [0, 1, 2, 3]
+    for name, mine in runs.rows.items():
         check_same(mine, alone(tiny_model, METHODS[name], plans[name]))
 
 
 def test_a_run_goes_on_from_its_checkpoint(tiny_model: Path) -> None:
-    of_run, rows = plan(0, steps=12), {}
-    pack = new_pack(tiny_model)
-    join(pack, "composed", of_run)
+    of_run = plan(0, steps=12)
+    first = Runs(tiny_model)
+    first.join("composed", of_run)
     for _ in range(7):
-        advance(pack, rows)
-    optimizer = pack.members["composed"].optimizer
-    checkpoint = Checkpoint(7, optimizer.weights(), optimizer.moments())
-    pack = new_pack(tiny_model)
-    join(pack, "composed", of_run, resume=checkpoint)
-    while pack.members:
-        advance(pack, rows)
-    check_same(rows["composed"], alone(tiny_model, METHODS["composed"], of_run))
+        first.advance()
+    optimizer = first.members["composed"].optimizer
+    second = Runs(tiny_model)
+    second.join("composed", of_run, resume=Checkpoint(7, optimizer.weights(), optimizer.moments()))
+    second.finish()
+    check_same(first.rows["composed"] + second.rows["composed"], alone(tiny_model, METHODS["composed"], of_run))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_loss_that_diverges_ends_its_own_run_alone(tiny_model: Path, precision: Precision) -> None:
-    pack = new_pack(tiny_model, precision=precision)
+    runs = Runs(tiny_model, precision=precision)
     plans = {name: plan(number, steps=6, precision=precision) for number, name in enumerate(METHODS)}
     for name in ("lora", "adapter", "prefix"):
-        join(pack, name, plans[name])
-    pack.begin(list(pack.members))
+        runs.join(name, plans[name])
+    members = list(runs.members.values())
+    runs.pack.begin(members)
     with torch.no_grad():
-        next(iter(pack.members["adapter"].optimizer._parameters.values())).fill_(float("nan"))
-    results = pack.step(["lora", "adapter", "prefix"])
+        for parameter in trained_parameters(runs.members["adapter"].model).values():
+            parameter.fill_(float("nan"))
+    results = runs.pack.step(members)
     assert isinstance(results["adapter"], FloatingPointError)
-    pack.leave("adapter")
-    rows: dict[str, list[Metrics]] = {name: [results[name]] for name in ("lora", "prefix")}  # type: ignore[list-item]
-    while pack.members:
-        advance(pack, rows)
-    for name, mine in rows.items():
-        check_same(mine, alone(tiny_model, METHODS[name], plans[name])[1:], within=1e-4 if precision == "fp32" else 0.05)
+    del runs.members["adapter"]
+    runs.rows = {name: [results[name]] for name in ("lora", "prefix")}  # type: ignore[list-item]
+    runs.finish()
+    for name, mine in runs.rows.items():
+        expected = alone(tiny_model, METHODS[name], plans[name])[1:]
+        check_same(mine, expected, within=1e-4 if precision == "fp32" else 0.05)
 
 
 def test_the_base_and_other_runs_weights_stay_as_they_are(tiny_model: Path) -> None:
-    pack = new_pack(tiny_model)
-    before = {name: tensor.clone() for name, tensor in pack.base.state_dict().items()}
+    runs = Runs(tiny_model)
+    before = {name: tensor.clone() for name, tensor in runs.pack.base.state_dict().items()}
     for number, name in enumerate(METHODS):
-        join(pack, name, plan(number, steps=5))
-    waiting = pack.members["dora"].optimizer.weights()
-    pack.step([name for name in METHODS if name != "dora"])
-    assert all(torch.equal(tensor, before[name]) for name, tensor in pack.base.state_dict().items())
-    assert all(torch.equal(tensor, waiting[name]) for name, tensor in pack.members["dora"].optimizer.weights().items())
+        runs.join(name, plan(number, steps=5))
+    waiting = runs.members["dora"].optimizer.weights()
+    runs.pack.step([member for name, member in runs.members.items() if name != "dora"])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in runs.pack.base.state_dict().items())
+    assert all(torch.equal(now, waiting[name]) for name, now in runs.members["dora"].optimizer.weights().items())
 
 
 def test_rows_are_cut_behind_their_last_label_and_no_label_is_lost() -> None:
@@ -222,7 +220,9 @@ def test_rows_are_cut_behind_their_last_label_and_no_label_is_lost() -> None:
 
 def test_what_cannot_share_a_base_is_said_with_its_reason() -> None:
     def why(**settings: object) -> str | None:
-        return why_not_packed(TrainConfig.model_validate({"data": "d", "output": "o", "workers": {"count": 1}, **settings}))
+        return why_not_packed(
+            TrainConfig.model_validate({"data": "d", "output": "o", "workers": {"count": 1}, "samples": 0, **settings})
+        )
 
     assert why() is None
     assert "method.type='full'" in (why(method={"type": "full"}) or "")

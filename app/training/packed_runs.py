@@ -1,0 +1,220 @@
+"""Whole training runs in a pack: each with a folder, checkpoints, MLflow run and result, as `fine_tune` leaves them.
+
+A thread of its own steps the pack. A run goes on to its next evaluation when it is asked for that (`go_on`), and waits
+there: so whoever asks may decide first whether it is worth it. Knows no Ray.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from app.assets import model_folder
+from app.config.schema import TrainConfig
+from app.models.checkpoints import load_decoder
+from app.training.fine_tuning import (
+    Job,
+    about_step,
+    figures_of,
+    inputs_of,
+    loop_plan,
+    plan_job,
+    title_of,
+    validation_batches,
+    write_result,
+)
+from app.training.loop import Metrics
+from app.training.pack import Member, Pack, why_not_packed
+from app.training.recording import Recording, log_warning, recorded
+from app.training.trainer import check_continues, checkpoint_of, peak_memory_bytes
+
+TOGETHER_WITHIN_S = 1.0
+"""How long runs that may go on wait for those that are being decided on, so that they stay in one pass."""
+
+
+@dataclass(eq=False)
+class _Run:
+    job: Job
+    inputs: str
+    member: Member
+    recording: Recording
+    resources: ExitStack
+    """Its lock and MLflow run."""
+    allowed: int = -1
+    """The step until which it may go; -1: it may not even begin."""
+    ready: deque[Metrics | Exception] = field(default_factory=deque)
+    """What `go_on` returns next."""
+
+    @property
+    def next_stop(self) -> int:
+        """The next step that is evaluated."""
+        every, plan = self.member.plan.eval_every, self.member.plan
+        return min((self.member.step // every + 1) * every, plan.total_steps)
+
+    @property
+    def may_step(self) -> bool:
+        return self.member.has_begun and self.member.step < self.allowed
+
+
+class PackedRuns:
+    """Runs over the base of `config`, with its precision, threads and device, until the process ends."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        pass_tokens: int,
+        parent: str | None = None,
+        warn: Callable[[str], None] = log_warning,
+    ) -> None:
+        torch.set_num_threads(config.workers.threads)
+        device = torch.device("cuda" if config.workers.gpus else "cpu")
+        self.model = config.model
+        self._pack = Pack(
+            load_decoder(model_folder(config.model)), precision=config.precision, device=device, pass_tokens=pass_tokens
+        )
+        self._parent = parent
+        self._warn = warn
+        self._runs: dict[str, _Run] = {}
+        self._changed = threading.Condition()
+        self._finishing = ThreadPoolExecutor(1)
+        threading.Thread(target=self._work, name="pack", daemon=True).start()
+
+    def join(self, name: str, config: TrainConfig) -> None:
+        """A run that is new, or goes on from what its folder holds.
+
+        Raises:
+            UserError: it cannot be trained here, or its folder or MLflow will not have it.
+        """
+        reason = why_not_packed(config)
+        assert reason is None and config.model == self.model, reason
+        job = plan_job(config)
+        inputs = inputs_of(job)
+        self.leave(name)  # of an earlier try
+        resources = ExitStack()
+        with resources:
+            recording = resources.enter_context(
+                recorded(
+                    config,
+                    inputs=inputs,
+                    checkpoints=job.checkpoints,
+                    resume=(Path(config.output) / "config.json").exists(),
+                    title=title_of(job),
+                    on_metrics=lambda metrics: None,
+                    warn=self._warn,
+                    parent=self._parent,
+                )
+            )
+            checkpoint = job.checkpoints.latest()
+            if checkpoint is not None:
+                expected = about_step(job, checkpoint.step, inputs=inputs)
+                check_continues(checkpoint, expected, place=job.checkpoints.place)
+            member = self._pack.new_member(
+                name,
+                config.method,
+                plan=loop_plan(job, workers=1),
+                batches=job.feed.local_batches,
+                validation=validation_batches(job),
+                resume=checkpoint,
+            )
+            kept = resources.pop_all()
+        with self._changed:
+            self._runs[name] = _Run(job, inputs, member, recording, kept)
+
+    def go_on(self, name: str) -> Metrics | None:
+        """Train the run to its next evaluation and return that; None where it is over, and its result is written.
+
+        Raises:
+            KeyError: there is no such run (any more).
+            FloatingPointError: its loss diverged; it has left.
+        """
+        with self._changed:
+            run = self._runs[name]
+            if not run.ready:
+                if run.member.is_done:
+                    return None
+                run.allowed = run.next_stop if run.member.has_begun else 0
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: run.ready or self._runs.get(name) is not run)
+            if not run.ready:
+                raise KeyError(name)
+            result = run.ready.popleft()
+        if isinstance(result, Exception):
+            self.leave(name)
+            raise result
+        return result
+
+    def leave(self, name: str) -> None:
+        """Its rows go to others; what it has recorded stays, and it may join again."""
+        with self._changed:
+            run = self._runs.pop(name, None)
+            self._changed.notify_all()
+        if run is not None:
+            run.resources.close()
+
+    def _work(self) -> None:
+        while True:
+            beginning, stepping = self._next_work()
+            for members, work in ((beginning, self._pack.begin), (stepping, self._pack.step)):
+                for name, result in work(members).items() if members else ():
+                    self._take(name, result, share=1 / len(members))
+
+    def _next_work(self) -> tuple[list[Member], list[Member]]:
+        """Runs that may begin, and runs that may step; waits until there are some."""
+        with self._changed:
+            self._changed.wait_for(lambda: any(self._is_due(run) for run in self._runs.values()))
+            self._changed.wait_for(
+                lambda: all(self._is_due(run) for run in self._runs.values()), timeout=TOGETHER_WITHIN_S
+            )
+            runs = list(self._runs.values())
+            beginning = [run.member for run in runs if self._is_due(run) and not run.member.has_begun]
+            stepping = [run.member for run in runs if run.may_step]
+        return beginning, stepping
+
+    def _is_due(self, run: _Run) -> bool:
+        return run.may_step or (run.allowed >= 0 and not run.member.has_begun)
+
+    def _take(self, name: str, result: Metrics | Exception, *, share: float) -> None:
+        """Record what a step brought, save where that is due, and tell who waits for it."""
+        run = self._runs.get(name)
+        if run is None:  # it has left meanwhile
+            return
+        try:
+            if isinstance(result, Exception):
+                raise result
+            result |= {"workers": share, "peak_worker_bytes": peak_memory_bytes()}
+            run.recording.add(result)
+            plan, step = run.member.plan, result["step"]
+            if step and plan.is_due(step, plan.save_every):
+                about = about_step(run.job, step, inputs=run.inputs)
+                checkpoint = checkpoint_of(run.member.optimizer, result, about=about)
+                config = run.job.config
+                run.job.checkpoints.save(checkpoint, keep_last=config.keep_last, keep_best=config.keep_best)
+        except Exception as error:  # of this run alone; the others go on
+            self._tell(run, error)
+            return
+        if run.member.is_done:
+            self._finishing.submit(self._finish, run, result)
+        elif "eval_loss" in result or not step:
+            self._tell(run, result)
+
+    def _finish(self, run: _Run, last: Metrics) -> None:
+        """The result and the report, beside the others' steps; only then the last evaluation is told."""
+        try:
+            write_result(run.job, run.member.model, last)
+            delta = run.job.result
+            run.recording.finish(figures_of(run.job, run.recording.log), delta=delta)
+        except Exception as error:
+            self._tell(run, error)
+            return
+        self._tell(run, last)
+
+    def _tell(self, run: _Run, result: Metrics | Exception) -> None:
+        with self._changed:
+            run.ready.append(result)
+            self._changed.notify_all()

@@ -1,0 +1,217 @@
+"""Between Ray Tune and a sweep's folder: which trial comes next, how one ended, and when all is to end.
+
+Ray Tune keeps the trials' processes and asks the scheduler; what is remembered stands in the folder (`records.py`). So
+a sweep is resumed without Tune's own state: trials that are over are suggested first, report what they recorded, and
+leave search and scheduler as they were.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.tune import Callback, Stopper
+from ray.tune.search import Searcher
+
+from app.config.sweep import BudgetConfig, SweepConfig
+from app.training.optimizer import trained_parameters
+from app.training.pack import why_not_packed
+from tune.records import State, TrialRecord, begin_record, end_record, read_record, read_records
+from tune.search import open_search
+from tune.space import trial_config, trial_folder
+
+LOOK_EVERY_S = 2.0
+Packs = dict[str, list[Any]]
+"""Actors by what their trials must have in common (`base_key`)."""
+
+
+class Watch:
+    """The trials' records, read anew when they are older than some seconds."""
+
+    def __init__(self, output: Path) -> None:
+        self._output = output
+        self._read_at = 0.0
+        self._records: list[TrialRecord] = []
+
+    def records(self) -> list[TrialRecord]:
+        if time.monotonic() - self._read_at > LOOK_EVERY_S:
+            self._records, self._read_at = read_records(self._output), time.monotonic()
+        return self._records
+
+
+class TrialSource(Searcher):
+    """What Ray Tune asks for trials, and tells when one is over."""
+
+    def __init__(self, config: SweepConfig, *, packs: Sequence[Any], pack_keys: Sequence[str], turnstile: Any) -> None:
+        super().__init__(metric="eval_loss", mode="min")
+        self._config = config
+        self._packs = packs
+        self._pack_keys = pack_keys
+        self._turnstile = turnstile
+        self._search = open_search(config)
+        self._known = read_records(Path(config.output))
+        for record in self._known:
+            if record.state != "running":
+                self._search.tell(record)
+        self._waiting = [record for record in self._known if record.state != "failed"]
+        # Those that are over come first: the scheduler learns of them before it decides on others.
+        self._waiting.sort(key=lambda record: record.state == "running")
+        self._next_number = max((record.number for record in self._known), default=-1) + 1
+        self._folders: dict[str, Path] = {}
+        self._pack_of: dict[str, int] = {}
+
+    def suggest(self, trial_id: str) -> Any:
+        record = self._waiting.pop(0) if self._waiting else self._new_record()
+        if record is None:
+            return Searcher.FINISHED
+        self._folders[trial_id] = record.folder
+        pack = self._choose_pack(record) if record.state == "running" else None
+        if pack is not None:
+            self._pack_of[trial_id] = pack
+        return {"folder": str(record.folder), "pack": pack}
+
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+        if not error:  # else `Ends` says why
+            self.end(trial_id)
+
+    def end(self, trial_id: str, *, error: str | None = None) -> None:
+        """A trial is over, of itself, by the scheduler, or with an error; its place is free."""
+        folder = self._folders[trial_id]
+        self._release(trial_id, read_record(folder))
+        before = read_record(folder)
+        if before.state != "running":
+            return
+        is_whole = before.step >= _total_steps(before)
+        state: State = "failed" if error else "finished" if is_whole else "stopped"
+        end_record(folder, state=state, error=error)
+        self._search.tell(read_record(folder))
+
+    def _new_record(self) -> TrialRecord | None:
+        number = self._next_number
+        if number >= (self._config.budget.trials or number + 1):
+            return None
+        suggestion = self._search.ask(number)
+        if suggestion is None:
+            return None
+        self._next_number += 1
+        branch, values = suggestion
+        config = trial_config(self._config, values, number=number)
+        record = TrialRecord(
+            number, branch, values, trial_folder(self._config, number), config, trained_parameters=count_trained(config)
+        )
+        begin_record(record)
+        return record
+
+    def _choose_pack(self, record: TrialRecord) -> int | None:
+        """The emptiest of those that hold its base; None: it has a run of its own."""
+        if self._config.pack == "never" or why_not_packed(record.config):
+            return None
+        key, load = base_key(record.config), Counter(self._pack_of.values())
+        return min((n for n, of_pack in enumerate(self._pack_keys) if of_pack == key), key=lambda n: load[n])
+
+    def _release(self, trial_id: str, record: TrialRecord) -> None:
+        pack = self._pack_of.pop(trial_id, None)
+        if pack is not None:
+            self._packs[pack].leave.remote(str(record.number))
+        self._turnstile.leave.remote(record.number)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the folder has it all."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """As `save`."""
+
+
+class Ends(Callback):
+    """Tells the source of trials that failed too often, with the error."""
+
+    def __init__(self, source: TrialSource, on_end: Callable[[TrialRecord], None]) -> None:
+        self._source = source
+        self._on_end = on_end
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        error = trial.get_pickled_error() or trial.get_error()
+        self._source.end(trial.trial_id, error=reason_of(error))
+        self._tell(trial)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._tell(trial)
+
+    def _tell(self, trial: Any) -> None:
+        self._on_end(read_record(Path(trial.config["folder"])))
+
+
+class Budget(Stopper):
+    """Ends all trials once the budget is spent, or when `is_interrupted` says so."""
+
+    def __init__(self, budget: BudgetConfig, watch: Watch, is_interrupted: Callable[[], bool]) -> None:
+        self._budget = budget
+        self._watch = watch
+        self._is_interrupted = is_interrupted
+        self._started = time.monotonic()
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._is_interrupted() or self.spent() is not None
+
+    def spent(self) -> str | None:
+        """Which budget is spent, in words."""
+        budget = self._budget
+        if budget.hours is not None and time.monotonic() - self._started > 3600 * budget.hours:
+            return f"budget.hours={budget.hours:g}"
+        if budget.tokens is not None and sum(record.tokens for record in self._watch.records()) >= budget.tokens:
+            return f"budget.tokens={budget.tokens:,}"
+        if budget.cost is not None and sum(record.cost or 0 for record in self._watch.records()) >= budget.cost:
+            return f"budget.cost={budget.cost:g}"
+        return None
+
+
+def base_key(config: Any) -> str:
+    """What trials of one pack have in common."""
+    return f"{config.model} {config.precision} {config.workers.model_dump_json(exclude={'count', 'price_per_hour'})}"
+
+
+def count_trained(config: Any) -> int:
+    """Weights that a run trains, from the shapes alone."""
+    import torch
+
+    from app.assets import model_folder
+    from app.methods import apply_method
+    from app.models.checkpoints import empty_decoder
+
+    with torch.device("meta"):
+        model = empty_decoder(model_folder(config.model))
+        apply_method(model, config.method)
+    return sum(parameter.numel() for parameter in trained_parameters(model).values())
+
+
+def reason_of(error: BaseException) -> str:
+    """The innermost cause, in a line: Ray wraps what a trial raised, more than once."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        inner = getattr(error, "cause", None) or error.__cause__
+        if not isinstance(inner, BaseException):
+            break
+        error = inner
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:500]
+
+
+def _total_steps(record: TrialRecord) -> int:
+    from app.training.fine_tuning import plan_job
+
+    return plan_job(record.config).total_steps
+
+
+def release_all(packs: Sequence[Any], records: Sequence[TrialRecord]) -> None:
+    """Close what trials that were cut short have open, and end the packs."""
+    open_runs = [str(record.number) for record in records if record.state == "running"]
+    calls = [pack.leave.remote(name) for pack in packs for name in open_runs]
+    ray.wait(calls, num_returns=len(calls), timeout=30) if calls else None
+    for pack in packs:
+        ray.kill(pack)

@@ -1,0 +1,141 @@
+"""A sweep's trials as plots. Each function draws on the axes that it is given; knows no files."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tune.records import TrialRecord
+
+_STOPPED = {"alpha": 0.35, "linewidth": 0.8}
+_SHOWN_STATES = ("finished", "stopped")
+
+Cost = Callable[[TrialRecord], float]
+
+
+def with_loss(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """Those that have been evaluated, and have not failed."""
+    return [trial for trial in trials if trial.loss is not None and trial.state in _SHOWN_STATES]
+
+
+def draw_curves(axes: Any, trials: Sequence[TrialRecord], *, name: Callable[[TrialRecord], str]) -> None:
+    """Held-out loss by step; trials that were stopped are pale, and the best is named."""
+    shown = with_loss(trials)
+    colors = _colors(shown)
+    for trial in shown:
+        points = [(row["step"], row["eval_loss"]) for row in trial.evaluations]
+        style = {"linewidth": 1.4} if trial.state == "finished" else _STOPPED
+        axes.plot(*zip(*points, strict=True), color=colors[trial.number], marker=".", markersize=3, **style)
+    for trial in shown[:1]:
+        row = trial.evaluations[-1]
+        axes.annotate(name(trial), (row["step"], row["eval_loss"]), textcoords="offset points", xytext=(-4, -12),
+                      ha="right", fontsize=7)  # fmt: skip
+    axes.set(xlabel="step", ylabel="held-out loss (nats per token)", title="Loss of every trial")
+    _without_outliers(axes, [row["eval_loss"] for trial in shown for row in trial.evaluations])
+
+
+def draw_front(axes: Any, trials: Sequence[TrialRecord], *, cost: Cost, label: str, title: str) -> None:
+    """Final loss against a cost; the Pareto front is marked: no other is both cheaper and better."""
+    shown = with_loss(trials)
+    colors = _colors(shown)
+    for trial in shown:
+        is_whole = trial.state == "finished"
+        color = colors[trial.number]
+        axes.scatter(cost(trial), trial.loss, s=22, color=color if is_whole else "none", edgecolors=color, zorder=3)
+    front = pareto_front(shown, cost=cost)
+    axes.plot([cost(trial) for trial in front], [trial.loss for trial in front], color="0.2", linewidth=1,
+              drawstyle="steps-post", label="Pareto front")  # fmt: skip
+    if len({cost(trial) for trial in shown}) > 1 and min(map(cost, shown)) > 0:
+        axes.set_xscale("log")
+    axes.set(xlabel=label, ylabel="held-out loss", title=title)
+    _without_outliers(axes, [trial.loss for trial in shown])
+    if front:
+        axes.legend(fontsize=7)
+
+
+def pareto_front(trials: Sequence[TrialRecord], *, cost: Cost) -> list[TrialRecord]:
+    """By rising cost, those than which no other is both cheaper and better."""
+    front: list[TrialRecord] = []
+    for trial in sorted(with_loss(trials), key=lambda trial: (cost(trial), trial.loss)):
+        if not front or trial.loss < front[-1].loss:  # type: ignore[operator]
+            front.append(trial)
+    return front
+
+
+def draw_parallel(axes: Any, trials: Sequence[TrialRecord], keys: Sequence[str]) -> None:
+    """A line a trial through what it tried, to the loss that it came to; the darker the better."""
+    from matplotlib import colormaps
+
+    shown = with_loss(trials)
+    columns = {key: [_shown(trial.values.get(key)) for trial in shown] for key in keys}
+    scales = [_scale(values) for values in columns.values()] + [_scale([trial.loss for trial in shown])]
+    ranks = np.argsort(np.argsort([trial.loss for trial in shown]))
+    color = colormaps["viridis"]
+    for number in reversed(np.argsort(ranks)):
+        trial = shown[number]
+        heights = [place(values[number]) for (place, _), values in zip(scales, columns.values(), strict=False)]
+        quality = ranks[number] / max(1, len(shown) - 1)
+        axes.plot([*heights, scales[-1][0](trial.loss)], color=color(quality), alpha=0.9 - 0.6 * quality, linewidth=1.2)
+    for place, (_, ticks) in enumerate(scales):
+        axes.axvline(place, color="0.8", linewidth=0.8, zorder=0)
+        for height, text in ticks:
+            axes.annotate(text, (place, height), fontsize=6, ha="center", va="center",
+                          bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8})  # fmt: skip
+    axes.set_xticks(range(len(scales)), [*(key.rpartition(".")[2] for key in keys), "loss"], fontsize=7)
+    axes.set(yticks=[], title="What each trial tried, and what it came to (dark: better)")
+    axes.spines["left"].set_visible(False)
+
+
+def draw_importance(axes: Any, importance: Mapping[str, float]) -> None:
+    """Shares of the differences in loss that each key accounts for."""
+    names = sorted(importance, key=lambda key: importance[key])
+    axes.barh([name.rpartition(".")[2] for name in names], [importance[name] for name in names], color="tab:blue")
+    axes.set(xlabel="share of the loss's variance", title="Which key matters")
+
+
+def _colors(trials: Sequence[TrialRecord]) -> dict[int, Any]:
+    """By technique, where there are several; else by size."""
+    from matplotlib import colormaps
+
+    techniques = sorted({trial.method for trial in trials})
+    if len(techniques) > 1:
+        return {trial.number: colormaps["tab10"](techniques.index(trial.method) % 10) for trial in trials}
+    sizes = sorted({trial.trained_parameters for trial in trials})
+    return {
+        trial.number: colormaps["viridis"](0.9 * sizes.index(trial.trained_parameters) / max(1, len(sizes) - 1))
+        for trial in trials
+    }
+
+
+def _without_outliers(axes: Any, losses: Sequence[Any]) -> None:
+    """One that diverges must not flatten all others to a line."""
+    if losses:
+        low, high = min(losses), float(np.quantile(losses, 0.9))
+        margin = 0.08 * max(high - low, 1e-3)
+        axes.set_ylim(low - margin, high + 4 * margin)
+
+
+def _shown(value: Any) -> Any:
+    """Numbers as they are, anything else as text."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+
+
+def _scale(values: Sequence[Any]) -> tuple[Callable[[Any], float], list[tuple[float, str]]]:
+    """Where a value stands between 0 and 1, and what is written there."""
+    if all(isinstance(value, int | float) for value in values):
+        is_log = min(values) > 0 and max(values) / min(values) > 20
+        transform = np.log if is_log else np.asarray
+        low, high = float(transform(min(values))), float(transform(max(values)))
+
+        def place(value: float) -> float:
+            return (float(transform(value)) - low) / (high - low) if high > low else 0.5
+
+        known = sorted(set(values))
+        marked = known if len(known) <= 8 else [known[0], known[len(known) // 2], known[-1]]
+        return place, [(place(value), f"{value:.3g}") for value in marked]
+    texts = sorted({str(value) for value in values})
+
+    def place_of_text(value: Any) -> float:
+        return texts.index(str(value)) / (len(texts) - 1) if len(texts) > 1 else 0.5
+
+    return place_of_text, [(place_of_text(text), text.strip("[]").replace("'", "")) for text in texts]

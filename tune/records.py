@@ -1,0 +1,139 @@
+"""What a sweep's folder says of its trials: the one truth of how far a sweep is, also for one that is resumed.
+
+OUTPUT/sweep.json                the resolved settings
+OUTPUT/trials/0007/trial.json    what the trial tries, written before it starts
+OUTPUT/trials/0007/ended.json    how it ended, written by the driver; without it the trial is not over
+OUTPUT/trials/0007/run/          the run's folder, as `pacos train` makes it
+
+Knows no Ray.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from app.atomic import write_text
+from app.config.methods import name_of, parts_of
+from app.config.schema import TrainConfig
+
+TRIAL_FILE, ENDED_FILE, METRICS_FILE = "trial.json", "ended.json", "metrics.jsonl"
+State = Literal["running", "finished", "stopped", "failed"]
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    number: int
+    branch: int
+    values: Mapping[str, Any]
+    folder: Path
+    """OUTPUT/trials/NUMBER; the run's is that of `config.output`."""
+    config: TrainConfig
+    trained_parameters: int
+    state: State = "running"
+    """finished: it made all of its steps; stopped: by the scheduler, or as the sweep ended."""
+    error: str | None = None
+    rows: Sequence[dict[str, Any]] = field(default=(), repr=False)
+    """Of metrics.jsonl."""
+    cost: float | None = None
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """From the first step on; the loss before training is the base's."""
+        return [row for row in self.rows if "eval_loss" in row and row["step"]]
+
+    @property
+    def loss(self) -> float | None:
+        """The last held-out loss: what its delta would have."""
+        evaluations = self.evaluations
+        return evaluations[-1]["eval_loss"] if evaluations else None
+
+    @property
+    def step(self) -> int:
+        return self.rows[-1]["step"] if self.rows else 0
+
+    @property
+    def tokens(self) -> int:
+        return sum(row.get("tokens", 0) for row in self.rows)
+
+    @property
+    def seconds(self) -> float:
+        """Of its steps; in a pack its share of theirs."""
+        return sum(row.get("step_s", 0.0) for row in self.rows)
+
+    @property
+    def method(self) -> str:
+        return name_of(self.config.method)
+
+    @property
+    def techniques(self) -> tuple[str, ...]:
+        return tuple(part.type for part in parts_of(self.config.method))
+
+
+def begin_record(record: TrialRecord) -> None:
+    """Write down what a trial is about to try."""
+    about = {
+        "number": record.number,
+        "branch": record.branch,
+        "values": record.values,
+        "trained_parameters": record.trained_parameters,
+        "config": record.config.model_dump(mode="json"),
+    }
+    write_text(record.folder / TRIAL_FILE, json.dumps(about, indent=2) + "\n")
+
+
+def end_record(folder: Path, *, state: State, error: str | None = None) -> None:
+    """Write down how a trial ended; the first word counts."""
+    if not (folder / ENDED_FILE).exists():
+        write_text(folder / ENDED_FILE, json.dumps({"state": state, "error": error}, indent=2) + "\n")
+
+
+def read_records(sweep: Path) -> list[TrialRecord]:
+    """All trials that have been begun, by number."""
+    return list(_records(sweep))
+
+
+def _records(sweep: Path) -> Iterator[TrialRecord]:
+    for file in sorted(sweep.glob(f"trials/*/{TRIAL_FILE}")):
+        yield read_record(file.parent)
+
+
+def read_record(folder: Path) -> TrialRecord:
+    about = json.loads((folder / TRIAL_FILE).read_text())
+    ended = _json(folder / ENDED_FILE) or {"state": "running", "error": None}
+    config = TrainConfig.model_validate(about["config"])
+    return TrialRecord(
+        number=about["number"],
+        branch=about["branch"],
+        values=about["values"],
+        folder=folder,
+        config=config,
+        trained_parameters=about["trained_parameters"],
+        state=ended["state"],
+        error=ended["error"],
+        rows=read_rows(Path(config.output)),
+        cost=_cost(Path(config.output)),
+    )
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    file = folder / METRICS_FILE
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:  # it is being written
+            break
+    return rows
+
+
+def _cost(folder: Path) -> float | None:
+    sessions = _json(folder / "worker_hours.json") or []
+    if not sessions or any(session["price_per_hour"] is None for session in sessions):
+        return None
+    return sum(session["worker_hours"] * session["price_per_hour"] for session in sessions)
+
+
+def _json(file: Path) -> Any:
+    return json.loads(file.read_text()) if file.exists() else None

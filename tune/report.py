@@ -1,0 +1,135 @@
+"""OUTPUT/report.html and sweep.png: a sweep on one page. Self-contained, but for links to its trials' own reports."""
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from app import pages
+from app.atomic import replaced_file, write_text
+from app.config.sweep import SweepConfig
+from tune.plots import draw_curves, draw_front, draw_importance, draw_parallel, with_loss
+from tune.records import TrialRecord
+from tune.results import Results, command_of, varying_keys
+
+
+def write_report(file: Path, config: SweepConfig, results: Results, *, importance: Mapping[str, float]) -> None:
+    best = results.best
+    parts = [pages.tiles(_tiles(results))]
+    if with_loss(results.ranking):
+        parts.append(pages.figures(*_draws(results, importance)))
+        if keys := varying_keys(results.ranking):
+            parts.append(pages.wide_figure(functools.partial(draw_parallel, trials=results.ranking, keys=keys)))
+    parts += [pages.heading("Ranking", note=_note(results)), pages.ranking(*ranking_table(results))]
+    if best is not None:
+        parts.append(pages.heading("The best once more", note="The command that computes the same."))
+        parts.append(pages.columns({f"trial {best.number}": command_of(best.config)}))
+    failed = {f"trial {trial.number}": trial.error for trial in results.ranking if trial.state == "failed"}
+    if failed:
+        parts += [pages.heading("Failed"), pages.table(failed)]
+    write_text(file, pages.page(f"Sweep {file.parent.name}", note=config.output, parts=parts))
+
+
+def write_plot(file: Path, results: Results, *, importance: Mapping[str, float], title: str) -> None:
+    """The plots in one picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    if not with_loss(results.ranking):
+        return
+    figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    draws = _draws(results, importance)
+    for place, draw in zip(axes.flat, draws, strict=False):
+        draw(place)
+        place.grid(alpha=0.25)
+        place.spines[["top", "right"]].set_visible(False)
+    for place in list(axes.flat)[len(draws) :]:
+        place.set_visible(False)
+    figure.suptitle(title)
+    with replaced_file(file) as staging:
+        figure.savefig(staging, dpi=120, format="png")
+    pyplot.close(figure)
+
+
+def ranking_table(results: Results) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows: what varied, and what came of it."""
+    keys = varying_keys(results.ranking)
+    header = ("", "trial", "state", *(key.rpartition(".")[2] for key in keys), "weights", "step", "tokens", "loss")
+    return header, [_row(place, trial, keys) for place, trial in enumerate(results.ranking, start=1)]
+
+
+def _row(place: int, trial: TrialRecord, keys: list[str]) -> tuple[str, ...]:
+    return (
+        str(place),
+        str(trial.number),
+        trial.state,
+        *(shown(trial.values.get(key)) for key in keys),
+        f"{trial.trained_parameters:,}",
+        f"{trial.step:,}",
+        f"{trial.tokens:,}",
+        "" if trial.loss is None else f"{trial.loss:.4f}",
+    )
+
+
+def shown(value: Any) -> str:
+    """A setting, short."""
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return "" if value is None else ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _draws(results: Results, importance: Mapping[str, float]) -> list[Callable[[Any], None]]:
+    trials = results.ranking
+    has_cost = all(trial.cost is not None for trial in with_loss(trials))
+    draws: list[Callable[[Any], None]] = [
+        functools.partial(draw_curves, trials=trials, name=_short_name),
+        functools.partial(
+            draw_front, trials=trials, cost=_weights, label="trained weights", title="Loss and trained weights"
+        ),
+        functools.partial(
+            draw_front,
+            trials=trials,
+            cost=_money if has_cost else _seconds,
+            label="cost" if has_cost else "seconds of training (in a pack its share)",
+            title="Loss and cost",
+        ),
+    ]
+    if importance:
+        draws.append(functools.partial(draw_importance, importance=importance))
+    return draws
+
+
+def _weights(trial: TrialRecord) -> float:
+    return trial.trained_parameters
+
+
+def _seconds(trial: TrialRecord) -> float:
+    return trial.seconds
+
+
+def _money(trial: TrialRecord) -> float:
+    return trial.cost or 0.0
+
+
+def _short_name(trial: TrialRecord) -> str:
+    return f"trial {trial.number}: {trial.loss:.4f}"
+
+
+def _tiles(results: Results) -> dict[str, str | None]:
+    best = results.best
+    return {
+        "best held-out loss": None if best is None or best.loss is None else f"{best.loss:.4f}",
+        "of trial": None if best is None else str(best.number),
+        "finished": str(results.count("finished")),
+        "stopped early": str(results.count("stopped")),
+        "failed": str(results.count("failed")),
+        "tokens": f"{results.tokens:,}",
+        "cost": None if results.cost is None else f"{results.cost:,.4g}",
+    }
+
+
+def _note(results: Results) -> str:
+    ended = f" The sweep ended because {results.ended_by} was spent." if results.ended_by else ""
+    return f"By held-out loss at the last evaluation; those that made all their steps come first.{ended}"

@@ -1,0 +1,193 @@
+"""What a sweep has found: its ranking, results.parquet, best.json, sweep.png and the report. Knows no Ray."""
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from app.atomic import replaced_file, write_text
+from app.config.schema import TrainConfig
+from app.config.sweep import SweepConfig
+from app.errors import UserError
+from tune.records import TrialRecord, read_records
+from tune.space import flattened_values
+
+TABLE, BEST, PLOT, REPORT = "results.parquet", "best.json", "sweep.png", "report.html"
+
+
+@dataclass(frozen=True)
+class Results:
+    ranking: Sequence[TrialRecord]
+    """The best first; those that were stopped behind those that finished, and those that failed last."""
+    ended_by: str | None = None
+    """The budget that was spent."""
+
+    @property
+    def best(self) -> TrialRecord | None:
+        """The finished trial of the lowest held-out loss."""
+        return next((trial for trial in self.ranking if trial.state == "finished" and trial.loss is not None), None)
+
+    @property
+    def tokens(self) -> int:
+        return sum(trial.tokens for trial in self.ranking)
+
+    @property
+    def cost(self) -> float | None:
+        costs = [trial.cost for trial in self.ranking if trial.cost is not None]
+        return sum(costs) if costs else None
+
+    def count(self, state: str) -> int:
+        return sum(trial.state == state for trial in self.ranking)
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """For MLflow."""
+        counts = {f"trials_{state}": self.count(state) for state in ("finished", "stopped", "failed")}
+        best = {} if self.best is None or self.best.loss is None else {"best_eval_loss": self.best.loss}
+        return {**counts, **best, "tokens": self.tokens}
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (TABLE, BEST, PLOT, REPORT)
+
+
+def ranked(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
+    order = {"finished": 0, "running": 1, "stopped": 1, "failed": 2}
+
+    def key(trial: TrialRecord) -> tuple[int, float, int]:
+        return order[trial.state], float("inf") if trial.loss is None else trial.loss, trial.number
+
+    return sorted(trials, key=key)
+
+
+def write_results(config: SweepConfig, trials: Sequence[TrialRecord], *, ended_by: str | None) -> Results:
+    """Everything but the trials' own folders."""
+    from tune.report import write_plot, write_report
+
+    output = Path(config.output)
+    results = Results(ranked(trials), ended_by)
+    _write_table(output / TABLE, results.ranking)
+    best = results.best
+    if best is not None:
+        about = {
+            "trial": best.number,
+            "run": best.config.output,
+            "eval_loss": best.loss,
+            "values": dict(best.values),
+            "command": command_of(best.config),
+        }
+        write_text(output / BEST, json.dumps(about, indent=2) + "\n")
+    importance = importance_of(config, results.ranking)
+    write_plot(output / PLOT, results, importance=importance, title=output.name)
+    write_report(output / REPORT, config, results, importance=importance)
+    return results
+
+
+def read_best(sweep: Path) -> Path:
+    """The run folder of the winner.
+
+    Raises:
+        UserError: `sweep` is no sweep's folder, or none of its trials has finished.
+    """
+    file = sweep / BEST
+    if not file.is_file():
+        what = "none of its trials has finished" if read_records(sweep) else "it is no folder of a sweep"
+        raise UserError(f"best={str(sweep)!r} has no {BEST}: {what}")
+    return Path(json.loads(file.read_text())["run"])
+
+
+def command_of(config: TrainConfig, *, output: str = "runs/best") -> str:
+    """The `pacos train` that computes the same: what differs from the defaults."""
+    defaults = TrainConfig(data=config.data, output=config.output)
+    now, before = flattened_values(config.model_dump(mode="json")), flattened_values(defaults.model_dump(mode="json"))
+    differing = {key: value for key, value in now.items() if before.get(key, ...) != value}
+    hidden = ("output", "data", "tracking.")
+    settings = {key: value for key, value in differing.items() if not key.startswith(hidden)}
+    # A technique is named first: what its keys mean depends on it.
+    ordered = sorted(settings, key=lambda key: key != "method.type")
+    parts = [f"data={config.data}", f"output={output}", *(f"{key}={_written(settings[key])}" for key in ordered)]
+    return " ".join(["pacos train", *map(shlex.quote, parts)])
+
+
+def importance_of(config: SweepConfig, trials: Sequence[TrialRecord]) -> dict[str, float]:
+    """For each key that every trial has, its share in the variance of the loss (fANOVA, Hutter et al. 2014); empty
+    where too few trials tell."""
+    import optuna
+
+    shown = [trial for trial in trials if trial.loss is not None and trial.state in ("finished", "stopped")]
+    keys = [key for key in varying_keys(trials) if all(key in trial.values for trial in shown)]
+    if len(shown) < 6 or not keys:
+        return {}
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(direction="minimize")
+    codes = {key: _codes([trial.values[key] for trial in shown]) for key in keys}
+    distributions = {key: distribution for key, (_, distribution) in codes.items()}
+    for place, trial in enumerate(shown):
+        params = {key: values[place] for key, (values, _) in codes.items()}
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=trial.loss))
+    if len({trial.loss for trial in shown}) < 2:
+        return {}
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    return optuna.importance.get_param_importances(study, evaluator=evaluator)
+
+
+def varying_keys(trials: Sequence[TrialRecord]) -> list[str]:
+    """Keys that differ between trials, in the order of the space."""
+    keys = dict.fromkeys(key for trial in trials for key in trial.values)
+    return [key for key in keys if len({json.dumps(trial.values.get(key), default=str) for trial in trials}) > 1]
+
+
+def _codes(values: Sequence[Any]) -> tuple[list[Any], Any]:
+    """Values as one distribution of Optuna's takes them, and that distribution."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        low, high = float(min(values)), float(max(values))
+        return [float(value) for value in values], FloatDistribution(low, high, log=low > 0 and high / low > 20)
+    texts = [json.dumps(value, default=str) for value in values]
+    return texts, CategoricalDistribution(sorted(set(texts)))
+
+
+def _write_table(file: Path, trials: Sequence[TrialRecord]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    keys = list(dict.fromkeys(key for trial in trials for key in trial.values))
+    rows = [
+        {
+            "rank": place,
+            "trial": trial.number,
+            "state": trial.state,
+            "method": trial.method,
+            "eval_loss": trial.loss,
+            "step": trial.step,
+            "tokens": trial.tokens,
+            "seconds": trial.seconds,
+            "cost": trial.cost,
+            "trained_parameters": trial.trained_parameters,
+            **{key: _cell(trial.values.get(key)) for key in keys},
+            "seed": trial.config.seed,
+            "error": trial.error,
+            "folder": trial.config.output,
+        }
+        for place, trial in enumerate(trials, start=1)
+    ]
+    for key in keys:  # a column has one type
+        if len({type(row[key]) for row in rows if row[key] is not None}) > 1:
+            for row in rows:
+                row[key] = None if row[key] is None else str(row[key])
+    with replaced_file(file) as staging:
+        pq.write_table(pa.Table.from_pylist(rows), staging)
+
+
+def _cell(value: Any) -> Any:
+    return value if value is None or isinstance(value, int | float | str) else json.dumps(value)
+
+
+def _written(value: Any) -> str:
+    """As YAML, and so a command's override, reads it."""
+    if isinstance(value, str):
+        return value
+    return json.dumps(value)

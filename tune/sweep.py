@@ -1,0 +1,262 @@
+"""`pacos sweep`: many training runs on the cluster, and which of them is best.
+
+OUTPUT/sweep.json        the resolved settings
+OUTPUT/trials/0007/      a trial (`records.py`)
+OUTPUT/results.parquet, report.html, best.json, mlflow.json
+
+As a job: `ray job submit --working-dir . -- python -m tune.sweep --config configs/sweeps/lora_rank.yaml`.
+"""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from app.atomic import make_folder, write_text
+from app.config.schema import TrainConfig
+from app.config.sweep import AshaConfig, MedianConfig, SweepConfig
+from app.errors import Interrupted, UserError
+from app.run_lock import locked
+from app.tracking.run import open_tracker, tracked_run
+from app.training.interruption import interruptible
+from app.training.pack import why_not_packed
+from app.training.recording import log_warning
+from app.training.run_log import check_is_new
+from tune.records import TrialRecord, end_record, read_records
+from tune.results import Results, write_results
+from tune.space import Checked, check_space, num_combinations
+
+SWEEP_FILE = "sweep.json"
+_MAY_CHANGE = {"budget", "pack", "pack_size", "pass_tokens", "max_retries", "tracking", "register_as"}
+"""Settings that a resumed sweep may change: how long it goes on and how it is computed, not what it compares."""
+_TUNE_SETTINGS = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # CSV, JSON and TensorBoard files of what our folders hold
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # of state that we do without
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+
+
+def plan_sweep(config: SweepConfig) -> Checked:
+    """Check all that can be checked before a trial starts.
+
+    Raises:
+        UserError: a setting, data, model or technique that a trial could not start with.
+    """
+    checked = check_space(config)
+    if config.search.type == "grid" and config.budget.trials:
+        total = sum(map(num_combinations, config.space))
+        if config.budget.trials < total:
+            raise UserError(
+                f"budget.trials={config.budget.trials} is less than the grid's {total} combinations; leave it out, or "
+                "take search.type=random"
+            )
+    if config.budget.cost is not None:
+        for trial in checked.trials:
+            if trial.workers.price_per_hour is None:
+                raise UserError("budget.cost needs a price; set train.workers.price_per_hour")
+    return checked
+
+
+def needed_resources(config: SweepConfig, checked: Checked) -> tuple[float, float]:
+    """CPUs and GPUs that must be there at once: a pack's for each base, and the largest run of its own."""
+    packs = {_base_of(trial): trial.workers for trial in _packed(config, checked)}
+    alone = [trial.workers for trial in _alone(config, checked)]
+    return (
+        sum(workers.cpus for workers in packs.values()) + max((w.least * w.cpus for w in alone), default=0.0),
+        sum(workers.gpus for workers in packs.values()) + max((w.least * w.gpus for w in alone), default=0.0),
+    )
+
+
+def sweep(
+    config: SweepConfig,
+    checked: Checked,
+    *,
+    resume: bool = False,
+    on_end: Callable[[TrialRecord], None] = lambda record: None,
+    watched: Callable[[Callable[[], list[TrialRecord]]], Any] | None = None,
+    warn: Callable[[str], None] = log_warning,
+) -> Results:
+    """Run the sweep; Ray is initialised. `on_end` is told of each trial that is over; `watched` makes a context, for
+    the time of the sweep, of what reads the trials' records.
+
+    Raises:
+        UserError: the output folder holds something and `resume` is false, or another sweep; or MLflow does not answer.
+        Interrupted: a signal came; `resume` goes on.
+    """
+    from contextlib import nullcontext
+
+    from tune.driver import Watch
+
+    output = Path(config.output)
+    tracker = open_tracker(config.tracking, output=config.output)
+    with locked(output):
+        _open(config, resume=resume)
+        settings = config.model_dump(mode="json")
+        watch = Watch(output)
+        with (
+            tracked_run(
+                tracker, name=output.name, output=output, settings=settings, resume=resume, warn=warn
+            ) as tracked,
+            watched(watch.records) if watched else nullcontext(),
+        ):
+            parent = tracked.run_id if tracked is not None else None
+            uri = "none" if tracker is None else tracker.uri
+            spent = _run_trials(config, checked, watch=watch, tracking_uri=uri, parent=parent, on_end=on_end)
+            for record in read_records(output):
+                if record.state == "running":  # the budget was spent
+                    end_record(record.folder, state="stopped")
+            results = write_results(config, read_records(output), ended_by=spent)
+            if tracked is not None:
+                tracked.log(results.figures, step=0)
+                tracked.keep(*(output / name for name in (SWEEP_FILE, *results.files)))
+    return results
+
+
+def _open(config: SweepConfig, *, resume: bool) -> None:
+    output, resolved = Path(config.output), config.model_dump(mode="json")
+    stored = output / SWEEP_FILE
+    if not resume:
+        check_is_new(output)
+    elif not stored.exists():
+        raise UserError(f"output={config.output!r} holds no sweep to resume; leave --resume out to start one")
+    else:
+        before = SweepConfig.model_validate(json.loads(stored.read_text())).model_dump(mode="json")
+        for key in sorted(resolved.keys() - _MAY_CHANGE):
+            if before[key] != resolved[key]:
+                raise UserError(f"{key}: the sweep was started with {before[key]!r}, not {resolved[key]!r}; keep it")
+    make_folder(output)
+    write_text(stored, json.dumps(resolved, indent=2) + "\n")
+
+
+def _run_trials(
+    config: SweepConfig,
+    checked: Checked,
+    *,
+    watch: Any,
+    tracking_uri: str,
+    parent: str | None,
+    on_end: Callable[[TrialRecord], None],
+) -> str | None:
+    """All trials through Ray Tune; returns which budget ended them, None where they ended of themselves."""
+    import ray
+
+    for name, value in _TUNE_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    from ray import tune
+
+    from tune.driver import Budget, Ends, TrialSource, release_all
+    from tune.pack_actor import Turnstile
+    from tune.trial import run_trial
+
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    places, packs, keys = _places(config, checked, parent=parent)
+    turnstile = ray.remote(Turnstile).options(num_cpus=0).remote(places)
+    source = TrialSource(config, packs=packs, pack_keys=keys, turnstile=turnstile)
+    with interruptible() as is_interrupted:
+        budget = Budget(config.budget, watch, is_interrupted)
+        trainable = tune.with_parameters(
+            run_trial, packs=packs, turnstile=turnstile, tracking_uri=tracking_uri, parent=parent
+        )
+        tuner = tune.Tuner(
+            # Almost no CPU: those are for packs and for the workers of runs.
+            tune.with_resources(trainable, {"CPU": 0.01}),
+            tune_config=tune.TuneConfig(
+                search_alg=source,
+                scheduler=_scheduler(config, checked),
+                metric=None if config.scheduler.type != "none" else "eval_loss",
+                mode=None if config.scheduler.type != "none" else "min",
+                num_samples=-1,
+                max_concurrent_trials=config.pack_size * len(packs) + places,
+            ),
+            run_config=tune.RunConfig(
+                name=time.strftime("%Y%m%d-%H%M%S"),
+                storage_path=str(Path(config.output) / "ray"),
+                failure_config=tune.FailureConfig(max_failures=config.max_retries),
+                stop=budget,
+                callbacks=[Ends(source, on_end)],
+                verbose=0,
+            ),
+        )
+        try:
+            tuner.fit()
+        finally:
+            release_all(packs, read_records(Path(config.output)))
+            ray.kill(turnstile)
+        if is_interrupted():
+            raise Interrupted("stopped; --resume goes on, without running what is finished again")
+        return budget.spent()
+
+
+def _places(config: SweepConfig, checked: Checked, *, parent: str | None) -> tuple[int, list[Any], list[str]]:
+    """How many runs of their own have room at once; the packs, as many for each base as the cluster has room for
+    beside the others, and which base each holds."""
+    import ray
+
+    from tune.pack_actor import start_pack
+
+    total = ray.cluster_resources()
+    alone = [trial.workers for trial in _alone(config, checked)]
+    bases = {_base_of(trial): trial for trial in _packed(config, checked)}
+    packs, keys = [], []
+    for key, trial in bases.items():
+        workers, share = trial.workers, len(bases) + bool(alone)
+        room = min(
+            total.get("CPU", 0) / share / workers.cpus,
+            total.get("GPU", 0) / share / workers.gpus if workers.gpus else float("inf"),
+        )
+        for _ in range(max(1, int(room))):
+            packs.append(start_pack(trial, size=config.pack_size, pass_tokens=config.pass_tokens, parent=parent))
+            keys.append(key)
+    if not alone:
+        return 0, packs, keys
+    taken = sum(bases[key].workers.cpus for key in keys), sum(bases[key].workers.gpus for key in keys)
+    cpus, gpus = max(w.least * w.cpus for w in alone), max(w.least * w.gpus for w in alone)
+    room = (total.get("CPU", 0) - taken[0]) / cpus
+    if gpus:
+        room = min(room, (total.get("GPU", 0) - taken[1]) / gpus)
+    return max(1, int(room)), packs, keys
+
+
+def _base_of(trial: TrainConfig) -> str:
+    from tune.driver import base_key
+
+    return base_key(trial)
+
+
+def _packed(config: SweepConfig, checked: Checked) -> list[TrainConfig]:
+    return [trial for trial in checked.trials if config.pack == "auto" and not why_not_packed(trial)]
+
+
+def _alone(config: SweepConfig, checked: Checked) -> list[TrainConfig]:
+    return [trial for trial in checked.trials if config.pack == "never" or why_not_packed(trial)]
+
+
+def _scheduler(config: SweepConfig, checked: Checked) -> Any:
+    from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule
+
+    by = {"time_attr": "step", "metric": "eval_loss", "mode": "min"}
+    scheduler = config.scheduler
+    if isinstance(scheduler, AshaConfig):
+        return AsyncHyperBandScheduler(
+            max_t=checked.most_steps,
+            grace_period=min(scheduler.first_steps, checked.most_steps),
+            reduction_factor=scheduler.factor,
+            **by,
+        )
+    if isinstance(scheduler, MedianConfig):
+        return MedianStoppingRule(
+            grace_period=scheduler.first_steps, min_samples_required=scheduler.trials, hard_stop=True, **by
+        )
+    return FIFOScheduler()
+
+
+if __name__ == "__main__":
+    from app.cli import main
+
+    main("sweep")
