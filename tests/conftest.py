@@ -146,3 +146,40 @@ def small_data(
         )
     )
     return output
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared data for `tiny_model`, made without Ray: documents whose tokens rise by one."""
+    import numpy as np
+
+    from app.config import PrepareConfig
+    from app.data.encoding import Tokens
+    from app.data.prompts import PacosTemplate
+    from app.data.shards import FORMAT, MANIFEST, write_shard
+    from app.data.tokenization import load_tokenizer
+
+    folder = tmp_path_factory.mktemp("tiny-shards")
+    draw = np.random.default_rng(0)
+
+    def document() -> list[Tokens]:
+        length = int(draw.integers(6, 24))
+        ids = (int(draw.integers(300)) + np.arange(length)) % 300
+        return [Tokens(ids.tolist(), [(2, False), (length - 2, True)])]
+
+    shards = []
+    for split, count in (("train", 64), ("validation", 12), ("test", 12)):
+        (folder / split).mkdir()
+        shards.append(write_shard(folder, split, index=0, rows=[document() for _ in range(count)]))
+    tokenizer = load_tokenizer(tiny_model)
+    config = PrepareConfig(source=("records.jsonl",), output=str(folder), model=str(tiny_model), max_length=24)
+    manifest = {
+        "format": FORMAT,
+        "config": config.model_dump(mode="json"),
+        "tokenizer_hash": tokenizer.fingerprint(),
+        "template": PacosTemplate().to_json(),
+        "splits": {shard["split"]: shard for shard in shards},
+        "shards": shards,
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    return folder

@@ -1,0 +1,119 @@
+"""Whole runs in a pack, with their folders; no Ray."""
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.config import TrainConfig, validate
+from app.methods.delta import read_delta
+from app.training.packed_runs import PackedRuns
+
+
+@pytest.fixture
+def run_config(tiny_model: Path, tiny_shards: Path, tmp_path: Path):
+    def make(name: str, **settings: Any) -> TrainConfig:
+        given = {
+            "data": str(tiny_shards), "model": str(tiny_model), "output": str(tmp_path / name), "batch_size": 4,
+            "max_steps": 6, "eval_every": 2, "save_every": 2, "samples": 0, "precision": "fp32",
+            "workers": {"count": 1, "threads": 1}, "optimizer": {"learning_rate": 1e-2}, **settings,
+        }  # fmt: skip
+        return validate(TrainConfig, given)
+
+    return make
+
+
+def finish(runs: PackedRuns, name: str) -> list[dict[str, Any]]:
+    rows = []
+    while (row := runs.go_on(name)) is not None:
+        rows.append(row)
+    runs.leave(name)
+    return rows
+
+
+def together(runs: PackedRuns, names: list[str]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    threads = [threading.Thread(target=lambda name=name: found.update({name: finish(runs, name)})) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return found
+
+
+def test_runs_go_on_to_their_next_evaluation_and_leave_all_files(run_config, tmp_path: Path) -> None:
+    configs = {
+        "a": run_config("a", method={"type": "lora", "rank": 2}),
+        "b": run_config("b", method={"type": "adapter", "size": 4}, max_steps=5, eval_every=3),
+    }
+    runs = PackedRuns(configs["a"], pass_tokens=256)
+    for name, config in configs.items():
+        runs.join(name, config)
+    rows = together(runs, ["a", "b"])
+    assert [row["step"] for row in rows["a"]] == [0, 2, 4, 6]
+    assert [row["step"] for row in rows["b"]] == [0, 3, 5]
+    for name in configs:
+        folder = tmp_path / name
+        metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [row for row in metrics if "eval_loss" in row] == rows[name]
+        assert rows[name][-1]["eval_loss"] != rows[name][0]["eval_loss"]
+        summary = json.loads((folder / "result.json").read_text())
+        assert summary["eval_loss_after"] == rows[name][-1]["eval_loss"]
+        assert 0 < summary["worker_hours"] < 1
+        assert read_delta(folder / "delta").metadata["metrics"]["step"] == summary["steps"]
+        assert (folder / "report.html").exists()
+
+
+def test_a_run_waits_for_the_word_at_each_evaluation(run_config) -> None:
+    runs = PackedRuns(run_config("a"), pass_tokens=256)
+    runs.join("a", run_config("a", max_steps=8))
+    assert runs.go_on("a")["step"] == 0
+    assert runs.go_on("a")["step"] == 2
+    other = run_config("b")
+    runs.join("b", other)
+    assert [row["step"] for row in finish(runs, "b")] == [0, 2, 4, 6]
+    assert runs._runs["a"].member.step == 2  # nobody has asked for more
+    assert runs.go_on("a")["step"] == 4
+    runs.leave("a")
+    with pytest.raises(KeyError):
+        runs.go_on("a")
+
+
+def test_a_run_that_left_goes_on_from_its_checkpoint_in_another_pack(run_config, tmp_path: Path) -> None:
+    whole, broken = run_config("whole"), run_config("broken")
+    runs = PackedRuns(whole, pass_tokens=256)
+    runs.join("whole", whole)
+    expected = finish(runs, "whole")
+    runs.join("broken", broken)
+    for _ in range(3):
+        runs.go_on("broken")
+    runs.leave("broken")
+    other = PackedRuns(broken, pass_tokens=256)
+    other.join("broken", broken)
+    rest = finish(other, "broken")
+    assert [row["step"] for row in rest] == [6]
+    assert rest[-1]["eval_loss"] == pytest.approx(expected[-1]["eval_loss"], abs=1e-5)
+    metrics = [json.loads(line)["step"] for line in (tmp_path / "broken/metrics.jsonl").read_text().splitlines()]
+    assert metrics == list(range(7))
+
+
+def test_a_loss_that_diverges_is_told_to_its_own_run(run_config) -> None:
+    good, bad = run_config("good"), run_config("bad", optimizer={"learning_rate": 1e30, "clip_norm": 1e30})
+    runs = PackedRuns(good, pass_tokens=256)
+    runs.join("good", good)
+    runs.join("bad", bad)
+    failures: list[Exception] = []
+
+    def fail() -> None:
+        try:
+            finish(runs, "bad")
+        except FloatingPointError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=fail)
+    thread.start()
+    assert [row["step"] for row in finish(runs, "good")] == [0, 2, 4, 6]
+    thread.join(60)
+    assert "lower optimizer.learning_rate" in str(failures[0])

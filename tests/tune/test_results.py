@@ -1,0 +1,136 @@
+"""What is made of trials that are over: search, ranking, table, report; no Ray."""
+
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from app.config import SweepConfig, TrainConfig, load_config
+from app.errors import UserError
+from tune.plots import pareto_front
+from tune.records import TrialRecord, begin_record, end_record, read_record, read_records
+from tune.results import command_of, importance_of, ranked, read_best, write_results
+from tune.search import open_search
+from tune.space import trial_config, trial_folder
+
+SweepOf = Callable[..., SweepConfig]
+
+
+def past_trial(
+    sweep: SweepConfig,
+    number: int,
+    values: dict[str, Any],
+    losses: list[float],
+    *,
+    state: str = "finished",
+    **about: Any,
+) -> TrialRecord:
+    """A trial as an earlier session left it."""
+    config = trial_config(sweep, values, number=number)
+    folder = trial_folder(sweep, number)
+    begin_record(TrialRecord(number, about.get("branch", 0), values, folder, config, about.get("weights", 100)))
+    rows = [{"step": 2 * place, "eval_loss": loss, "tokens": 10, "step_s": 0.5} for place, loss in enumerate(losses)]
+    run = Path(config.output)
+    run.mkdir()
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 9, "eva')
+    if state != "running":
+        end_record(folder, state=state, error=about.get("error"))
+    return read_record(folder)
+
+
+@pytest.fixture
+def past(sweep_of: SweepOf) -> tuple[SweepConfig, list[TrialRecord]]:
+    sweep = sweep_of(space={"method.rank": [1, 2, 4], "optimizer.learning_rate": {"log_uniform": [1e-4, 1e-1]}},
+                     search={"type": "tpe", "random_trials": 4}, budget={"trials": 20})  # fmt: skip
+    for number in range(8):
+        values = {"method.rank": (1, 2, 4)[number % 3], "optimizer.learning_rate": 1e-4 * 2**number}
+        past_trial(sweep, number, values, [6.0, 5.5, 5.0 + 0.1 * abs(number - 5)], weights=100 * (1 + number % 3))
+    past_trial(sweep, 8, {"method.rank": 1, "optimizer.learning_rate": 2e-4}, [6.0, 4.0], state="stopped")
+    past_trial(sweep, 9, {"method.rank": 1, "optimizer.learning_rate": 9e-2}, [], state="failed", error="lost | worker")
+    return sweep, read_records(Path(sweep.output))
+
+
+def test_records_are_read_as_they_were_written_also_while_a_line_is_being_written(past) -> None:
+    sweep, trials = past
+    assert [trial.number for trial in trials] == list(range(10))
+    assert trials[3].values == {"method.rank": 1, "optimizer.learning_rate": 8e-4}
+    assert (trials[3].state, trials[3].step, trials[3].tokens, trials[3].seconds) == ("finished", 4, 30, 1.5)
+    assert trials[3].loss == pytest.approx(5.2) and trials[3].cost is None
+    end_record(trials[3].folder, state="failed")
+    assert read_record(trials[3].folder).state == "finished"  # the first word counts
+
+
+def test_those_that_finished_come_first_and_the_front_has_no_trial_that_another_beats(past) -> None:
+    _, trials = past
+    order = [trial.number for trial in ranked(trials)]
+    assert order[:3] == [5, 4, 6] and order[-2:] == [8, 9]
+    front = pareto_front(trials, cost=lambda trial: trial.trained_parameters)
+    assert [trial.number for trial in front] == [8]
+    whole = [trial for trial in trials if trial.state == "finished"]
+    front = pareto_front(whole, cost=lambda trial: trial.trained_parameters)
+    assert [(trial.trained_parameters, trial.number) for trial in front] == [(100, 6), (300, 5)]
+
+
+def test_results_are_a_table_a_winner_and_a_page(past) -> None:
+    sweep, trials = past
+    results = write_results(sweep, trials, ended_by="budget.hours=1")
+    output = Path(sweep.output)
+    assert results.best is not None and results.best.number == 5
+    table = pq.read_table(output / "results.parquet").to_pylist()
+    assert [row["trial"] for row in table][:2] == [5, 4]
+    assert table[0]["optimizer.learning_rate"] == pytest.approx(3.2e-3) and table[-1]["error"] == "lost | worker"
+    assert read_best(output) == Path(results.best.config.output)
+    page = (output / "report.html").read_text()
+    assert page.count("<img") == 5 and "budget.hours=1" in page and "lost | worker" in page
+    assert command_of(results.best.config).replace("'", "&#x27;") in page
+    assert (output / "sweep.png").stat().st_size > 10_000
+
+
+def test_the_learning_rate_that_made_the_losses_is_called_important(past) -> None:
+    sweep, trials = past
+    importance = importance_of(sweep, trials)
+    assert set(importance) == {"method.rank", "optimizer.learning_rate"}
+    assert importance["optimizer.learning_rate"] > importance["method.rank"]
+    assert sum(importance.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"method.type": "lora", "method.targets": ["attn.qkv"], "optimizer.learning_rate": 3e-5},
+        {"method.type": "freeze", "method.frozen": ["embeddings"], "seed": 3},
+        {"method": [{"type": "lora", "rank": 2}, {"type": "prefix", "length": 3}]},
+    ],
+)
+def test_the_command_computes_what_the_trial_computed(sweep_of: SweepOf, values: dict[str, Any]) -> None:
+    trial = trial_config(sweep_of(), values)
+    program, command, *overrides = shlex.split(command_of(trial, output="/elsewhere"))
+    assert (program, command) == ("pacos", "train")
+    again = load_config(TrainConfig, overrides=overrides)
+    assert again.model_copy(update={"output": trial.output, "tracking": trial.tracking}) == trial
+
+
+def test_the_estimator_learns_from_trials_of_an_earlier_session(past) -> None:
+    sweep, trials = past
+    near = 0
+    for seed in range(12):
+        search = open_search(sweep.model_copy(update={"search": sweep.search.model_copy(update={"seed": seed})}))
+        for trial in trials:
+            search.tell(trial)
+        near += 8e-4 < search.ask(10)[1]["optimizer.learning_rate"] < 1.3e-2  # type: ignore[index]
+    assert near >= 8  # of 12, in two fifths of the range, around the best
+
+
+def test_a_folder_without_a_winner_says_so(sweep_of: SweepOf, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no folder of a sweep"):
+        read_best(tmp_path)
+    sweep = sweep_of()
+    past_trial(sweep, 0, {"method.rank": 1}, [6.0, 5.0], state="stopped")
+    results = write_results(sweep, read_records(Path(sweep.output)), ended_by=None)
+    assert results.best is None
+    with pytest.raises(UserError, match="none of its trials has finished"):
+        read_best(Path(sweep.output))

@@ -1,0 +1,153 @@
+"""Sweeps on the session's Ray cluster."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from app.config import PromoteBestConfig, SweepConfig
+from app.errors import UserError
+from app.training.fine_tuning import fine_tune, plan_job
+from tune.commands import promote_best
+from tune.records import TrialRecord, read_records
+from tune.sweep import plan_sweep, sweep
+
+pytestmark = pytest.mark.ray
+REPOSITORY = Path(__file__).parents[2]
+SweepOf = Callable[..., SweepConfig]
+
+
+def run(config: SweepConfig, **options: Any) -> tuple[Any, list[TrialRecord]]:
+    results = sweep(config, plan_sweep(config), **options)
+    return results, read_records(Path(config.output))
+
+
+def pack_processes() -> list[psutil.Process]:
+    return [p for p in psutil.process_iter(["cmdline"]) if "_PackActor" in " ".join(p.info["cmdline"] or ())]
+
+
+def test_packed_trials_and_runs_of_their_own_are_ranked_together(
+    ray_cluster: None, sweep_of: SweepOf, tmp_path: Path, tracking_store: str
+) -> None:
+    config = sweep_of(
+        space=[
+            {"method.type": "lora", "method.rank": [1, 4]},
+            {"method.type": "prefix", "method.length": 3},
+            {"method.type": "bitfit"},
+        ],
+        tracking={"experiment": "sweep-test"},
+    )
+    results, trials = run(config)
+    assert [trial.state for trial in trials] == ["finished"] * 4, [trial.error for trial in trials]
+    assert all(trial.step == 8 for trial in trials)
+    assert [trial.loss for trial in results.ranking] == sorted(trial.loss for trial in trials)
+    assert all((Path(trial.config.output) / "delta/delta.safetensors").exists() for trial in trials)
+    assert json.loads((Path(config.output) / "best.json").read_text())["trial"] == results.ranking[0].number
+
+    # A packed trial is what `pacos train` makes of the same settings.
+    packed = trials[1]
+    alone = packed.config.model_copy(update={"output": str(tmp_path / "alone")})
+    rows: list[dict[str, Any]] = []
+    fine_tune(plan_job(alone), on_metrics=rows.append)
+    assert [row["loss"] for row in rows[1:]] == pytest.approx([row["loss"] for row in packed.rows[1:]], abs=1e-4)
+    assert rows[-1]["eval_loss"] == pytest.approx(packed.loss, abs=1e-4)
+
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=tracking_store)
+    experiment = client.get_experiment_by_name("sweep-test")
+    found = client.search_runs([experiment.experiment_id])
+    parents = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
+    children = [run for run in found if "mlflow.parentRunId" in run.data.tags and run.info.status == "FINISHED"]
+    assert len(parents) == 1 and len(children) == 4
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parents[0].info.run_id}
+
+    promote_best(PromoteBestConfig(best=config.output, name="sweep-winner"))
+    version = client.get_model_version_by_alias("sweep-winner", "production")
+    assert float(version.tags["eval_loss"]) == pytest.approx(results.ranking[0].loss, abs=1e-4)
+
+
+def test_the_scheduler_stops_trials_and_others_take_their_places(ray_cluster: None, sweep_of: SweepOf) -> None:
+    config = sweep_of(
+        # Rates so small that nothing is learned, behind one that learns.
+        space={"method.rank": 2, "optimizer.learning_rate": [1e-2, 1e-9, 2e-9, 3e-9, 4e-9, 5e-9]},
+        scheduler={"type": "asha", "first_steps": 2, "factor": 2},
+        pack_size=2,
+    )
+    results, trials = run(config)
+    assert {trial.state for trial in trials} == {"finished", "stopped"}
+    assert len(trials) == 6 and results.count("stopped") >= 2
+    assert all(trial.step < 8 for trial in trials if trial.state == "stopped")
+
+
+def test_a_pack_that_is_killed_costs_no_trial(ray_cluster: None, sweep_of: SweepOf) -> None:
+    killed: list[int] = []
+
+    def kill_one_pack(record: TrialRecord) -> None:
+        if not killed:
+            process = pack_processes()[0]
+            killed.append(process.pid)
+            process.kill()
+
+    config = sweep_of(
+        space={"method.rank": [1, 2, 3, 4], "max_steps": [4, 40]}, train={"eval_every": 4, "max_steps": 40}, pack_size=3
+    )
+    results, trials = run(config, on_end=kill_one_pack)
+    assert killed
+    assert [trial.state for trial in trials] == ["finished"] * 8, [trial.error for trial in trials]
+    assert all([row["step"] for row in trial.rows] == list(range(trial.step + 1)) for trial in trials)
+
+
+def test_a_trial_that_fails_again_is_reported_and_the_others_go_on(ray_cluster: None, sweep_of: SweepOf) -> None:
+    config = sweep_of(
+        space={"optimizer.learning_rate": [1e-2, 1e30], "optimizer.clip_norm": 1e30}, train={"method": {"type": "lora"}}
+    )
+    results, trials = run(config)
+    assert [trial.state for trial in trials] == ["finished", "failed"]
+    assert "lower optimizer.learning_rate" in (trials[1].error or "")
+    assert results.best is not None and results.best.number == 0
+
+
+def test_a_sweep_whose_driver_was_killed_goes_on_and_runs_no_finished_trial_again(
+    ray_cluster: None, sweep_of: SweepOf, tmp_path: Path
+) -> None:
+    import ray
+
+    config = sweep_of(
+        space={"method.rank": [1, 2, 3, 4, 5, 6]}, train={"max_steps": 30, "eval_every": 5, "save_every": 5},
+        pack_size=2, tracking={"uri": "none"},
+    )  # fmt: skip
+    with pytest.raises(UserError, match="holds no sweep to resume"):
+        run(config, resume=True)
+    file = tmp_path / "sweep.json"
+    file.write_text(config.model_dump_json())
+    address = ray.get_runtime_context().gcs_address
+    command = [sys.executable, "-m", "tune.sweep", "--config", str(file), "--address", address]
+    driver = subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True, env={**os.environ, "PYTHONPATH": "."})
+    try:
+        deadline = time.monotonic() + 120
+        while not any(trial.state == "finished" for trial in read_records(Path(config.output))):
+            assert driver.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+    finally:
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
+    before = {trial.number: trial for trial in read_records(Path(config.output)) if trial.state == "finished"}
+    written = {n: (Path(trial.config.output) / "result.json").stat().st_mtime_ns for n, trial in before.items()}
+    assert 0 < len(before) < 6
+    with pytest.raises(UserError, match="is not empty"):
+        run(config)
+    with pytest.raises(UserError, match="space: the sweep was started with"):
+        run(sweep_of(space={"method.rank": [1, 2]}, train=config.train), resume=True)
+    results, trials = run(config, resume=True)
+    assert [trial.state for trial in trials] == ["finished"] * 6, [trial.error for trial in trials]
+    assert written == {n: (Path(trials[n].config.output) / "result.json").stat().st_mtime_ns for n in before}
+    assert all([row["step"] for row in trial.rows] == list(range(31)) for trial in trials)
