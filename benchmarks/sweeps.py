@@ -5,8 +5,8 @@
 
 Every run is a process of its own with one base, as is the pack; so starting Python and loading the base count. All
 train on the same rows, step by step, and are evaluated on the same held-out records before and after. Memory is that of
-whole processes. Without `--model gpt2-random` the base is the embedded one; with it GPT-2's 124M, with random weights
-and the vocabulary of `--tokenizer`, for which the data must have been prepared.
+whole processes. `--model gpt2-random` is GPT-2's 124M, with random weights, on random records of Alpaca's lengths; it
+needs no `--data`.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +63,13 @@ def main() -> None:
         arguments.json.write_text(text + "\n")
 
 
-_OPTIONS = ("model", "data", "steps", "rows", "precision", "threads", "pass_tokens", "tokenizer", "held_out")
+_OPTIONS = ("model", "data", "steps", "rows", "precision", "threads", "pass_tokens", "held_out")
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="folder that `pacos prepare` wrote")
+    parser.add_argument("--data", default="", help="folder that `pacos prepare` wrote")
     parser.add_argument("--model", default="embedded", help="`embedded`, a folder, or `gpt2-random`")
-    parser.add_argument("--tokenizer", default="", help="folder with vocab.json and merges.txt, for gpt2-random")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--rows", type=int, default=4, help="of a step of each run")
     parser.add_argument("--held-out", type=int, default=128, help="records of each evaluation")
@@ -129,7 +129,7 @@ def _alone(arguments: argparse.Namespace, runs: Any) -> list[list[dict[str, Any]
     from app.training.precision import store_frozen
 
     (number,) = runs
-    model, plan, feed, validation = _base(arguments), _plan(arguments, number), _feed(arguments), _held_out(arguments)
+    model, plan, validation = _base(arguments), _plan(arguments, number), _held_out(arguments)
     torch.manual_seed(plan.seed)
     apply_method(model, _method(number))
     store_frozen(model, plan.precision, torch.device("cpu"))
@@ -139,7 +139,7 @@ def _alone(arguments: argparse.Namespace, runs: Any) -> list[list[dict[str, Any]
         PlainOptimizer(model, plan.optimizer),
         plan=plan,
         start_step=0,
-        batches=feed.local_batches(),
+        batches=_batches(arguments),
         validation=lambda: validation,
         report=rows.append,
         save=lambda step, metrics: None,
@@ -153,14 +153,14 @@ def _packed(arguments: argparse.Namespace, runs: Any) -> list[list[dict[str, Any
     from app.training.pack import Pack
 
     device = torch.device("cpu")
-    base, feed, validation = _base(arguments), _feed(arguments), _held_out(arguments)
+    base, validation = _base(arguments), _held_out(arguments)
     pack = Pack(base, precision=arguments.precision, device=device, pass_tokens=arguments.pass_tokens)
     members = [
         pack.new_member(
             str(number),
             _method(number),
             plan=_plan(arguments, number),
-            batches=feed.local_batches,
+            batches=lambda step: _batches(arguments, step),
             validation=validation,
         )
         for number in runs
@@ -203,23 +203,42 @@ def _plan(arguments: argparse.Namespace, number: int) -> Any:
         optimizer=OptimizerConfig(learning_rate=RATES[number]),
         precision=arguments.precision,
         seed=number,
-        is_packed=True,
+        is_packed=arguments.model != "gpt2-random",
     )
 
 
-def _feed(arguments: argparse.Namespace) -> Any:
+def _batches(arguments: argparse.Namespace, first_step: int = 0) -> Iterator[Any]:
+    """The rows of each step, the same for every run."""
     from app.data.feed import Feed
     from app.data.shards import read_manifest
 
-    return Feed.of(read_manifest(arguments.data), batch_size=arguments.rows, total_steps=arguments.steps, seed=0)
+    if arguments.model == "gpt2-random":
+        return (_random_batch(step, rows=arguments.rows) for step in range(first_step, arguments.steps))
+    manifest = read_manifest(arguments.data)
+    feed = Feed.of(manifest, batch_size=arguments.rows, total_steps=arguments.steps, seed=0)
+    return feed.local_batches(first_step)
 
 
 def _held_out(arguments: argparse.Namespace) -> list[Any]:
     from app.data.batches import batches_by_length
     from app.data.shards import COLUMNS, read_manifest
 
+    if arguments.model == "gpt2-random":
+        return [_random_batch(-1 - number, rows=16) for number in range(arguments.held_out // 16)]
     table = read_manifest(arguments.data).read("validation").slice(0, arguments.held_out)
     return list(batches_by_length(zip(*(table[name].to_numpy() for name in COLUMNS), strict=True), size=16))
+
+
+def _random_batch(number: int, *, rows: int) -> Any:
+    """Records a row, with a mean of 82 tokens, as Alpaca's have in GPT-2's vocabulary; two thirds are in the loss."""
+    import numpy as np
+
+    from app.data.batches import collate
+
+    draw = np.random.default_rng(1000 + number)
+    lengths = np.clip(draw.lognormal(np.log(68), 0.6, rows), 12, 512).astype(int)
+    ids = [draw.integers(50257, size=length) for length in lengths]
+    return collate(ids, [np.arange(length) >= length // 3 for length in lengths])
 
 
 if __name__ == "__main__":

@@ -41,7 +41,14 @@ class Watch:
         return self._records
 
 
-class TrialSource(Searcher):
+class _NotKept:
+    """Ray Tune pickles what it is given, to restore a sweep from; ours is restored from its folder."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class TrialSource(_NotKept, Searcher):
     """What Ray Tune asks for trials, and tells when one is over."""
 
     def __init__(self, config: SweepConfig, *, packs: Sequence[Any], pack_keys: Sequence[str], turnstile: Any) -> None:
@@ -55,6 +62,7 @@ class TrialSource(Searcher):
         for record in self._known:
             if record.state != "running":
                 self._search.tell(record)
+        self.over_before = {record.number for record in self._known if record.state != "running"}
         self._waiting = [record for record in self._known if record.state != "failed"]
         # Those that are over come first: the scheduler learns of them before it decides on others.
         self._waiting.sort(key=lambda record: record.state == "running")
@@ -73,20 +81,14 @@ class TrialSource(Searcher):
         return {"folder": str(record.folder), "pack": pack}
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-        if not error:  # else `Ends` says why
-            self.end(trial_id)
-
-    def end(self, trial_id: str, *, error: str | None = None) -> None:
-        """A trial is over, of itself, by the scheduler, or with an error; its place is free."""
-        folder = self._folders[trial_id]
-        self._release(trial_id, read_record(folder))
-        before = read_record(folder)
-        if before.state != "running":
-            return
-        is_whole = before.step >= _total_steps(before)
-        state: State = "failed" if error else "finished" if is_whole else "stopped"
-        end_record(folder, state=state, error=error)
-        self._search.tell(read_record(folder))
+        """It is over: of itself, by the scheduler, or with an error once too often; its place is free."""
+        record = read_record(self._folders[trial_id])
+        self._release(trial_id, record)
+        if record.state == "running":
+            is_whole = record.step >= _total_steps(record)
+            state: State = "failed" if error else "finished" if is_whole else "stopped"
+            end_record(record.folder, state=state)
+            self._search.tell(read_record(record.folder))
 
     def _new_record(self) -> TrialRecord | None:
         number = self._next_number
@@ -124,26 +126,22 @@ class TrialSource(Searcher):
         """As `save`."""
 
 
-class Ends(Callback):
-    """Tells the source of trials that failed too often, with the error."""
+class Ends(_NotKept, Callback):
+    """Tells of each trial that is over."""
 
     def __init__(self, source: TrialSource, on_end: Callable[[TrialRecord], None]) -> None:
         self._source = source
         self._on_end = on_end
 
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        error = trial.get_pickled_error() or trial.get_error()
-        self._source.end(trial.trial_id, error=reason_of(error))
-        self._tell(trial)
-
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._tell(trial)
+        record = read_record(Path(trial.config["folder"]))
+        if record.number not in self._source.over_before:
+            self._on_end(record)
 
-    def _tell(self, trial: Any) -> None:
-        self._on_end(read_record(Path(trial.config["folder"])))
+    on_trial_error = on_trial_complete
 
 
-class Budget(Stopper):
+class Budget(_NotKept, Stopper):
     """Ends all trials once the budget is spent, or when `is_interrupted` says so."""
 
     def __init__(self, budget: BudgetConfig, watch: Watch, is_interrupted: Callable[[], bool]) -> None:
@@ -187,19 +185,6 @@ def count_trained(config: Any) -> int:
         model = empty_decoder(model_folder(config.model))
         apply_method(model, config.method)
     return sum(parameter.numel() for parameter in trained_parameters(model).values())
-
-
-def reason_of(error: BaseException) -> str:
-    """The innermost cause, in a line: Ray wraps what a trial raised, more than once."""
-    seen: list[BaseException] = []
-    while error is not None and error not in seen:
-        seen.append(error)
-        inner = getattr(error, "cause", None) or error.__cause__
-        if not isinstance(inner, BaseException):
-            break
-        error = inner
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:500]
 
 
 def _total_steps(record: TrialRecord) -> int:

@@ -5,7 +5,6 @@ from typing import Any
 import ray
 
 from app.config.schema import TrainConfig
-from app.ray_cluster import thread_environment
 
 
 class _PackActor:
@@ -52,15 +51,14 @@ class Turnstile:
 def start_pack(config: TrainConfig, *, size: int, pass_tokens: int, parent: str | None) -> Any:
     """An actor with the base of `config` and the resources of its worker, for `size` trials; its process is started
     anew if it dies, without them."""
-    from app.training.allocator import ENVIRONMENT
+    from app.training.trainer import worker_environment
 
     workers = config.workers
-    environment = {**thread_environment(workers), **({} if workers.gpus else ENVIRONMENT)}
     options = {
         "num_cpus": workers.cpus,
         "num_gpus": workers.gpus,
         "max_concurrency": 2 * size + 2,
         "max_restarts": -1,
-        "runtime_env": {"env_vars": environment},
+        "runtime_env": {"env_vars": worker_environment(workers)},
     }
     return ray.remote(_PackActor).options(**options).remote(config, pass_tokens=pass_tokens, parent=parent)

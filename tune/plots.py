@@ -69,7 +69,8 @@ def draw_parallel(axes: Any, trials: Sequence[TrialRecord], keys: Sequence[str])
     shown = with_loss(trials)
     columns = {key: [_shown(trial.values.get(key)) for trial in shown] for key in keys}
     scales = [_scale(values) for values in columns.values()] + [_scale([trial.loss for trial in shown])]
-    ranks = np.argsort(np.argsort([trial.loss for trial in shown]))
+    losses = np.array([trial.loss for trial in shown], dtype=float)
+    ranks = np.argsort(np.argsort(losses))
     color = colormaps["viridis"]
     for number in reversed(np.argsort(ranks)):
         trial = shown[number]

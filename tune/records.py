@@ -3,6 +3,7 @@
 OUTPUT/sweep.json                the resolved settings
 OUTPUT/trials/0007/trial.json    what the trial tries, written before it starts
 OUTPUT/trials/0007/ended.json    how it ended, written by the driver; without it the trial is not over
+OUTPUT/trials/0007/error.txt     what its last try failed of, if one did
 OUTPUT/trials/0007/run/          the run's folder, as `pacos train` makes it
 
 Knows no Ray.
@@ -18,7 +19,7 @@ from app.atomic import write_text
 from app.config.methods import name_of, parts_of
 from app.config.schema import TrainConfig
 
-TRIAL_FILE, ENDED_FILE, METRICS_FILE = "trial.json", "ended.json", "metrics.jsonl"
+TRIAL_FILE, ENDED_FILE, ERROR_FILE, METRICS_FILE = "trial.json", "ended.json", "error.txt", "metrics.jsonl"
 State = Literal["running", "finished", "stopped", "failed"]
 
 
@@ -83,9 +84,20 @@ def begin_record(record: TrialRecord) -> None:
     write_text(record.folder / TRIAL_FILE, json.dumps(about, indent=2) + "\n")
 
 
-def end_record(folder: Path, *, state: State, error: str | None = None) -> None:
+def note_error(folder: Path, error: BaseException) -> None:
+    """Keep the innermost cause, in a line: Ray wraps what was raised, more than once."""
+    while isinstance(inner := getattr(error, "cause", None) or error.__cause__, BaseException):
+        error = inner
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    write_text(folder / ERROR_FILE, f"{type(error).__name__}: {lines[-1] if lines else ''}"[:500] + "\n")
+
+
+def end_record(folder: Path, *, state: State) -> None:
     """Write down how a trial ended; the first word counts."""
     if not (folder / ENDED_FILE).exists():
+        noted, error = folder / ERROR_FILE, None
+        if state == "failed":
+            error = noted.read_text(encoding="utf-8").strip() if noted.exists() else "the trial's process was lost"
         write_text(folder / ENDED_FILE, json.dumps({"state": state, "error": error}, indent=2) + "\n")
 
 

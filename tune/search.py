@@ -87,11 +87,11 @@ class TpeSearch:
         sampler = optuna.samplers.TPESampler(
             n_startup_trials=config.random_trials, constant_liar=True, seed=config.seed
         )
-        self._study = optuna.create_study(direction="minimize", sampler=sampler)
+        self.study = optuna.create_study(direction="minimize", sampler=sampler)
         self._running: dict[int, Any] = {}
 
     def ask(self, number: int) -> Suggestion:
-        trial = self._running[number] = self._study.ask()
+        trial = self._running[number] = self.study.ask()
         branch = trial.suggest_categorical("branch", range(len(self._space)))
         values = {key: _suggested(trial, f"{branch}/{key}", of_key) for key, of_key in self._space[branch].items()}
         return branch, values
@@ -100,16 +100,16 @@ class TpeSearch:
         from optuna.trial import TrialState
 
         if trial.number not in self._running:
-            self._study.enqueue_trial(self._params(trial))
+            self.study.enqueue_trial(self._params(trial))
             self.ask(trial.number)
         asked = self._running.pop(trial.number)
         for row in trial.evaluations:
             asked.report(row["eval_loss"], row["step"])
         if trial.state == "finished" and trial.loss is not None:
-            self._study.tell(asked, trial.loss)
+            self.study.tell(asked, trial.loss)
         else:  # of one that was stopped the estimator knows how far it came
             is_stopped = trial.state == "stopped" and trial.evaluations
-            self._study.tell(asked, state=TrialState.PRUNED if is_stopped else TrialState.FAIL)
+            self.study.tell(asked, state=TrialState.PRUNED if is_stopped else TrialState.FAIL)
 
     def _params(self, trial: TrialRecord) -> dict[str, Any]:
         branch = self._space[trial.branch]

@@ -39,6 +39,8 @@ _TUNE_SETTINGS = {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial may end without any evaluation
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # they stand in the trials' folders
 }
 
 
@@ -49,13 +51,12 @@ def plan_sweep(config: SweepConfig) -> Checked:
         UserError: a setting, data, model or technique that a trial could not start with.
     """
     checked = check_space(config)
-    if config.search.type == "grid" and config.budget.trials:
-        total = sum(map(num_combinations, config.space))
-        if config.budget.trials < total:
-            raise UserError(
-                f"budget.trials={config.budget.trials} is less than the grid's {total} combinations; leave it out, or "
-                "take search.type=random"
-            )
+    total = _most_trials(config)
+    if config.search.type == "grid" and config.budget.trials and total and config.budget.trials < total:
+        raise UserError(
+            f"budget.trials={config.budget.trials} is less than the grid's {total} combinations; leave it out, or take "
+            "search.type=random"
+        )
     if config.budget.cost is not None:
         for trial in checked.trials:
             if trial.workers.price_per_hour is None:
@@ -96,7 +97,7 @@ def sweep(
     output = Path(config.output)
     tracker = open_tracker(config.tracking, output=config.output)
     with locked(output):
-        _open(config, resume=resume)
+        open_folder(config, resume=resume)
         settings = config.model_dump(mode="json")
         watch = Watch(output)
         with (
@@ -118,7 +119,12 @@ def sweep(
     return results
 
 
-def _open(config: SweepConfig, *, resume: bool) -> None:
+def open_folder(config: SweepConfig, *, resume: bool) -> None:
+    """Begin the sweep's folder, or check that it holds this sweep.
+
+    Raises:
+        UserError: it holds something and `resume` is false; or true, and it holds nothing, or another sweep.
+    """
     output, resolved = Path(config.output), config.model_dump(mode="json")
     stored = output / SWEEP_FILE
     if not resume:
@@ -169,8 +175,6 @@ def _run_trials(
             tune_config=tune.TuneConfig(
                 search_alg=source,
                 scheduler=_scheduler(config, checked),
-                metric=None if config.scheduler.type != "none" else "eval_loss",
-                mode=None if config.scheduler.type != "none" else "min",
                 num_samples=-1,
                 max_concurrent_trials=config.pack_size * len(packs) + places,
             ),
@@ -204,13 +208,15 @@ def _places(config: SweepConfig, checked: Checked, *, parent: str | None) -> tup
     alone = [trial.workers for trial in _alone(config, checked)]
     bases = {_base_of(trial): trial for trial in _packed(config, checked)}
     packs, keys = [], []
+    most_trials = _most_trials(config)
+    needed = most_trials if most_trials is None else -(-most_trials // config.pack_size)
     for key, trial in bases.items():
         workers, share = trial.workers, len(bases) + bool(alone)
         room = min(
             total.get("CPU", 0) / share / workers.cpus,
             total.get("GPU", 0) / share / workers.gpus if workers.gpus else float("inf"),
         )
-        for _ in range(max(1, int(room))):
+        for _ in range(max(1, int(room) if needed is None else min(int(room), needed))):
             packs.append(start_pack(trial, size=config.pack_size, pass_tokens=config.pass_tokens, parent=parent))
             keys.append(key)
     if not alone:
@@ -221,6 +227,13 @@ def _places(config: SweepConfig, checked: Checked, *, parent: str | None) -> tup
     if gpus:
         room = min(room, (total.get("GPU", 0) - taken[1]) / gpus)
     return max(1, int(room)), packs, keys
+
+
+def _most_trials(config: SweepConfig) -> int | None:
+    """None where another budget than their number ends them."""
+    if config.search.type == "grid":
+        return sum(map(num_combinations, config.space))
+    return config.budget.trials
 
 
 def _base_of(trial: TrainConfig) -> str:

@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import ActorUnavailableError
 
 from app.config.schema import TrainConfig
-from tune.records import read_record
+from tune.records import TrialRecord, note_error, read_record
 
 RESTARTED_WITHIN_S = 60.0
 
@@ -26,6 +26,22 @@ def run_trial(
     # Not the file's, which has passwords masked.
     tracking = record.config.tracking.model_copy(update={"uri": tracking_uri})
     config = record.config.model_copy(update={"tracking": tracking})
+    try:
+        _run(settings, record, config, packs=packs, turnstile=turnstile, parent=parent)
+    except Exception as error:
+        note_error(record.folder, error)
+        raise
+
+
+def _run(
+    settings: dict[str, Any],
+    record: TrialRecord,
+    config: TrainConfig,
+    *,
+    packs: list[Any],
+    turnstile: Any,
+    parent: str | None,
+) -> None:
     if record.state != "running":
         for row in record.rows:
             if "eval_loss" in row:

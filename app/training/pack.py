@@ -23,6 +23,7 @@ from app.config.schema import TrainConfig
 from app.data.batches import Batch
 from app.methods import apply_method
 from app.methods.delta import load_trained
+from app.methods.lora import DoraLinear
 from app.methods.over_base import shared_copy, updated
 from app.models.attention import RowAttention, document_lengths
 from app.models.decoder import Decoder
@@ -143,6 +144,12 @@ class Member:
     def prefix_length(self) -> int:
         return self.model.prefix_length
 
+    @property
+    def starts_at_base(self) -> bool:
+        """Whether its first outputs are the base's to the last bit: LoRA and adapters add what is zero at first."""
+        modules = [module for layer in self.layers.values() for module in layer.modules()]
+        return self.model.prefix is None and not any(isinstance(module, DoraLinear) for module in modules)
+
 
 @dataclass(eq=False)
 class _Work:
@@ -182,6 +189,10 @@ class Pack:
         self.pass_tokens = pass_tokens
         self.base = base.to(device).requires_grad_(False)
         store_frozen(self.base, precision, device)
+        self._pieces: dict[int, tuple[Sequence[Batch], list[Piece]]] = {}
+        """Of held-out batches, by their list, which runs over the same data should share."""
+        self._base_losses: dict[int, Metrics] = {}
+        """Of the base alone, on the same."""
         self._decoder, _ = shared_copy(self.base)
         self._sites: dict[str, _Site] = {}
         for name, module in list(self._decoder.named_modules()):
@@ -221,7 +232,7 @@ class Pack:
             optimizer=PlainOptimizer(model, plan.optimizer, resume=resume),
             plan=plan,
             batches=batches(step),
-            validation=[piece for batch in validation for piece in pieces_of(batch, most_tokens=self.pass_tokens)],
+            validation=self._held_out(validation),
             step=step,
             has_begun=resume is not None,
         )
@@ -231,10 +242,20 @@ class Pack:
         attention = training_attention(self.base, device=self.device, precision=self.precision, is_packed=True)
         kernels = {"attention": attention, "cross_entropy": cross_entropy.version_on(self.device)}
         first = {"step": 0, "precision": resolve_precision(self.precision, self.device), "kernels": kernels}
-        evaluated = self._evaluate(members)
+        evaluated = self._evaluate([member for member in members if not member.starts_at_base])
         for member in members:
+            if member.starts_at_base:
+                if id(member.validation) not in self._base_losses:
+                    self._base_losses[id(member.validation)] = self._evaluate([member])[member.name]
+                evaluated[member.name] = self._base_losses[id(member.validation)]
             member.has_begun = True
         return {member.name: {**first, **evaluated[member.name]} for member in members}
+
+    def _held_out(self, batches: Sequence[Batch]) -> Sequence[Piece]:
+        if id(batches) not in self._pieces:
+            pieces = [piece for batch in batches for piece in pieces_of(batch, most_tokens=self.pass_tokens)]
+            self._pieces[id(batches)] = (batches, pieces)  # kept with the batches, whose id another could have then
+        return self._pieces[id(batches)][1]
 
     def step(self, members: Sequence[Member]) -> dict[str, Metrics | Exception]:
         """One step of each of these; returns the metrics of `loop.run` by name, or what ended a run.

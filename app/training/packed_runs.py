@@ -16,6 +16,7 @@ import torch
 
 from app.assets import model_folder
 from app.config.schema import TrainConfig
+from app.data.batches import Batch
 from app.models.checkpoints import load_decoder
 from app.training.fine_tuning import (
     Job,
@@ -47,6 +48,8 @@ class _Run:
     """Its lock and MLflow run."""
     allowed: int = -1
     """The step until which it may go; -1: it may not even begin."""
+    is_over: bool = False
+    """Whether its result is written."""
     ready: deque[Metrics | Exception] = field(default_factory=deque)
     """What `go_on` returns next."""
 
@@ -81,6 +84,7 @@ class PackedRuns:
         self._parent = parent
         self._warn = warn
         self._runs: dict[str, _Run] = {}
+        self._held_out: dict[tuple[str, int], list[Batch]] = {}
         self._changed = threading.Condition()
         self._finishing = ThreadPoolExecutor(1)
         threading.Thread(target=self._work, name="pack", daemon=True).start()
@@ -119,12 +123,21 @@ class PackedRuns:
                 config.method,
                 plan=loop_plan(job, workers=1),
                 batches=job.feed.local_batches,
-                validation=validation_batches(job),
+                validation=self._validation(job),
                 resume=checkpoint,
             )
             kept = resources.pop_all()
         with self._changed:
-            self._runs[name] = _Run(job, inputs, member, recording, kept)
+            run = self._runs[name] = _Run(job, inputs, member, recording, kept)
+        if member.is_done:  # its process was lost between the last step and the result
+            self._finishing.submit(self._finish, run, recording.log.rows[-1])
+
+    def _validation(self, job: Job) -> list[Batch]:
+        """The held-out records; runs over the same data share them, and the base's loss on them."""
+        key = (job.config.data, job.config.micro_batch_size or job.config.batch_size)
+        if key not in self._held_out:
+            self._held_out[key] = validation_batches(job)
+        return self._held_out[key]
 
     def go_on(self, name: str) -> Metrics | None:
         """Train the run to its next evaluation and return that; None where it is over, and its result is written.
@@ -136,7 +149,7 @@ class PackedRuns:
         with self._changed:
             run = self._runs[name]
             if not run.ready:
-                if run.member.is_done:
+                if run.is_over:
                     return None
                 run.allowed = run.next_stop if run.member.has_begun else 0
                 self._changed.notify_all()
@@ -209,6 +222,7 @@ class PackedRuns:
             write_result(run.job, run.member.model, last)
             delta = run.job.result
             run.recording.finish(figures_of(run.job, run.recording.log), delta=delta)
+            run.is_over = True
         except Exception as error:
             self._tell(run, error)
             return

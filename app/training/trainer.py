@@ -95,7 +95,7 @@ def run_on_workers(
             name=f"{output.name}-{time.strftime('%Y%m%d-%H%M%S')}",
             storage_path=str(output / "ray"),
             failure_config=FailureConfig(max_failures=max_failures),
-            worker_runtime_env={"env_vars": _worker_environment(workers)},
+            worker_runtime_env={"env_vars": worker_environment(workers)},
             callbacks=[EndRun(channel)],
         ),
         datasets={feeding.name: feeding.feed} if feeding else None,
@@ -303,7 +303,8 @@ def worker_memory() -> dict[str, list[float]]:
     return memory
 
 
-def _worker_environment(workers: WorkerResources) -> dict[str, str]:
+def worker_environment(workers: WorkerResources) -> dict[str, str]:
+    """Environment variables of a process that trains."""
     environment = {
         **thread_environment(workers),
         # Threads that spin for long take the cores that other workers need; that never do, sleep between operations.

@@ -1,11 +1,25 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from app.config import ApplicationConfig, PretrainConfig, ServeConfig, TrainConfig, load_config, validate
+from app.assets import model_folder
+from app.config import (
+    ApplicationConfig,
+    PretrainConfig,
+    ServeConfig,
+    SweepConfig,
+    TrainConfig,
+    load_config,
+    validate,
+)
+from app.methods import apply_method
+from app.models.checkpoints import empty_decoder
+from tune.space import grid_of, trial_config
 
 REPOSITORY = Path(__file__).parents[2]
+SWEEPS = sorted(file.name for file in (REPOSITORY / "configs/sweeps").glob("*.yaml"))
 SCHEMAS = {"pretrain-base.yaml": PretrainConfig, "quickstart.yaml": TrainConfig, "alpaca-lora.yaml": TrainConfig}
 
 
@@ -16,6 +30,16 @@ def test_every_shipped_config_is_known_here() -> None:
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_shipped_config_loads(name: str) -> None:
     load_config(SCHEMAS[name], file=str(REPOSITORY / "configs" / name))
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_shipped_sweep_has_only_trials_that_fit_the_embedded_base(name: str) -> None:
+    config = load_config(SweepConfig, file=str(REPOSITORY / "configs/sweeps" / name))
+    for branch in config.space:
+        for values in grid_of(branch):
+            trial = trial_config(config, values)
+            with torch.device("meta"):
+                apply_method(empty_decoder(model_folder(trial.model)), trial.method)
 
 
 def test_serve_config_args_are_valid() -> None:

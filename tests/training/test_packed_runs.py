@@ -99,6 +99,20 @@ def test_a_run_that_left_goes_on_from_its_checkpoint_in_another_pack(run_config,
     assert metrics == list(range(7))
 
 
+def test_a_run_whose_result_is_missing_gets_it_without_a_step(run_config, tmp_path: Path) -> None:
+    config = run_config("a")
+    runs = PackedRuns(config, pass_tokens=256)
+    runs.join("a", config)
+    expected = finish(runs, "a")
+    for name in ("result.json", "delta/delta.json", "delta/delta.safetensors"):
+        (tmp_path / "a" / name).unlink()
+    other = PackedRuns(config, pass_tokens=256)
+    other.join("a", config)
+    assert finish(other, "a") == expected[-1:]
+    assert json.loads((tmp_path / "a/result.json").read_text())["steps"] == 6
+    assert read_delta(tmp_path / "a/delta").method.type == "lora"
+
+
 def test_a_loss_that_diverges_is_told_to_its_own_run(run_config) -> None:
     good, bad = run_config("good"), run_config("bad", optimizer={"learning_rate": 1e30, "clip_norm": 1e30})
     runs = PackedRuns(good, pass_tokens=256)

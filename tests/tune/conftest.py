@@ -22,7 +22,7 @@ def sweep_of(tiny_model: Path, tiny_shards: Path, tmp_path: Path) -> Callable[..
             "eval_every": 2,
             "save_every": 4,
             "precision": "fp32",
-            "workers": {"cpus": 1, "threads": 1},
+            "workers": {"cpus": 2, "threads": 1},
             "optimizer": {"learning_rate": 1e-2},
             **settings.pop("train", {}),
         }

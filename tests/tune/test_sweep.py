@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from app.config import PromoteBestConfig, SweepConfig
+from app.config import PromoteBestConfig, SweepConfig, TrackingConfig
 from app.errors import UserError
 from app.training.fine_tuning import fine_tune, plan_job
 from tune.commands import promote_best
@@ -54,7 +54,7 @@ def test_packed_trials_and_runs_of_their_own_are_ranked_together(
 
     # A packed trial is what `pacos train` makes of the same settings.
     packed = trials[1]
-    alone = packed.config.model_copy(update={"output": str(tmp_path / "alone")})
+    alone = packed.config.model_copy(update={"output": str(tmp_path / "alone"), "tracking": TrackingConfig(uri="none")})
     rows: list[dict[str, Any]] = []
     fine_tune(plan_job(alone), on_metrics=rows.append)
     assert [row["loss"] for row in rows[1:]] == pytest.approx([row["loss"] for row in packed.rows[1:]], abs=1e-4)
@@ -80,6 +80,7 @@ def test_the_scheduler_stops_trials_and_others_take_their_places(ray_cluster: No
         # Rates so small that nothing is learned, behind one that learns.
         space={"method.rank": 2, "optimizer.learning_rate": [1e-2, 1e-9, 2e-9, 3e-9, 4e-9, 5e-9]},
         scheduler={"type": "asha", "first_steps": 2, "factor": 2},
+        train={"workers": {"cpus": 4, "threads": 1}},
         pack_size=2,
     )
     results, trials = run(config)
@@ -98,7 +99,9 @@ def test_a_pack_that_is_killed_costs_no_trial(ray_cluster: None, sweep_of: Sweep
             process.kill()
 
     config = sweep_of(
-        space={"method.rank": [1, 2, 3, 4], "max_steps": [4, 40]}, train={"eval_every": 4, "max_steps": 40}, pack_size=3
+        space={"method.rank": [1, 2, 3, 4], "max_steps": [4, 40]},
+        train={"eval_every": 4, "max_steps": 40, "workers": {"cpus": 4, "threads": 1}},
+        pack_size=3,
     )
     results, trials = run(config, on_end=kill_one_pack)
     assert killed
@@ -122,9 +125,11 @@ def test_a_sweep_whose_driver_was_killed_goes_on_and_runs_no_finished_trial_agai
     import ray
 
     config = sweep_of(
-        space={"method.rank": [1, 2, 3, 4, 5, 6]}, train={"max_steps": 30, "eval_every": 5, "save_every": 5},
-        pack_size=2, tracking={"uri": "none"},
-    )  # fmt: skip
+        space={"method.rank": [1, 2, 3, 4, 5, 6]},
+        train={"max_steps": 30, "eval_every": 5, "save_every": 5, "workers": {"cpus": 4, "threads": 1}},
+        pack_size=2,
+        tracking={"uri": "none"},
+    )
     with pytest.raises(UserError, match="holds no sweep to resume"):
         run(config, resume=True)
     file = tmp_path / "sweep.json"
