@@ -6,7 +6,7 @@ there: so whoever asks may decide first whether it is worth it. Knows no Ray.
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -174,7 +174,12 @@ class PackedRuns:
         while True:
             beginning, stepping = self._next_work()
             for members, work in ((beginning, self._pack.begin), (stepping, self._pack.step)):
-                for name, result in work(members).items() if members else ():
+                results: Mapping[str, Metrics | Exception]
+                try:
+                    results = work(members) if members else {}
+                except Exception as error:  # of all that were in it; they may join again
+                    results = {member.name: error for member in members}
+                for name, result in results.items():
                     self._take(name, result, share=1 / len(members))
 
     def _next_work(self) -> tuple[list[Member], list[Member]]:

@@ -113,6 +113,21 @@ def test_a_run_whose_result_is_missing_gets_it_without_a_step(run_config, tmp_pa
     assert read_delta(tmp_path / "a/delta").method.type == "lora"
 
 
+def test_what_goes_wrong_in_a_step_is_told_to_all_that_were_in_it(run_config, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = PackedRuns(run_config("a"), pass_tokens=256)
+    for name in ("a", "b"):
+        runs.join(name, run_config(name))
+        assert runs.go_on(name)["step"] == 0
+    real = runs._pack.step
+    monkeypatch.setattr(runs._pack, "step", lambda members: 1 // 0)
+    for name in ("a", "b"):
+        with pytest.raises(ZeroDivisionError):
+            runs.go_on(name)
+    monkeypatch.setattr(runs._pack, "step", real)
+    runs.join("a", run_config("a"))
+    assert [row["step"] for row in finish(runs, "a")] == [0, 2, 4, 6]
+
+
 def test_a_loss_that_diverges_is_told_to_its_own_run(run_config) -> None:
     good, bad = run_config("good"), run_config("bad", optimizer={"learning_rate": 1e30, "clip_norm": 1e30})
     runs = PackedRuns(good, pass_tokens=256)
