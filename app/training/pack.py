@@ -29,12 +29,13 @@ from app.models.attention import RowAttention, document_lengths
 from app.models.decoder import Decoder
 from app.models.kernels import cross_entropy
 from app.models.kernels.cross_entropy import fused_cross_entropy
+from app.models.precision import resolve_precision
 from app.models.quantization import QuantizedLinear
 from app.training.allocator import keep_freed_memory
 from app.training.checkpointing import Checkpoint
 from app.training.loop import Metrics, Plan, check_finite, held_out_metrics, training_attention
 from app.training.optimizer import PlainOptimizer
-from app.training.precision import autocast, resolve_precision, store_frozen
+from app.training.precision import autocast, store_frozen
 from app.training.schedule import learning_rate
 
 PASS_TOKENS = 8192
