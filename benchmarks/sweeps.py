@@ -75,7 +75,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--held-out", type=int, default=128, help="records of each evaluation")
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--pass-tokens", type=int, default=8192)
+    parser.add_argument("--pass-tokens", type=int, default=2048)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--part", default="", help=argparse.SUPPRESS)
     return parser.parse_args()

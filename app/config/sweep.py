@@ -190,8 +190,9 @@ class SweepConfig(Config):
     one worker; `never` gives each a training run of its own."""
     pack_size: Positive = 8
     """Trials that share a base at once."""
-    pass_tokens: Positive = 8192
-    """Tokens of a pack that go through the base at once: more need more memory."""
+    pass_tokens: Positive = 2048
+    """Tokens of a pack that go through the base at once. More need more memory; on a CPU they are no faster, a GPU wants
+    tens of thousands."""
     max_retries: Annotated[int, Field(ge=0)] = 1
     """How often a trial that failed is tried again, from its last checkpoint, before it is left."""
     tracking: TrackingConfig = TrackingConfig()

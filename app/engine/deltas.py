@@ -297,7 +297,7 @@ def _differs(layer: nn.Module, base: nn.Module) -> bool:
 
 def _is_plain_lora(layer: nn.Module, base: nn.Module) -> bool:
     """Whether it is the base and a low-rank update, and nothing else."""
-    return type(layer) is LoraLinear and not _differs(layer.base, base)  # type: ignore[arg-type]
+    return type(layer) is LoraLinear and not _differs(layer.base, base)
 
 
 def _through(x: Tensor, parts: Sequence[tuple[slice, list[Block]]], context: Any, rotation: Any) -> Tensor:

@@ -38,7 +38,7 @@ from app.training.optimizer import PlainOptimizer
 from app.training.precision import autocast, store_frozen
 from app.training.schedule import learning_rate
 
-PASS_TOKENS = 8192
+PASS_TOKENS = 2048
 _PACKED = {"lora", "adapter", "prefix", "prompt"}
 
 
