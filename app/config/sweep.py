@@ -191,8 +191,8 @@ class SweepConfig(Config):
     pack_size: Positive = 8
     """Trials that share a base at once."""
     pass_tokens: Positive = 2048
-    """Tokens of a pack that go through the base at once. More need more memory; on a CPU they are no faster, a GPU wants
-    tens of thousands."""
+    """Tokens of a pack that go through the base at once. More need more memory; on a CPU they are no faster, a GPU
+    wants tens of thousands."""
     max_retries: Annotated[int, Field(ge=0)] = 1
     """How often a trial that failed is tried again, from its last checkpoint, before it is left."""
     tracking: TrackingConfig = TrackingConfig()

@@ -24,7 +24,7 @@ from app.data.batches import Batch
 from app.methods import apply_method
 from app.methods.delta import load_trained
 from app.methods.lora import DoraLinear
-from app.methods.over_base import shared_copy, updated
+from app.methods.over_base import shared_copy
 from app.models.attention import RowAttention, document_lengths
 from app.models.decoder import Decoder
 from app.models.kernels import cross_entropy
@@ -35,6 +35,7 @@ from app.training.allocator import keep_freed_memory
 from app.training.checkpointing import Checkpoint
 from app.training.loop import Metrics, Plan, check_finite, held_out_metrics, training_attention
 from app.training.optimizer import PlainOptimizer
+from app.training.pack_sites import Site
 from app.training.precision import autocast, store_frozen
 from app.training.schedule import learning_rate
 
@@ -195,10 +196,10 @@ class Pack:
         self._base_losses: dict[int, Metrics] = {}
         """Of the base alone, on the same."""
         self._decoder, _ = shared_copy(self.base)
-        self._sites: dict[str, _Site] = {}
+        self._sites: dict[str, Site] = {}
         for name, module in list(self._decoder.named_modules()):
             if isinstance(module, nn.Linear | QuantizedLinear):
-                self._sites[name] = _Site(module)
+                self._sites[name] = Site(module)
                 parent, _, attribute = name.rpartition(".")
                 setattr(self._decoder.get_submodule(parent), attribute, self._sites[name])
 
@@ -359,26 +360,6 @@ class Pack:
 
     def _smoothing(self, work: _Work) -> float:
         return work.member.plan.label_smoothing if torch.is_grad_enabled() else 0.0
-
-
-class _Site(nn.Module):
-    """A layer of the base, and what each member makes of it for its own tokens."""
-
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__()
-        self.base = base
-        self.parts: list[tuple[int, nn.Module | None]] = []
-        """Tokens, one member's after another's, and its layer; None: the base's will do."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        if not any(layer is not None for _, layer in self.parts):
-            return y
-        counts = [count for count, _ in self.parts]
-        # Split and put together by one operation each: slices would each have a gradient as large as the whole.
-        own = zip(x[0].split(counts), y[0].split(counts), self.parts, strict=True)
-        parts = [py if layer is None else updated(layer, self.base, px, py) for px, py, (_, layer) in own]
-        return torch.cat(parts).unsqueeze(0)
 
 
 class _PackAttention:

@@ -31,6 +31,7 @@ from app.training.pack import Member, Pack, Piece, pieces_of, why_not_packed
 CPU = torch.device("cpu")
 METHODS: dict[str, MethodConfig] = {
     "lora": LoraConfig(rank=4),
+    "lora_attention": LoraConfig(rank=3, alpha=5, targets=("attn.qkv",)),
     "dora": LoraConfig(rank=2, dora=True, targets=("attn.qkv", "mlp.up")),
     "adapter": AdapterConfig(size=8),
     "prefix": PrefixConfig(length=5),
@@ -45,9 +46,9 @@ def plan(number: int, *, steps: int, precision: Precision = "fp32", is_packed: b
     schedule = ("cosine", "linear", "constant")[number % 3]
     return Plan(
         total_steps=steps,
-        eval_every=10,
+        eval_every=25,
         save_every=1000,
-        optimizer=OptimizerConfig(learning_rate=2e-3 * (1 + number), schedule=schedule, weight_decay=0.01 * number),
+        optimizer=OptimizerConfig(learning_rate=2e-3 + 5e-4 * number, schedule=schedule, weight_decay=0.01 * number),
         precision=precision,
         seed=number,
         is_packed=is_packed,
@@ -126,8 +127,10 @@ def check_same(packed: list[Metrics], expected: list[Metrics], *, within: float 
         assert mine.keys() == theirs.keys()
         for key in ("step", "tokens", "eval_tokens", "learning_rate", "precision"):
             assert mine.get(key) == theirs.get(key)
-        for key in {"loss", "eval_loss", "gradient_norm"} & theirs.keys():
-            assert mine[key] == pytest.approx(theirs[key], abs=within, rel=within), (mine["step"], key)
+        for key in {"loss", "eval_loss"} & theirs.keys():
+            assert mine[key] == pytest.approx(theirs[key], abs=within), (mine["step"], key)
+        if "gradient_norm" in theirs:
+            assert mine["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=10 * within, abs=within)
 
 
 @pytest.mark.parametrize(("documents", "pass_tokens"), [(1, 8192), (3, 100)], ids=["one_pass", "packed_rows_in_passes"])
@@ -171,6 +174,17 @@ def test_a_run_goes_on_from_its_checkpoint(tiny_model: Path) -> None:
     second.join("composed", of_run, resume=Checkpoint(7, optimizer.weights(), optimizer.moments()))
     second.finish()
     check_same(first.rows["composed"] + second.rows["composed"], alone(tiny_model, METHODS["composed"], of_run))
+
+
+def test_updates_of_low_rank_alone_are_those_of_each_run_alone_too(tiny_model: Path) -> None:
+    """Where all are LoRAs, one function adds them; of two one leaves some layers as they are."""
+    runs = Runs(tiny_model, pass_tokens=100)
+    plans = {"lora": plan(0, steps=50), "lora_attention": plan(4, steps=50)}
+    for name, of_run in plans.items():
+        runs.join(name, of_run)
+    runs.finish()
+    for name, of_run in plans.items():
+        check_same(runs.rows[name], alone(tiny_model, METHODS[name], of_run))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
