@@ -179,8 +179,8 @@ class PackedRuns:
                     results = work(members) if members else {}
                 except Exception as error:  # of all that were in it; they may join again
                     results = {member.name: error for member in members}
-                for name, result in results.items():
-                    self._take(name, result, share=1 / len(members))
+                for member in members:
+                    self._take(member, results[member.name], share=1 / len(members))
 
     def _next_work(self) -> tuple[list[Member], list[Member]]:
         """Runs that may begin, and runs that may step; waits until there are some."""
@@ -197,10 +197,10 @@ class PackedRuns:
     def _is_due(self, run: _Run) -> bool:
         return run.may_step or (run.allowed >= 0 and not run.member.has_begun)
 
-    def _take(self, name: str, result: Metrics | Exception, *, share: float) -> None:
+    def _take(self, member: Member, result: Metrics | Exception, *, share: float) -> None:
         """Record what a step brought, save where that is due, and tell who waits for it."""
-        run = self._runs.get(name)
-        if run is None:  # it has left meanwhile
+        run = self._runs.get(member.name)
+        if run is None or run.member is not member:  # it has left meanwhile, and may have joined anew
             return
         try:
             if isinstance(result, Exception):

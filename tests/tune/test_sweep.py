@@ -155,4 +155,5 @@ def test_a_sweep_whose_driver_was_killed_goes_on_and_runs_no_finished_trial_agai
     results, trials = run(config, resume=True)
     assert [trial.state for trial in trials] == ["finished"] * 6, [trial.error for trial in trials]
     assert written == {n: (Path(trials[n].config.output) / "result.json").stat().st_mtime_ns for n in before}
-    assert all([row["step"] for row in trial.rows] == list(range(31)) for trial in trials)
+    for trial in trials:
+        assert [row["step"] for row in trial.rows] == list(range(31)), trial.folder
