@@ -31,21 +31,24 @@ class Outcome:
         return self.began < moment < self.ended
 
 
+Body = dict[str, Any] | Callable[[int], dict[str, Any]]
+
+
 class Load:
-    """Within the block, `clients` of each kind ask one after the other; `kinds` gives a kind's path and body, of which
-    `seed` is another each time."""
+    """Within the block, `clients` of each kind ask one after the other; `kinds` gives a kind's path and its body, or
+    what makes one of a number that is another each time."""
 
     def __init__(
         self,
         url: str,
-        kinds: Mapping[str, tuple[str, dict[str, Any]]],
+        kinds: Mapping[str, tuple[str, Body]],
         *,
         clients: int = 2,
         headers: Mapping[str, str] | None = None,
     ) -> None:
         self.outcomes: list[Outcome] = []
         self._url, self._kinds, self._clients, self._headers = url, kinds, clients, dict(headers or {})
-        self._seeds = itertools.count(time.time_ns() % 10**9)
+        self._numbers = itertools.count(time.time_ns() % 10**9)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run_here, daemon=True)
         self._failure: Exception | None = None
@@ -86,7 +89,7 @@ class Load:
         path, body = self._kinds[kind]
         while not self._stop.is_set():
             outcome = Outcome(kind, time.monotonic())
-            asked = body | {"seed": next(self._seeds)} if "seed" in body else body
+            asked = body if isinstance(body, dict) else body(next(self._numbers))
             try:
                 async with client.stream("POST", path, json=asked) as response:
                     outcome.status = response.status_code

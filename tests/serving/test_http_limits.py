@@ -25,6 +25,11 @@ LONG = {"model": "pacos", "prompt": "An adult alpaca", "max_tokens": 8000, "temp
 SHORT = LONG | {"max_tokens": 5}
 
 
+def another(body, number):
+    """The same answer, which the cache does not know: no token turns on such a penalty."""
+    return body | {"presence_penalty": number * 1e-6}
+
+
 KEYS = [("ana", "key-of-ana", {}), ("ben", "key-of-ben", {"requests_per_minute": 3, "tokens_per_minute": 40})]
 HEADERS = {"authorization": "Bearer key-of-ana"}
 
@@ -107,9 +112,9 @@ def test_a_client_that_leaves_ends_its_generation_and_nobody_elses(client, url):
     leaver.start()
     while not stats()["running"] and leaver.is_alive():
         time.sleep(0.01)
-    # While the other comes and goes, this one is answered as ever; a new seed keeps it out of the cache.
-    for seed in count():
-        answer = client.post("/v1/completions", json=SHORT | {"seed": seed})
+    # While the other comes and goes, this one is answered as ever.
+    for number in count(1):
+        answer = client.post("/v1/completions", json=another(SHORT, number))
         assert answer.status_code == 200 and answer.json()["choices"] == expected
         if not leaver.is_alive():
             break
@@ -119,7 +124,7 @@ def test_a_client_that_leaves_ends_its_generation_and_nobody_elses(client, url):
 
 def test_a_client_that_leaves_a_stream_ends_its_generation(client):
     start = time.monotonic()
-    with client.stream("POST", "/v1/completions", json=LONG | {"stream": True, "seed": 100}) as response:
+    with client.stream("POST", "/v1/completions", json=another(LONG, 1) | {"stream": True}) as response:
         for _, line in zip(range(3), response.iter_lines(), strict=False):
             assert line == "" or line.startswith("data: ")
     wait_until_idle()
@@ -127,14 +132,14 @@ def test_a_client_that_leaves_a_stream_ends_its_generation(client):
 
 
 def test_a_full_queue_answers_429_with_retry_after_and_serves_the_others(client):
-    def stream(seed):
-        return client.stream("POST", "/v1/completions", json=LONG | {"stream": True, "seed": seed})
+    def stream(number):
+        return client.stream("POST", "/v1/completions", json=another(LONG, number) | {"stream": True})
 
     with ThreadPoolExecutor(1) as pool:
-        with stream(200), stream(201):  # an answer has begun in each of the two slots
-            waiting = pool.submit(client.post, "/v1/completions", json=SHORT | {"seed": 202})
+        with stream(2), stream(3):  # an answer has begun in each of the two slots
+            waiting = pool.submit(client.post, "/v1/completions", json=another(SHORT, 5001))
             wait_until(lambda now: now["waiting"] == 1)
-            refused = client.post("/v1/completions", json=SHORT | {"seed": 203})
+            refused = client.post("/v1/completions", json=another(SHORT, 5002))
         assert waiting.result().status_code == 200
     assert refused.status_code == 429 and refused.json()["error"]["code"] == "queue_full"
     assert int(refused.headers["retry-after"]) >= 1
@@ -166,13 +171,13 @@ def test_a_body_over_the_limit_is_a_413_declared_or_not(client):
 def test_a_key_is_asked_for_and_its_limits_are_kept(client):
     def ask(**values):
         headers = {"authorization": "Bearer key-of-ben"}
-        return client.post("/v1/completions", json=SHORT | values, headers=headers)
+        return client.post("/v1/completions", json=another(SHORT, 5003) | values, headers=headers)
 
     assert client.get("/v1/models", headers={"authorization": "Bearer of-nobody"}).status_code == 401
     assert client.get("/healthz", headers={"authorization": ""}).status_code == 200
-    assert ask(max_tokens=50, seed=300).status_code == 200
+    assert ask(max_tokens=50).status_code == 200
     deadline = time.monotonic() + 10
-    while (refused := ask(seed=301)).status_code == 200 and time.monotonic() < deadline:
+    while (refused := ask()).status_code == 200 and time.monotonic() < deadline:
         time.sleep(0.1)  # what the first has cost is counted in the background
     assert refused.status_code == 429 and "tokens_per_minute=40" in refused.json()["error"]["message"]
     assert int(refused.headers["retry-after"]) >= 1

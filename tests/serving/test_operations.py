@@ -31,7 +31,7 @@ KINDS = {
     "whole": ("/v1/completions", LONG),
     "stream": ("/v1/completions", LONG | {"stream": True}),
     "cached": ("/v1/completions", LONG | {"temperature": 0.0, "max_tokens": 20}),
-    "rag": ("/v1/rag", {"question": "How often does shearing take place?", "max_tokens": 10, "seed": 0}),
+    "rag": ("/v1/rag", lambda number: {"question": f"How often does shearing take place? {number}", "max_tokens": 10}),
 }
 
 
@@ -182,8 +182,15 @@ def test_a_promoted_delta_answers_from_every_replica_and_no_request_fails(
         return [info.hash for replica in infos for info in replica if info.name == f"pacos:{name}"]
 
     old, new = text("old"), text("new")
-    asked = {"model": "pacos:live", "prompt": "An adult alpaca", "max_tokens": 12, "temperature": 0, "seed": 0}
-    kinds = {"whole": ("/v1/completions", asked), "stream": ("/v1/completions", asked | {"stream": True})}
+    asked = {"model": "pacos:live", "prompt": "An adult alpaca", "max_tokens": 12, "temperature": 0}
+    # no token turns on so small a penalty, but the cache does not know it
+    kinds = {
+        "whole": ("/v1/completions", lambda number: asked | {"presence_penalty": number % 10**6 * 1e-9}),
+        "stream": (
+            "/v1/completions",
+            lambda number: asked | {"presence_penalty": number % 10**6 * 1e-9, "stream": True},
+        ),
+    }
     with Load(url, kinds, headers=HEADERS) as load:
         load.go_on(0.5)
         registry("operated", versions[1])
