@@ -14,9 +14,12 @@ pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
-def handles(ray_cluster, index_dir, tmp_path_factory):
+def handles(ray_cluster, index_dir, tmp_path_factory, free_port):
     """(documents, retriever); each answer of the latter says which replica it is of."""
     from ray import serve
+
+    # one Serve, at one address, for all files that share the cluster
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": free_port})
 
     class Documents(DocumentsDeployment):
         async def die(self):
