@@ -126,7 +126,7 @@ def registry(tracking_store: str, tmp_path_factory: pytest.TempPathFactory) -> C
         copy = Path(shutil.copytree(delta, output / "delta"))
         with tracked_run(tracker, name=name, output=output, settings={}, resume=False, warn=pytest.fail) as run:
             assert run is not None and run.keep(copy)
-            version = int(register(run, name, delta_folder=copy, figures={}).rpartition("/")[2])
+            version = int(register(run.client, run.run_id, name, delta_folder=copy, figures={}).rpartition("/")[2])
         if promoted:
             promote(PromoteConfig(name=name, version=version, tracking=StoreConfig(uri=tracking_store)))
         return version

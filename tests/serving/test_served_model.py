@@ -131,7 +131,7 @@ def test_a_registered_delta_is_served_as_its_folder_is(generator, model_dir, del
     with tracked_run(tracker, name="served", output=tmp_path, settings={}, resume=False, warn=pytest.fail) as run:
         copy = shutil.copytree(delta_dir, tmp_path / "delta")
         assert run.keep(copy)
-        assert register(run, "served", delta_folder=copy, figures={}) == "served/1"
+        assert register(run.client, run.run_id, "served", delta_folder=copy, figures={}) == "served/1"
     promote(PromoteConfig(name="served", version=1))
     settings = config(model_dir, deltas={"tuned": "models:/served@production"})
     settings = settings.model_copy(update={"generator": with_registry(settings.generator)})
@@ -152,7 +152,7 @@ def test_a_registered_delta_of_another_base_is_refused(delta_dir, tmp_path, tiny
     with tracked_run(tracker, name="other", output=tmp_path, settings={}, resume=False, warn=pytest.fail) as run:
         copy = shutil.copytree(delta_dir, tmp_path / "delta")
         run.keep(copy)
-        register(run, "other-base", delta_folder=copy, figures={})
+        register(run.client, run.run_id, "other-base", delta_folder=copy, figures={})
     with pytest.raises(UserError, match="does not belong to the model"):
         GeneratorDeployment(config(tiny_model, deltas={"tuned": "models:/other-base/1"}))
 

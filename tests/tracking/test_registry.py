@@ -33,7 +33,7 @@ def registered(uri: str, name: str, delta: Path, *, resume: bool = False, **figu
     tracker = open_tracker(TrackingConfig(uri=uri), output=str(delta.parent))
     with tracked_run(tracker, name="run", output=delta.parent, settings={}, resume=resume, warn=pytest.fail) as run:
         assert run is not None and run.keep(delta)
-        return register(run, name, delta_folder=delta, figures=figures)
+        return register(run.client, run.run_id, name, delta_folder=delta, figures=figures)
 
 
 def moved(uri: str, name: str, version: int) -> int | None:
