@@ -20,7 +20,10 @@ from tune.commands import promote_best
 from tune.records import TrialRecord, read_records
 from tune.sweep import plan_sweep, sweep
 
-pytestmark = pytest.mark.ray
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.skipif("PACOS_SWEEPS" not in os.environ, reason="whole sweeps take minutes: PACOS_SWEEPS=1 runs them"),
+]
 REPOSITORY = Path(__file__).parents[2]
 SweepOf = Callable[..., SweepConfig]
 
