@@ -1,5 +1,5 @@
 """The application as `serve deploy` deploys it, several replicas of each deployment, under load: what is logged,
-models that are promoted, replicas and servers that are killed, autoscaling, a rollout."""
+models that are promoted, replicas and servers that are killed, autoscaling."""
 
 import hashlib
 import json
@@ -266,15 +266,3 @@ def test_a_crowd_gets_another_generator(url):
         until(lambda: len(replicas("generator")) == 2, within_s=180)
         load.go_on(2)
     assert not failed(load), "the replica that went has finished what it had"
-
-
-def test_a_rollout_under_load_fails_nobody(url, deploy_file, tmp_path_factory):
-    before = {name: set(replicas(name)) for name in ("ingress", "generator")}
-    deploy_file["applications"][0]["args"]["generator"]["max_queue"] += 1
-    with Load(url, KINDS, headers=HEADERS) as load:
-        load.go_on(1)
-        deploy(deploy_file, tmp_path_factory)
-        for name, old in before.items():
-            until(lambda name=name, old=old: len(now := set(replicas(name))) == 2 and not now & old, within_s=240)
-        load.go_on(2)
-    assert not failed(load)
