@@ -386,7 +386,7 @@ def test_prometheus_sees_requests_tokens_and_the_cache(client):
         assert time.monotonic() < deadline, missing
         time.sleep(1)
     hits = [line for line in lines if line.startswith("ray_pacos_response_cache_requests") and 'result="hit"' in line]
-    assert hits and 'deployment="ingress"' in hits[0]
+    assert any('deployment="ingress"' in line for line in hits), hits  # a test without Ray has counted some of its own
     assert any('model_name="pacos"' in line and "first_token" in line for line in lines)
 
 
