@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from app.config.base import Precision
 from app.config.schema import OptimizerConfig
@@ -94,9 +95,10 @@ def run(
         token_count, num_tokens = sum_over_workers(batch.loss_tokens, batch.num_tokens, device=device)
         factor = scale.value if scale else 1.0
         nll = _backward(model, optimizer, batch.to(device), plan=plan, token_count=token_count, scale=factor)
-        nll_sum, num_stopping = sum_over_workers(nll, float(should_stop()), device=device)
-        check_finite(nll_sum, "loss", step)
         gradient_norm = optimizer.step(rate, scale=factor)
+        # Looked at after the step is queued: to read a number from a GPU is to wait for all that comes before it.
+        nll_sum, num_stopping = sum_over_workers(nll.item(), float(should_stop()), device=device)
+        check_finite(nll_sum, "loss", step)
         metrics: Metrics = {
             "step": step,
             "loss": nll_sum / max(1.0, token_count),
@@ -123,7 +125,7 @@ def run(
 
 def _backward(
     model: Decoder, optimizer: Optimizer, batch: Batch, *, plan: Plan, token_count: float, scale: float = 1.0
-) -> float:
+) -> Tensor:
     """Add up the gradients of the mean loss over all workers' `token_count` tokens; returns this worker's sum of it.
 
     The mean is not over each micro-batch or worker: those have uneven numbers of tokens, and a token should count the
@@ -137,7 +139,7 @@ def _backward(
         loss = nll * (world_size() / max(1.0, token_count))
         optimizer.backward(loss, scale=scale, is_last=number == plan.micro_batches)
         nll_sum += nll.detach()
-    return nll_sum.item()
+    return nll_sum
 
 
 def training_attention(model: Decoder, *, device: torch.device, precision: Precision, is_packed: bool) -> str:

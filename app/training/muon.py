@@ -57,13 +57,18 @@ class MuonOptimizer:
 
     @torch.no_grad()
     def _step_matrices(self, learning_rate: float) -> None:
+        """All of one shape together: a matrix by itself is too small to keep a GPU, or a CPU's cores, busy."""
+        by_shape: dict[torch.Size, list[str]] = {}
         for name, weight in self._matrices.items():
-            assert weight.grad is not None
-            momentum = self._momentum[name].lerp_(weight.grad, 1 - _DECAY)
-            update = orthogonalised(weight.grad.lerp(momentum, _DECAY))
-            weight.mul_(1 - learning_rate * self._weight_decay)
+            by_shape.setdefault(weight.shape, []).append(name)
+        for shape, names in by_shape.items():
+            weights, momenta = ([tensors[name] for name in names] for tensors in (self._matrices, self._momentum))
+            gradients = [weight.grad for weight in weights if weight.grad is not None]  # every weight is in the loss
+            torch._foreach_lerp_(momenta, gradients, 1 - _DECAY)
+            updates = orthogonalised(torch.stack(gradients).lerp_(torch.stack(momenta), _DECAY))
+            torch._foreach_mul_(weights, 1 - learning_rate * self._weight_decay)
             # Scaled to AdamW's usual RMS, so that one learning rate serves both (Liu et al. 2025, arXiv 2502.16982).
-            weight.add_(update, alpha=-learning_rate * 0.2 * max(weight.shape) ** 0.5)
+            torch._foreach_add_(weights, updates.unbind(), alpha=-learning_rate * 0.2 * max(shape) ** 0.5)
 
     def weights(self) -> dict[str, Tensor]:
         return {name: p.detach().float().cpu().clone() for name, p in (self._matrices | self._others).items()}
@@ -84,15 +89,16 @@ class MuonOptimizer:
             self._adamw.state[parameter] = adamw_state(checkpoint, name, device=parameter.device)
 
 
-def orthogonalised(matrix: Tensor) -> Tensor:
-    """Near to U V^T of `matrix` = U S V^T, [rows, columns], by five Newton-Schulz steps (Jordan's coefficients)."""
+def orthogonalised(matrices: Tensor) -> Tensor:
+    """Near to U V^T of each of `matrices` = U S V^T, [matrices, rows, columns], by five Newton-Schulz steps (Jordan's
+    coefficients)."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix.to(compute_dtype("auto", matrix.device))
-    is_tall = x.shape[0] > x.shape[1]
+    x = matrices.to(compute_dtype("auto", matrices.device))
+    is_tall = x.shape[-2] > x.shape[-1]
     if is_tall:
         x = x.mT
-    x = x / x.norm().clamp(min=1e-7)
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if is_tall else x).to(matrix.dtype)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if is_tall else x).to(matrices.dtype)

@@ -13,6 +13,7 @@ import json
 import statistics
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--micro-batches", type=int, default=1, help="into how many a step's rows are split")
     parser.add_argument("--attention", default="auto", help="the kernel that computes attention")
     parser.add_argument("--steps", type=int, default=20, help=f"measured, after {WARM_UP} that warm up")
+    parser.add_argument("--profile", type=Path, help="file for a table of where the GPU's time goes; it slows the run")
     parser.add_argument("--json", type=Path, help="file to write the result to")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -89,25 +91,26 @@ def measure(name: str, shape: DecoderConfig, *, device: torch.device, arguments:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    loop.run(
-        model,
-        PlainOptimizer(model, optimizer),
-        plan=loop.Plan(
-            total_steps=total_steps,
-            eval_every=total_steps,
-            save_every=total_steps,
-            optimizer=optimizer,
-            precision="bf16",
-            seed=SEED,
-            is_packed=False,
-            micro_batches=arguments.micro_batches,
-        ),
-        start_step=0,
-        batches=_batches(rows, time, vocab_size=shape.vocab_size, device=device),
-        validation=list,
-        report=seen.append,
-        save=lambda step, metrics: None,
-    )
+    with _profiled(name, arguments.profile):
+        loop.run(
+            model,
+            PlainOptimizer(model, optimizer),
+            plan=loop.Plan(
+                total_steps=total_steps,
+                eval_every=total_steps,
+                save_every=total_steps,
+                optimizer=optimizer,
+                precision="bf16",
+                seed=SEED,
+                is_packed=False,
+                micro_batches=arguments.micro_batches,
+            ),
+            start_step=0,
+            batches=_batches(rows, time, vocab_size=shape.vocab_size, device=device),
+            validation=list,
+            report=seen.append,
+            save=lambda step, metrics: None,
+        )
     steps = [row for row in seen if "step_s" in row][WARM_UP:]
     step_s = statistics.median(row["step_s"] for row in steps)
     answers = rows * (time - 1)
@@ -129,6 +132,19 @@ def measure(name: str, shape: DecoderConfig, *, device: torch.device, arguments:
         "loss_last": steps[-1]["loss"],
         "peak_bytes": _peak_bytes(device),
     }
+
+
+@contextmanager
+def _profiled(name: str, file: Path | None) -> Iterator[None]:
+    """Append to `file`, where there is one, the kernels that take most of the GPU's time."""
+    if file is None:
+        yield
+        return
+    with torch.profiler.profile() as profile:
+        yield
+    by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    with file.open("a") as out:
+        out.write(f"{name}\n{profile.key_averages().table(sort_by=by, row_limit=30, max_name_column_width=80)}\n")
 
 
 def _model(name: str, shape: DecoderConfig, *, device: torch.device, attention: str) -> Decoder:

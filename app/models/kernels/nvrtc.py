@@ -5,6 +5,7 @@ must include none.
 """
 
 import ctypes
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,7 +27,24 @@ def load_kernels(source: str, names: Sequence[str], device: torch.device) -> lis
     with torch.cuda.device(device):
         major, minor = torch.cuda.get_device_capability(device)
         loaded: Any = _cuda_load_module(compile_source(source, f"sm_{major}{minor}"), list(names))
-    return [loaded[name] for name in names]
+    return [_with_context(loaded[name], device) for name in names]
+
+
+_threads = threading.local()
+
+
+def _with_context(kernel: Kernel, device: torch.device) -> Kernel:
+    """`kernel`, for any thread. The driver launches in the thread's current context; torch's own calls have made the
+    device's current, but autograd's thread may not have made one yet."""
+
+    def launch(**arguments: Any) -> None:
+        known = _threads.__dict__.setdefault("devices", set())
+        if device not in known:
+            torch.zeros(1, device=device)
+            known.add(device)
+        kernel(**arguments)
+
+    return launch
 
 
 def compile_source(source: str, architecture: str) -> bytes:

@@ -48,6 +48,14 @@ def test_rows_beyond_a_block_of_the_cache_match_too(monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(actual, outcome(reference_cross_entropy, *head()), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("multiple", [16, 211])
+def test_a_head_that_is_filled_up_to_a_multiple_matches_too(multiple: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(module.VOCAB_MULTIPLE, "cpu", multiple)
+    actual = outcome(fused_cross_entropy, *head(), chunk_rows=10, smoothing=0.1)
+    expected = outcome(reference_cross_entropy, *head(), smoothing=0.1)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_the_chunked_loss_passes_gradcheck() -> None:
     rows, weight, labels = head(7, 11, 5, dtype=torch.float64)
     for smoothing in (0.0, 0.2):
