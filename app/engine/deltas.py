@@ -127,9 +127,6 @@ class MixedModel:
                 self._sites[name] = Site(pack(module, kernels, is_packed=is_packed), kernels)
                 parent, _, attribute = name.rpartition(".")
                 setattr(self.decoder.get_submodule(parent), attribute, self._sites[name])
-        if kernels is not None and base.config.activation == "gelu":
-            for block in self.decoder.blocks:
-                block.mlp.activation = kernels.gelu  # type: ignore[union-attr]
         self._blocks = [BlockSite(block) for block in self.decoder.blocks]
         self.decoder.blocks = nn.ModuleList(self._blocks)
         self._groups: list[tuple[Variant, slice]] = []

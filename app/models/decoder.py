@@ -6,7 +6,6 @@ It trains and it serves. It knows tensors only: no text, no files, no techniques
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, Protocol
 
 import torch
@@ -17,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from app.config.base import AttentionBackend
 from app.models.attention import KeysValues, RowAttention
 from app.models.kernels.clamped_relu import clamped_relu
+from app.models.kernels.gelu import gelu
 
 Rotation = tuple[Tensor, Tensor]
 """Cosines and sines [..., 1, time, head_width / 2] of the angles by which queries and keys are turned."""
@@ -252,7 +252,7 @@ def _swiglu(x: Tensor) -> Tensor:
 
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": partial(F.gelu, approximate="tanh"),  # GPT-2's is the approximation
+    "gelu": gelu,
     "swiglu": _swiglu,
     "clamped_relu": clamped_relu,
 }

@@ -1,5 +1,6 @@
 """The compiled kernels beside torch."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from app.config import LoraConfig
-from app.engine import kernels as kernels_module
 from app.engine.engine import Engine
 from app.engine.kernels import Kernels, _compiled, kernels_for
 from app.methods.lora import LoraLinear
 from app.models.decoder import DecoderConfig
+from app.models.kernels import native, notices
 
 
 @pytest.fixture(scope="module")
@@ -130,14 +131,6 @@ def test_one_row_of_bytes_is_multiplied_exactly(compiled, width) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gelu(compiled, dtype) -> None:
-    x = torch.cat([torch.linspace(-30, 30, 1003), torch.tensor([0.0, -0.0, 1e-30, -1e30, 1e30])]).to(dtype)
-    expected = F.gelu(x.float(), approximate="tanh")
-    rounding = 1e-6 if dtype == torch.float32 else 2**-8
-    torch.testing.assert_close(compiled.gelu(x).float(), expected, rtol=rounding, atol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [1, 15, 16, 50257])
 def test_the_first_of_the_largest_is_found(compiled, dtype, width) -> None:
     x = torch.randn(6, width, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -157,26 +150,30 @@ def test_shapes_and_devices_that_the_kernels_do_not_know_go_to_torch() -> None:
     assert not known(32, "meta", torch.float32) and not known(32, "cpu", torch.float16)
 
 
-def test_without_a_compiler_the_engine_says_so_and_computes_with_torch(model, monkeypatch, caplog, tmp_path) -> None:
-    _compiled.cache_clear()
-    monkeypatch.setattr(kernels_module.shutil, "which", lambda name: None)
-    try:
-        assert Engine(model)._runner.kernels is None
-        assert "no C compiler" in caplog.text
-    finally:
-        _compiled.cache_clear()
+@pytest.fixture
+def nothing_compiled() -> Iterator[None]:
+    caches = (_compiled, native.load_library, notices.say_once)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
 
 
-def test_a_compiler_that_fails_costs_a_warning(model, monkeypatch, caplog, tmp_path: Path) -> None:
-    _compiled.cache_clear()
+def test_without_a_compiler_the_engine_says_so_and_computes_with_torch(
+    model, monkeypatch, caplog, nothing_compiled
+) -> None:
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    assert Engine(model)._runner.kernels is None
+    assert "no C compiler" in caplog.text
+
+
+def test_a_compiler_that_fails_costs_a_warning(model, monkeypatch, caplog, tmp_path: Path, nothing_compiled) -> None:
     failing = tmp_path / "cc"
     failing.write_text("#!/bin/sh\necho this is no compiler >&2\nexit 1\n")
     failing.chmod(0o755)
     monkeypatch.setenv("CC", str(failing))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    try:
-        assert Engine(model)._runner.kernels is None
-        assert "this is no compiler" in caplog.text
-        assert not list((tmp_path / "pacos").iterdir()), "nothing half made is left"
-    finally:
-        _compiled.cache_clear()
+    assert Engine(model)._runner.kernels is None
+    assert "this is no compiler" in caplog.text
+    assert not list((tmp_path / "pacos").iterdir()), "nothing half made is left"

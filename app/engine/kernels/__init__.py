@@ -5,13 +5,6 @@ Where there is no compiler, or a model's shapes do not suit them, the engine com
 
 import ctypes
 import functools
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,12 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from app.models.decoder import DecoderConfig
-
-logger = logging.getLogger(__name__)
+from app.models.kernels.native import DTYPES, is_bf16, load_library
 
 _SOURCE = Path(__file__).with_name("cpu.c")
-_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared", "-std=gnu11")
-_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Kernels:
@@ -42,7 +32,6 @@ class Kernels:
             "multiply_row_of_bytes": [pointer, i64, pointer, pointer, pointer, i32, f32, pointer, pointer, i64],
             "round_rows": [pointer, flag, pointer, pointer, i64, i64, i32],
             "scale_rows": [pointer, pointer, pointer, pointer, flag, i64, i64],
-            "gelu": [pointer, pointer, flag, i64],
             "largest_of_rows": [pointer, flag, pointer, i64, i64],
         }
         for name, types in arguments.items():
@@ -60,8 +49,8 @@ class Kernels:
         int64 [n]. `keys` and `values` are one layer's of `KVCache`."""
         num_blocks, kv_heads, width, _ = keys.shape
         self._library.attend(
-            q.data_ptr(), out.data_ptr(), _is_bf16(q), q.stride(1), q.stride(0), out.stride(1), out.stride(0),
-            keys.data_ptr(), values.data_ptr(), _is_bf16(keys), rows.data_ptr(), seen.data_ptr(),
+            q.data_ptr(), out.data_ptr(), is_bf16(q), q.stride(1), q.stride(0), out.stride(1), out.stride(0),
+            keys.data_ptr(), values.data_ptr(), is_bf16(keys), rows.data_ptr(), seen.data_ptr(),
             table_of_row.data_ptr(), tables.data_ptr(), tables.shape[1], len(rows), q.shape[0], kv_heads, width,
             width**-0.5,
         )  # fmt: skip
@@ -69,8 +58,8 @@ class Kernels:
     def write(self, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, *, blocks: Tensor, offsets: Tensor) -> None:
         """`k` and `v` [rows, kv_heads, head_width] into places `offsets` of `blocks`, both int64 [rows]."""
         self._library.write_cache(
-            k.data_ptr(), k.stride(0), k.stride(1), v.data_ptr(), v.stride(0), v.stride(1), _is_bf16(k),
-            keys.data_ptr(), values.data_ptr(), _is_bf16(keys), blocks.data_ptr(), offsets.data_ptr(), *k.shape,
+            k.data_ptr(), k.stride(0), k.stride(1), v.data_ptr(), v.stride(0), v.stride(1), is_bf16(k),
+            keys.data_ptr(), values.data_ptr(), is_bf16(keys), blocks.data_ptr(), offsets.data_ptr(), *k.shape,
         )  # fmt: skip
 
     def multiply_row(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -79,7 +68,7 @@ class Kernels:
         y = x.new_empty(*x.shape[:-1], out_features)
         room = torch.empty(in_features)
         self._library.multiply_row(
-            x.data_ptr(), in_features, weight.data_ptr(), _address(bias), y.data_ptr(), out_features, _is_bf16(x),
+            x.data_ptr(), in_features, weight.data_ptr(), _address(bias), y.data_ptr(), out_features, is_bf16(x),
             room.data_ptr(),
         )  # fmt: skip
         return y
@@ -88,15 +77,13 @@ class Kernels:
         """`x` [rows, in], contiguous, as integers from -levels to levels, uint8 [rows, in] with `levels + 1` added, and
         fp32 [rows], by which they are to be multiplied."""
         integers, steps = torch.empty(x.shape, dtype=torch.uint8), torch.empty(x.shape[0])
-        self._library.round_rows(x.data_ptr(), _is_bf16(x), integers.data_ptr(), steps.data_ptr(), *x.shape, levels)
+        self._library.round_rows(x.data_ptr(), is_bf16(x), integers.data_ptr(), steps.data_ptr(), *x.shape, levels)
         return integers, steps
 
     def scale_rows(self, y: Tensor, steps: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """`y` [rows, out] times `steps` [rows], plus `bias` [out], all fp32, in `dtype`; `y` may be overwritten."""
         out = y if dtype == torch.float32 else torch.empty_like(y, dtype=dtype)
-        self._library.scale_rows(
-            y.data_ptr(), steps.data_ptr(), _address(bias), out.data_ptr(), _is_bf16(out), *y.shape
-        )
+        self._library.scale_rows(y.data_ptr(), steps.data_ptr(), _address(bias), out.data_ptr(), is_bf16(out), *y.shape)
         return out
 
     def multiply_row_of_bytes(
@@ -112,24 +99,14 @@ class Kernels:
         )  # fmt: skip
         return y
 
-    def gelu(self, x: Tensor) -> Tensor:
-        """GPT-2's, by tanh; of `x`, contiguous."""
-        y = torch.empty_like(x)
-        self._library.gelu(x.data_ptr(), y.data_ptr(), _is_bf16(x), x.numel())
-        return y
-
     def argmax(self, x: Tensor) -> Tensor:
         """int64 [rows]: the place of the largest in each row of `x` [rows, width], contiguous; the first of equals."""
         places = torch.empty(len(x), dtype=torch.int64)
-        self._library.largest_of_rows(x.data_ptr(), _is_bf16(x), places.data_ptr(), *x.shape)
+        self._library.largest_of_rows(x.data_ptr(), is_bf16(x), places.data_ptr(), *x.shape)
         return places
 
     def lora_rows(self, active: Sequence[tuple[slice, Any]]) -> "LoraRows":
         return LoraRows(self._library.add_lora, active)
-
-
-def _is_bf16(x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16
 
 
 def _address(x: Tensor | None) -> int | None:
@@ -154,11 +131,12 @@ class LoraRows:
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """To `y` [rows, out], of `x` [rows, in]; both contiguous."""
-        rows, is_bf16 = len(self._group_of_row), _is_bf16(x)
-        room = torch.empty(rows * (x.shape[1] + y.shape[1])) if is_bf16 else None
+        rows = len(self._group_of_row)
+        room = torch.empty(rows * (x.shape[1] + y.shape[1])) if is_bf16(x) else None
         self._add(
-            x.data_ptr(), x.shape[1], y.data_ptr(), y.shape[1], is_bf16, _address(room), self._group_of_row.data_ptr(),
-            rows, self._a.data_ptr(), self._b.data_ptr(), self._ranks.data_ptr(), self._scales.data_ptr(),
+            x.data_ptr(), x.shape[1], y.data_ptr(), y.shape[1], is_bf16(x), _address(room),
+            self._group_of_row.data_ptr(), rows, self._a.data_ptr(), self._b.data_ptr(), self._ranks.data_ptr(),
+            self._scales.data_ptr(),
         )  # fmt: skip
 
 
@@ -175,7 +153,7 @@ def kernels_for(
     config: DecoderConfig, *, cache_dtype: torch.dtype, dtype: torch.dtype, device: torch.device
 ) -> Kernels | None:
     """The compiled kernels, where they can be had and know such a model."""
-    is_known = device.type == "cpu" and dtype in _DTYPES and cache_dtype in _DTYPES
+    is_known = device.type == "cpu" and dtype in DTYPES and cache_dtype in DTYPES
     if not is_known or config.head_width % 16 or config.head_width > 256:
         return None
     return _compiled()
@@ -183,45 +161,5 @@ def kernels_for(
 
 @functools.cache
 def _compiled() -> Kernels | None:
-    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        logger.warning("no C compiler is here: the engine computes attention with torch, which is slower")
-        return None
-    try:
-        return Kernels(ctypes.CDLL(str(_library(compiler))))
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = error.stderr.decode(errors="replace") if isinstance(error, subprocess.CalledProcessError) else error
-        logger.warning("the engine's kernels cannot be compiled (%s); it computes with torch, which is slower", reason)
-        return None
-
-
-def _library(compiler: str) -> Path:
-    """The compiled file, of this source, compiler, processor and OpenMP."""
-    openmp = _torch_openmp()
-    identity = [_SOURCE.read_text(), " ".join(_FLAGS), compiler, str(openmp), _processor()]
-    name = f"engine-{hashlib.sha256('|'.join(identity).encode()).hexdigest()[:16]}.so"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pacos"
-    file = folder / name
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=folder) as staging:
-            made = Path(staging) / name
-            # torch's own OpenMP, if it brings one: two of them would fight for the cores
-            command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(made), *([str(openmp)] if openmp else []), "-lm"]
-            subprocess.run(command, check=True, capture_output=True, timeout=120)
-            made.replace(file)
-    return file
-
-
-def _torch_openmp() -> Path | None:
-    """The libgomp that torch is linked with, where its package has one."""
-    folders = [Path(torch.__file__).parent / "lib", Path(torch.__file__).parent.parent / "torch.libs"]
-    return next((file for folder in folders for file in sorted(folder.glob("libgomp*.so*"))), None)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line for line in lines if line.startswith(("flags", "Features")))
-    except (OSError, StopIteration):
-        return platform.processor()
+    library = load_library(_SOURCE)
+    return None if library is None else Kernels(library)

@@ -1,124 +1,25 @@
 /* What eager torch is slow at in a generation step on a CPU: attention that reads the KV cache where it lies, writing
  * new keys and values there, the low-rank updates of many LoRAs at once, products with one row, rounding activations to
- * bytes and scaling the products back, GELU, and the largest logit. Compiled at first use for the processor at hand.
+ * bytes and scaling the products back, and the largest logit. Compiled at first use for the processor at hand.
  *
  * Activations are fp32 or bf16, as flags say; sums are always fp32, or exact in int32.
  * Cache: keys [blocks, kv_heads, head_width, 16], values [blocks, kv_heads, 16, head_width], fp32 or bf16.
  */
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-#if defined(__AVX512F__) && defined(__AVX512BW__)
-#include <immintrin.h>
-#endif
+#include "vectors.h"
+
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 #define HAS_BYTE_DOTS 1 /* products of unsigned and signed bytes, summed in 32 bits without saturation */
 #else
 #define HAS_BYTE_DOTS 0
 #endif
-
 #define BLOCK 16
 #define CHUNK 8 /* blocks whose scores are computed before their weights: their sums and maxima are found once */
-#if defined(__AVX512F__)
-#define LANES 16
-#elif defined(__AVX2__)
-#define LANES 8
-#else
-#define LANES 4
-#endif
 #define PARTS (BLOCK / LANES) /* vectors that hold a value for each place of a block */
-
-/* GCC's and clang's own vectors, as wide as the processor's; wider ones would be taken apart in memory. */
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
-typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
-typedef uint16_t hvec __attribute__((vector_size(2 * LANES)));
-typedef uint8_t bvec __attribute__((vector_size(LANES)));
-#define INLINE static inline __attribute__((always_inline))
-
-INLINE vec all(float x) { return x - (vec){0}; }
-
-INLINE vec load_f32(const float *p) {
-    vec x;
-    memcpy(&x, p, sizeof x);
-    return x;
-}
-
-INLINE void store_f32(float *p, vec x) { memcpy(p, &x, sizeof x); }
-
-INLINE vec load_bf16(const uint16_t *p) {
-#if defined(__AVX512F__) && defined(__AVX512BW__) /* GCC takes the conversion apart */
-    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16);
-#else
-    hvec halves;
-    memcpy(&halves, p, sizeof halves);
-    return (vec)(__builtin_convertvector(halves, uvec) << 16);
-#endif
-}
-
-INLINE vec load(const void *p, int64_t at, int is_bf16) {
-    return is_bf16 ? load_bf16((const uint16_t *)p + at) : load_f32((const float *)p + at);
-}
-
-INLINE void store_bf16(uint16_t *p, vec x) { /* to the nearest, ties to even */
-    uvec bits = (uvec)x;
-    hvec halves = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, hvec);
-    memcpy(p, &halves, sizeof halves);
-}
-
-INLINE void store(void *p, int64_t at, vec x, int is_bf16) {
-    if (is_bf16) store_bf16((uint16_t *)p + at, x);
-    else store_f32((float *)p + at, x);
-}
 
 /* Have `count` numbers from `at` on in the processor's cache soon: the next head's, which lie behind this one's. */
 INLINE void fetch(const void *p, int64_t at, int64_t count, int is_bf16) {
     const int64_t size = is_bf16 ? 2 : 4;
     for (int64_t i = 0; i < count * size; i += 64) __builtin_prefetch((const char *)p + at * size + i);
-}
-
-INLINE vec either(ivec condition, vec yes, vec no) { return (vec)(((ivec)yes & condition) | ((ivec)no & ~condition)); }
-
-INLINE vec absolute(vec x) { return (vec)((ivec)x & 0x7fffffff); }
-
-/* e^x for x <= 0: 2^n e^r with |r| <= ln 2 / 2, and e^r by its Taylor series to the 7th power (error below 1e-7). */
-INLINE vec exp_vec(vec x) {
-    ivec is_tiny = x < -87.0f;
-    vec t = x * 1.44269504088896f;
-    ivec n = __builtin_convertvector(t - 0.5f, ivec); /* rounds towards zero, and t is not positive */
-    vec k = __builtin_convertvector(n, vec);
-    vec r = (x - k * 0.693145751953125f) - k * 1.42860682030941e-6f;
-    vec p = all(1.0f / 5040);
-    p = p * r + 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    ivec bits = (ivec)(p * (vec)((n + 127) << 23)) & ~is_tiny;
-    return (vec)bits;
-}
-
-INLINE float sum_of(vec x) {
-    float s = 0;
-    for (int i = 0; i < LANES; i++) s += x[i];
-    return s;
-}
-
-INLINE float one(const void *p, int64_t at, int is_bf16) {
-    if (!is_bf16) return ((const float *)p)[at];
-    uint32_t bits = (uint32_t)((const uint16_t *)p)[at] << 16;
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-}
-
-INLINE uint16_t to_bf16(float x) { /* to the nearest, ties to even */
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
-    return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
 /* One query head over the first `seen` places of a sequence, with a running maximum as in FlashAttention. Called with
@@ -390,24 +291,6 @@ void multiply_row_of_bytes(const uint8_t *integers, int64_t in, const int8_t *w,
         }
     }
 #endif
-}
-
-/* GELU in its approximation by tanh (Hendrycks and Gimpel 2016, arXiv:1606.08415), which is x * sigmoid(2 u). */
-void gelu(const void *x, void *y, int is_bf16, int64_t count) {
-    const int64_t whole = count / LANES * LANES;
-#pragma omp parallel for schedule(static) if (count > 16384)
-    for (int64_t i = 0; i < whole; i += LANES) {
-        vec v = load(x, i, is_bf16);
-        vec twice = v * (all(1.5957691216057308f) + 0.0713548162726f * v * v);
-        vec e = exp_vec(-absolute(twice));
-        store(y, i, v * either(twice > 0.0f, all(1), e) / (1.0f + e), is_bf16);
-    }
-    for (int64_t i = whole; i < count; i++) {
-        float v = one(x, i, is_bf16), twice = v * (1.5957691216057308f + 0.0713548162726f * v * v);
-        float result = v / (1.0f + expf(-twice));
-        if (is_bf16) ((uint16_t *)y)[i] = to_bf16(result);
-        else ((float *)y)[i] = result;
-    }
 }
 
 /* The place of the largest value of each row of x [rows, width], the first of equals. */

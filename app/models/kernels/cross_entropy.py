@@ -4,8 +4,8 @@ Logits [rows, vocab] and their gradient are by far the largest tensors of traini
 a chunk of rows at a time: the forward pass computes a chunk's logits, its loss, and at once its gradients, in the
 place of the logits. Only d rows [rows, width] and, where the head is trained, d weight [vocab, width] outlive it.
 
-Three versions: `reference_cross_entropy` defines the loss; on CUDA a Triton kernel handles a chunk's logits; elsewhere
-torch does.
+`reference_cross_entropy` defines the loss. A chunk's logits are handled by a kernel in Triton on CUDA, by one in C on a
+CPU, and by torch where those cannot be had.
 """
 
 import functools
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from app.models.kernels.cpu import kernels_for
 from app.models.kernels.notices import say_once
 
 # Logits held at a time. Longer chunks read the head's weight less often, shorter ones need less memory. Measured on a
@@ -26,9 +27,9 @@ OTHER_CHUNK_BYTES = 256 * 2**20
 # oneDNN, which multiplies bf16 on a CPU, compiles its products for each shape and keeps what it compiled, hundreds of
 # MiB with a new number of rows at every step: rows are rounded up to a multiple.
 ONEDNN_ROWS = 64
-# A GPU's matrix units are fed from rows that begin at multiples of 16 bytes: with GPT-2's 50,257 logits a row, only
-# every eighth would, and its products run several times slower. The head is computed with rows of zeros at its end.
-VOCAB_MULTIPLE = {"cuda": 64}
+# Matrix units are fed from rows that begin at multiples of 16 bytes or more: with GPT-2's 50,257 logits of two bytes a
+# row, only every eighth does. On a CPU with AMX the head's products take twice as long then. So its rows of zeros.
+VOCAB_MULTIPLE = 64
 # On a CPU softmax goes by blocks of rows. They should fit its last cache, to be there still at the next pass; but each
 # is some operations more, at whose ends threads wait for each other, which is slow where other programs run too.
 CACHE_BYTES = 16 * 2**20
@@ -123,13 +124,15 @@ def _accumulate(
     multiple = ONEDNN_ROWS if device == "cpu" and dtype == torch.bfloat16 else 1
     size += -size % multiple
     vocab_size = len(weight)
-    num_filling = -vocab_size % VOCAB_MULTIPLE.get(device, 1)
+    num_filling = -vocab_size % VOCAB_MULTIPLE if dtype.itemsize == 2 else 0
     num_rows = min(size, len(rows) + -len(rows) % multiple)
     buffer = torch.empty(num_rows, vocab_size + num_filling, dtype=dtype, device=rows.device)
     with torch.autocast(device, enabled=False):
-        weight = weight.to(dtype)
         if num_filling:
-            weight = F.pad(weight, (0, 0, 0, num_filling))
+            filled = torch.empty(buffer.shape[1], weight.shape[1], dtype=dtype, device=weight.device)
+            filled[:vocab_size], filled[vocab_size:] = weight, 0
+            weight = filled
+        weight = weight.to(dtype)
         for start in range(0, len(rows), size):
             answers = labels[start : start + size]
             chunk = F.pad(rows[start : start + size].to(dtype), (0, 0, 0, -len(answers) % multiple))  # [chunk, width]
@@ -164,12 +167,16 @@ def _loss_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def version_on(device: torch.device) -> str:
-    """Which of the versions computes on `device`: `triton` or `torch`."""
+    """Which of the versions computes on `device`, in fp32 or bf16: `triton`, `c` or `torch`."""
+    if device.type == "cpu":
+        return "torch" if kernels_for(torch.empty(0)) is None else "c"
     return "torch" if _kernel_for(device) is _torch_loss_and_gradient else "triton"
 
 
 @functools.cache
 def _kernel_for(device: torch.device) -> ChunkKernel:
+    if device.type == "cpu":
+        return _loss_and_gradient_on_cpu
     if device.type != "cuda":
         return _torch_loss_and_gradient
     try:
@@ -183,6 +190,13 @@ def _kernel_for(device: torch.device) -> ChunkKernel:
     except Exception as error:  # no Triton, no compiler, an unknown GPU: Triton's errors have no class in common
         say_once(logging.WARNING, f"fused_cross_entropy: no Triton kernel, torch computes it; because: {error}")
         return _torch_loss_and_gradient
+
+
+def _loss_and_gradient_on_cpu(logits: Tensor, labels: Tensor, *, smoothing: float, with_gradient: bool) -> Tensor:
+    """A `ChunkKernel`."""
+    kernels = kernels_for(logits)
+    compute = _torch_loss_and_gradient if kernels is None else kernels.cross_entropy
+    return compute(logits, labels, smoothing=smoothing, with_gradient=with_gradient)
 
 
 def _torch_loss_and_gradient(logits: Tensor, labels: Tensor, *, smoothing: float, with_gradient: bool) -> Tensor:

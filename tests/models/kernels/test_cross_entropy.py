@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from app.models.kernels import cross_entropy as module
 from app.models.kernels import notices
+from app.models.kernels.cpu import kernels_for
 from app.models.kernels.cross_entropy import fused_cross_entropy, reference_cross_entropy
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -48,12 +49,46 @@ def test_rows_beyond_a_block_of_the_cache_match_too(monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(actual, outcome(reference_cross_entropy, *head()), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("multiple", [16, 211])
-def test_a_head_that_is_filled_up_to_a_multiple_matches_too(multiple: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(module.VOCAB_MULTIPLE, "cpu", multiple)
-    actual = outcome(fused_cross_entropy, *head(), chunk_rows=10, smoothing=0.1)
-    expected = outcome(reference_cross_entropy, *head(), smoothing=0.1)
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("multiple", [1, 16, 211, 1000])
+def test_rows_of_zeros_that_fill_the_head_up_change_nothing(multiple: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = outcome(reference_cross_entropy, *head(dtype=torch.bfloat16), smoothing=0.1)
+    monkeypatch.setattr(module, "VOCAB_MULTIPLE", multiple)
+    actual = outcome(fused_cross_entropy, *head(dtype=torch.bfloat16), chunk_rows=10, smoothing=0.1)
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.skipif(kernels_for(torch.empty(0)) is None, reason="no C compiler compiles the kernels here")
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocab_size", [2, 15, 16, 211, 50_257])
+def test_the_c_kernel_matches_torch(vocab_size: int, dtype: torch.dtype, smoothing: float) -> None:
+    torch.manual_seed(0)
+    wide = (8 * torch.randn(6, vocab_size + 7)).to(dtype)
+    wide[1, 0], wide[2, -8] = 90, -float("inf")  # sure; impossible
+    labels = torch.tensor([0, 0, 0, vocab_size - 1, vocab_size // 2, vocab_size // 3])
+    exact = wide[:, :vocab_size].float().clone()
+    expected = module._torch_loss_and_gradient(exact, labels, smoothing=0.0, with_gradient=False)
+    if smoothing:  # an impossible token has no smoothed loss
+        wide[2, -8] = -50
+        exact = wide[:, :vocab_size].float().clone()
+        expected = module._torch_loss_and_gradient(exact, labels, smoothing=smoothing, with_gradient=False)
+    module._torch_loss_and_gradient(exact, labels, smoothing=smoothing, with_gradient=True)
+    logits = wide[:, :vocab_size]
+    untouched = wide[:, vocab_size:].clone()
+    for with_gradient in (False, True):
+        loss = module._loss_and_gradient_on_cpu(logits, labels, smoothing=smoothing, with_gradient=with_gradient)
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
+    rounding = 1e-5 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(logits.float(), exact, rtol=rounding, atol=1e-6)
+    assert torch.equal(wide[:, vocab_size:], untouched)
+
+
+def test_a_label_outside_the_vocabulary_has_no_loss_on_a_cpu() -> None:
+    logits = torch.zeros(2, 20)
+    loss = module._loss_and_gradient_on_cpu
+    assert loss(logits, torch.tensor([3, 5]), smoothing=0.0, with_gradient=False).isfinite()
+    if kernels_for(logits) is not None:
+        assert loss(logits, torch.tensor([3, 20]), smoothing=0.0, with_gradient=False).isnan()
 
 
 def test_the_chunked_loss_passes_gradcheck() -> None:

@@ -1,0 +1,82 @@
+/* What eager torch is slow at in a training step on a CPU: GELU, and the loss of a chunk of logits with its gradient.
+ * Compiled at first use for the processor at hand. Data are fp32 or bf16, as flags say; sums are fp32. */
+#include "vectors.h"
+
+/* GELU in its approximation by tanh (Hendrycks and Gimpel 2016, arXiv:1606.08415) is x * sigmoid(t), where
+ * t = x * (FIRST + THIRD * x * x). */
+#define FIRST 1.5957691216057308f
+#define THIRD 0.0713548162726f
+
+INLINE vec sigmoid_vec(vec t) {
+    vec e = exp_vec(-absolute(t));
+    return either(t > 0.0f, all(1), e) / (1.0f + e);
+}
+
+void gelu(const void *x, void *y, int is_bf16, int64_t count) {
+    const int64_t whole = count / LANES * LANES;
+#pragma omp parallel for schedule(static) if (count > 16384)
+    for (int64_t i = 0; i < whole; i += LANES) {
+        vec v = load(x, i, is_bf16);
+        store(y, i, v * sigmoid_vec(v * (all(FIRST) + THIRD * v * v)), is_bf16);
+    }
+    for (int64_t i = whole; i < count; i++) {
+        float v = one(x, i, is_bf16);
+        put(y, i, v / (1.0f + expf(-v * (FIRST + THIRD * v * v))), is_bf16);
+    }
+}
+
+/* grad_x = grad_y * (s + x * s * (1 - s) * t'), s being the sigmoid of t. */
+void gelu_backward(const void *x, const void *grad_y, void *grad_x, int is_bf16, int64_t count) {
+    const int64_t whole = count / LANES * LANES;
+#pragma omp parallel for schedule(static) if (count > 16384)
+    for (int64_t i = 0; i < whole; i += LANES) {
+        vec v = load(x, i, is_bf16), square = v * v;
+        vec s = sigmoid_vec(v * (all(FIRST) + THIRD * square));
+        vec slope = s + v * s * (1.0f - s) * (all(FIRST) + 3 * THIRD * square);
+        store(grad_x, i, load(grad_y, i, is_bf16) * slope, is_bf16);
+    }
+    for (int64_t i = whole; i < count; i++) {
+        float v = one(x, i, is_bf16), square = v * v, s = 1.0f / (1.0f + expf(-v * (FIRST + THIRD * square)));
+        float slope = s + v * s * (1.0f - s) * (FIRST + 3 * THIRD * square);
+        put(grad_x, i, one(grad_y, i, is_bf16) * slope, is_bf16);
+    }
+}
+
+/* Of each row of logits [rows, vocab], `stride` apart, -log p under its label, smoothed; a label outside the vocabulary
+ * gives NaN. With a gradient the logits become softmax(logits) - smoothed label. */
+void cross_entropy(void *logits, int is_bf16, int64_t stride, const int64_t *labels, float *losses, int64_t rows,
+                   int64_t vocab, float smoothing, int with_gradient) {
+    const int64_t whole = vocab / LANES * LANES;
+    const float share = smoothing / vocab;
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < rows; r++) {
+        const int64_t at = r * stride, label = labels[r];
+        const int is_known = label >= 0 && label < vocab;
+        const float answer = is_known ? one(logits, at + label, is_bf16) : NAN;
+        vec most = all(-INFINITY), sums = all(0), totals = all(0);
+        for (int64_t i = 0; i < whole; i += LANES) {
+            vec v = load(logits, at + i, is_bf16);
+            most = either(v > most, v, most);
+            sums += v;
+        }
+        float largest = -INFINITY, sum = sum_of(sums);
+        for (int i = 0; i < LANES; i++) largest = most[i] > largest ? most[i] : largest;
+        for (int64_t i = whole; i < vocab; i++) {
+            float v = one(logits, at + i, is_bf16);
+            largest = v > largest ? v : largest;
+            sum += v;
+        }
+        for (int64_t i = 0; i < whole; i += LANES) totals += exp_vec(load(logits, at + i, is_bf16) - largest);
+        float total = sum_of(totals);
+        for (int64_t i = whole; i < vocab; i++) total += expf(one(logits, at + i, is_bf16) - largest);
+        const float log_total = largest + logf(total);
+        losses[r] = log_total - (1 - smoothing) * answer - (share ? share * sum : 0);
+        if (!with_gradient) continue;
+        for (int64_t i = 0; i < whole; i += LANES)
+            store(logits, at + i, exp_vec(load(logits, at + i, is_bf16) - log_total) - share, is_bf16);
+        for (int64_t i = whole; i < vocab; i++)
+            put(logits, at + i, expf(one(logits, at + i, is_bf16) - log_total) - share, is_bf16);
+        /* Less one in fp32: bf16 would round the p of a sure answer to 1, and its gradient to 0. */
+        if (is_known) put(logits, at + label, expf(answer - log_total) - (1 - smoothing) - share, is_bf16);
+    }
+}
