@@ -381,7 +381,11 @@ def test_gradients_do_not_depend_on_the_micro_batches(tiny_model: Path, parts: i
 
 
 def test_micro_batches_of_any_size_train_alike_for_twenty_steps(tiny_model: Path) -> None:
-    """32 records at once, one by one, and in twos of 16: the same losses, and gradient norms, at every step."""
+    """32 records at once, one by one, and in twos of 16: the same losses at every step, and the same gradients.
+
+    Those are compared closely where the weights are equal: AdamW makes as much of a gradient that is all rounding as of
+    any other, so that weights, and with them gradients, part by more than the rounding of a step.
+    """
 
     def seen(parts: int) -> list[tuple[float, float]]:
         model = load_decoder(tiny_model)
@@ -403,7 +407,10 @@ def test_micro_batches_of_any_size_train_alike_for_twenty_steps(tiny_model: Path
 
     at_once = np.array(seen(1))
     for parts in (2, 32):
-        np.testing.assert_allclose(np.array(seen(parts)), at_once, rtol=1e-5)
+        in_parts = np.array(seen(parts))
+        np.testing.assert_allclose(in_parts[:, 0], at_once[:, 0], rtol=1e-5)
+        np.testing.assert_allclose(in_parts[0, 1], at_once[0, 1], rtol=1e-5)
+        np.testing.assert_allclose(in_parts[:, 1], at_once[:, 1], rtol=1e-4)
 
 
 def test_the_next_batch_is_prepared_while_one_trains() -> None:

@@ -12,34 +12,39 @@ INLINE vec sigmoid_vec(vec t) {
     return either(t > 0.0f, all(1), e) / (1.0f + e);
 }
 
+INLINE vec gelu_vec(vec x) { return x * sigmoid_vec(x * (all(FIRST) + THIRD * x * x)); }
+
+/* s + x * s * (1 - s) * t', s being the sigmoid of t. */
+INLINE vec slope_vec(vec x) {
+    vec square = x * x, s = sigmoid_vec(x * (all(FIRST) + THIRD * square));
+    return s + x * s * (1.0f - s) * (all(FIRST) + 3 * THIRD * square);
+}
+
+/* The numbers behind the last whole vector are computed as one too: where a number stands changes nothing. */
+INLINE vec load_some(const void *p, int64_t at, int64_t count, int is_bf16) {
+    vec x = all(0);
+    for (int64_t i = 0; i < count; i++) x[i] = one(p, at + i, is_bf16);
+    return x;
+}
+
+INLINE void store_some(void *p, int64_t at, int64_t count, vec x, int is_bf16) {
+    for (int64_t i = 0; i < count; i++) put(p, at + i, x[i], is_bf16);
+}
+
 void gelu(const void *x, void *y, int is_bf16, int64_t count) {
     const int64_t whole = count / LANES * LANES;
 #pragma omp parallel for schedule(static) if (count > 16384)
-    for (int64_t i = 0; i < whole; i += LANES) {
-        vec v = load(x, i, is_bf16);
-        store(y, i, v * sigmoid_vec(v * (all(FIRST) + THIRD * v * v)), is_bf16);
-    }
-    for (int64_t i = whole; i < count; i++) {
-        float v = one(x, i, is_bf16);
-        put(y, i, v / (1.0f + expf(-v * (FIRST + THIRD * v * v))), is_bf16);
-    }
+    for (int64_t i = 0; i < whole; i += LANES) store(y, i, gelu_vec(load(x, i, is_bf16)), is_bf16);
+    store_some(y, whole, count - whole, gelu_vec(load_some(x, whole, count - whole, is_bf16)), is_bf16);
 }
 
-/* grad_x = grad_y * (s + x * s * (1 - s) * t'), s being the sigmoid of t. */
 void gelu_backward(const void *x, const void *grad_y, void *grad_x, int is_bf16, int64_t count) {
     const int64_t whole = count / LANES * LANES;
 #pragma omp parallel for schedule(static) if (count > 16384)
-    for (int64_t i = 0; i < whole; i += LANES) {
-        vec v = load(x, i, is_bf16), square = v * v;
-        vec s = sigmoid_vec(v * (all(FIRST) + THIRD * square));
-        vec slope = s + v * s * (1.0f - s) * (all(FIRST) + 3 * THIRD * square);
-        store(grad_x, i, load(grad_y, i, is_bf16) * slope, is_bf16);
-    }
-    for (int64_t i = whole; i < count; i++) {
-        float v = one(x, i, is_bf16), square = v * v, s = 1.0f / (1.0f + expf(-v * (FIRST + THIRD * square)));
-        float slope = s + v * s * (1.0f - s) * (FIRST + 3 * THIRD * square);
-        put(grad_x, i, one(grad_y, i, is_bf16) * slope, is_bf16);
-    }
+    for (int64_t i = 0; i < whole; i += LANES)
+        store(grad_x, i, load(grad_y, i, is_bf16) * slope_vec(load(x, i, is_bf16)), is_bf16);
+    vec slope = slope_vec(load_some(x, whole, count - whole, is_bf16));
+    store_some(grad_x, whole, count - whole, load_some(grad_y, whole, count - whole, is_bf16) * slope, is_bf16);
 }
 
 /* Of each row of logits [rows, vocab], `stride` apart, -log p under its label, smoothed; a label outside the vocabulary
