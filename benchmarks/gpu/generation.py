@@ -4,9 +4,9 @@
 
 Random weights and random prompts, greedy, end tokens ignored: decoding at batch 1 and 256 (64 prompt tokens, 128 new),
 and W2 of `benchmarks/generation/workloads.py`. Each contender is a process of its own, which is ended after
-`--seconds-each`; what went wrong there is in the result in its place. A step's fraction of the limit is the time in which
-the weights and the keys and values that it reads could be read once, at the bandwidth that a copy on the device reaches
-(bytes read and written), over its time. `--device cpu --tiny` tries the code on a CPU.
+`--seconds-each`; what went wrong there is in the result in its place. A step's fraction of the limit is the time in
+which the weights and the keys and values that it reads could be read once, at the bandwidth that a copy on the device
+reaches (bytes read and written), over its time. `--device cpu --tiny` tries the code on a CPU.
 """
 
 import argparse
