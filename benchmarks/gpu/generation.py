@@ -182,6 +182,7 @@ def _decoding(engine: Engine, batch_size: int, vocab_size: int, device: torch.de
     return row
 
 
+@torch.inference_mode()
 def _replay_s(step: Any, device: torch.device) -> float:
     """The GPU's time for one step, of the rows that were there last; each replay goes one place on."""
     before = step.numbers.clone()
