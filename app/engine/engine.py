@@ -8,12 +8,14 @@ from typing import Any, Literal
 import torch
 
 from app.engine.blocks import BLOCK_SIZE, blocks_for
+from app.engine.decoding import Decoding
 from app.engine.deltas import Deltas, MixedModel, Variant
+from app.engine.gpu import decoding_for, paged_attention_for
 from app.engine.kernels import kernels_for
 from app.engine.kv_cache import KVCache
 from app.engine.packing import can_pack, packed_head
 from app.engine.runner import Runner
-from app.engine.sampling import Sampling, sample, torch_argmax
+from app.engine.sampling import Choice, Sampling, sample, torch_argmax
 from app.engine.scheduler import Scheduler
 from app.engine.sequence import Event, InvalidRequest, Sequence, check_request
 from app.errors import UserError
@@ -43,6 +45,8 @@ class EngineSettings:
     """As many as a delta may add to the base's."""
     kernels: Literal["auto", "torch"] = "auto"
     """auto: the engine's own, compiled, and oneDNN's packed weights, where they suit the model and the machine."""
+    cuda_graphs: bool = True
+    """On a GPU with the engine's kernels: steps that only continue the base's answers are recorded and replayed."""
     int8_head: bool = False
     """Compute logits from a rounded copy of the token embedding, as an int8 model's other layers are."""
 
@@ -97,9 +101,16 @@ class Engine:
         self._token_bytes = token_bytes
         weight = model.token_embedding.weight
         dtype = {"auto": weight.dtype, "fp32": torch.float32, "bf16": torch.bfloat16}[settings.kv_dtype]
-        kernels = None
+        kernels = paged = None
         if settings.kernels == "auto":
             kernels = kernels_for(model.config, cache_dtype=dtype, dtype=weight.dtype, device=weight.device)
+            paged = paged_attention_for(
+                model.config,
+                cache_dtype=dtype,
+                dtype=weight.dtype,
+                device=weight.device,
+                max_rows=settings.max_batch_size,
+            )
         is_packed = settings.kernels == "auto" and can_pack(weight.dtype, weight.device)
         head = packed_head(model, kernels, is_int8=settings.int8_head, is_packed=is_packed)
         mixed = MixedModel(
@@ -122,7 +133,13 @@ class Engine:
             max_step_tokens=max(settings.max_step_tokens, settings.max_batch_size + BLOCK_SIZE),
         )
         self._cache = cache
-        self._runner = Runner(mixed, head, cache, kernels, has_packed_products=is_packed)
+        self._runner = Runner(mixed, head, cache, kernels, paged=paged, has_packed_products=is_packed)
+        self._decoding: Decoding | None = None
+        if paged is not None and settings.cuda_graphs:
+            max_blocks = blocks_for(model.config.context_length)
+            self._decoding = decoding_for(
+                model, head, cache, paged, max_rows=settings.max_batch_size, max_blocks=max_blocks
+            )
         self._argmax = torch_argmax if kernels is None else kernels.argmax
         self._requests: dict[int, list[Sequence]] = {}
         self._ids, self._arrivals = itertools.count(), itertools.count()
@@ -180,8 +197,7 @@ class Engine:
         if not sequences:
             return []
         num_computed = sum(sequence.num_scheduled for sequence in sequences)
-        sampling, logits = self._runner.run(sequences)
-        choices = sample(logits, sampling, argmax=self._argmax) if sampling else []
+        sampling, choices = self._compute(sequences)
         for sequence in sequences:
             self._cache.computed(sequence)
         self._steps += 1
@@ -195,6 +211,15 @@ class Engine:
                 self._scheduler.remove(sequence)
                 self._forget(sequence)
         return events
+
+    def _compute(self, sequences: list[Sequence]) -> tuple[list[Sequence], list[Choice]]:
+        """What is scheduled; those that have a next token now, and which."""
+        if self._decoding is not None:
+            if self._decoding.suits(sequences):
+                return sequences, self._decoding.choices(sequences, may_look_ahead=not self._scheduler.waiting)
+            self._decoding.forget()
+        sampling, logits = self._runner.run(sequences)
+        return sampling, sample(logits, sampling, argmax=self._argmax) if sampling else []
 
     def abort(self, request_id: int) -> bool:
         """Drop a request and release what it holds; False if it is not here (any more)."""

@@ -7,6 +7,7 @@ padding. Matrix products run over all rows at once, and only attention looks at 
 import functools
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from app.engine.blocks import BLOCK_SIZE, BlockPool, block_key, blocks_for
 from app.engine.kernels import Kernels
 from app.engine.sequence import Sequence
 from app.models.decoder import DecoderConfig
+
+if TYPE_CHECKING:  # Triton may be missing
+    from app.engine.kernels.paged_attention import PagedAttention
 
 _FEW_ROWS = 32
 """Up to here a sequence's new tokens go to the kernel that reads the cache in place, one by one."""
@@ -131,6 +135,13 @@ class KVCache:
         self.values[layer][blocks, :, offsets] = values.to(self.values.dtype)
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` there; the host does not wait until it is."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros, because a masked product still multiplies what stands in unused places. On a CPU memory is taken page by
     page, as it is first written to, where torch.zeros would take it all at once."""
@@ -172,14 +183,21 @@ class _Long:
 class StepCache:
     """Attention of one step's rows [1, heads, rows, head_width]: the scheduled tokens of `sequences`, end to end."""
 
-    def __init__(self, cache: KVCache, sequences: SequenceOf[Sequence], kernels: Kernels | None) -> None:
+    def __init__(
+        self,
+        cache: KVCache,
+        sequences: SequenceOf[Sequence],
+        kernels: Kernels | None,
+        paged: "PagedAttention | None" = None,
+    ) -> None:
         self.cache = cache
         self.kernels = kernels
+        self.paged = paged
         device = cache.keys.device
         rows = _Rows.of(sequences)
-        self.positions = rows.places.to(device)  # [rows]; the prefix counts
+        self.positions = to_device(rows.places, device)  # [rows]; the prefix counts
         """Rows that follow these in a step take part in nothing here."""
-        self.blocks, self.offsets = rows.blocks.to(device), (rows.places % BLOCK_SIZE).to(device)
+        self.blocks, self.offsets = to_device(rows.blocks, device), to_device(rows.places % BLOCK_SIZE, device)
         self.seen = rows.places + 1  # how many places each row sees
         self.tables, self.table_of_row = rows.tables, rows.sequence_of_row
         self.long = [self._as_long(s, span) for s, span in rows.spans if span.stop - span.start > _FEW_ROWS]
@@ -203,19 +221,19 @@ class StepCache:
         num_filling = -(rows.stop - rows.start) % multiple
         blocks = sequence.blocks[: blocks_for(last)]
         if first == 0:
-            return _Long(rows, torch.tensor(blocks, device=device), None, num_filling)
+            return _Long(rows, to_device(torch.tensor(blocks), device), None, num_filling)
         blocks = blocks + [blocks[0]] * (-len(blocks) % max(1, multiple // BLOCK_SIZE))
         places = torch.arange(len(blocks) * BLOCK_SIZE)
         seen = F.pad(self.seen[rows], (0, num_filling), value=1)
-        mask = (places < seen.unsqueeze(1)).to(device)
-        return _Long(rows, torch.tensor(blocks, device=device), mask, num_filling)
+        mask = to_device(places < seen.unsqueeze(1), device)
+        return _Long(rows, to_device(torch.tensor(blocks), device), mask, num_filling)
 
 
 class _Part:
     """`Context` of the rows `rows` of a step; rows are counted from the first of them."""
 
     def __init__(self, step: StepCache, rows: slice) -> None:
-        self._cache, self._kernels, self._tables = step.cache, step.kernels, step.tables
+        self._cache, self._kernels, self._paged, self._tables = step.cache, step.kernels, step.paged, step.tables
         self._blocks, self._offsets = step.blocks[rows], step.offsets[rows]
         self._long = [
             (slice(long.rows.start - rows.start, long.rows.stop - rows.start), long)
@@ -241,12 +259,12 @@ class _Part:
 
     def _store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """`k` and `v` [rows, kv_heads, head_width]."""
-        cache = self._cache
-        if self._kernels is None:
+        cache, kernels = self._cache, self._kernels or self._paged
+        if kernels is None:
             cache.write(layer, self._blocks, self._offsets, k, v)
         else:
             keys, values = cache.keys[layer], cache.values[layer]
-            self._kernels.write(k, v, keys, values, blocks=self._blocks, offsets=self._offsets)
+            kernels.write(k, v, keys, values, blocks=self._blocks, offsets=self._offsets)
 
     def _attend_long(self, layer: int, long: _Long, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         is_grouped, num_rows = q.shape[1] != k.shape[1], q.shape[2]
@@ -268,6 +286,9 @@ class _Part:
                 rows=short, seen=self._seen, tables=self._tables, table_of_row=self._table_of_row,
             )  # fmt: skip
             return
+        if self._paged is not None:
+            self._attend_paged(self._paged, layer, q[0].transpose(0, 1), mixed[0].transpose(0, 1))
+            return
         tables, mask = self._padded
         keys, values = self._gathered(layer, tables, q.dtype)  # [rows, kv_heads, places, head_width]
         short = short.to(q.device)
@@ -275,6 +296,23 @@ class _Part:
         is_grouped = queries.shape[1] != keys.shape[1]
         result = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=is_grouped)
         mixed[0, :, short] = result.squeeze(2).transpose(0, 1)
+
+    def _attend_paged(self, paged: "PagedAttention", layer: int, q: Tensor, mixed: Tensor) -> None:
+        """The same by the GPU's kernel, of `q` [rows, heads, head_width] into `mixed` likewise."""
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        rows, tables, seen = self._on_device
+        if not self._long:
+            paged.attend(q[: len(seen)], keys, values, mixed, tables=tables, seen=seen)
+            return
+        result = torch.empty(len(seen), *q.shape[1:], dtype=q.dtype, device=q.device)
+        paged.attend(q[rows], keys, values, result, tables=tables, seen=seen)
+        mixed[rows] = result
+
+    @functools.cached_property
+    def _on_device(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The short rows [rows], the blocks of each [rows, blocks], and how many places it sees [rows]."""
+        tables = self._tables[self._table_of_row]
+        return tuple(to_device(part, self._blocks.device) for part in (self._short, tables, self._seen))  # type: ignore[return-value]
 
     @functools.cached_property
     def _padded(self) -> tuple[Tensor, Tensor]:

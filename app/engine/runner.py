@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence as SequenceOf
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -9,19 +10,30 @@ from torch import Tensor, nn
 
 from app.engine.deltas import MixedModel, Variant
 from app.engine.kernels import Kernels
-from app.engine.kv_cache import KVCache, StepCache
+from app.engine.kv_cache import KVCache, StepCache, to_device
 from app.engine.packing import round_up
 from app.engine.sequence import Sequence
+
+if TYPE_CHECKING:  # Triton may be missing
+    from app.engine.kernels.paged_attention import PagedAttention
 
 
 class Runner:
     def __init__(
-        self, model: MixedModel, head: nn.Module, cache: KVCache, kernels: Kernels | None, *, has_packed_products: bool
+        self,
+        model: MixedModel,
+        head: nn.Module,
+        cache: KVCache,
+        kernels: Kernels | None,
+        *,
+        paged: "PagedAttention | None" = None,
+        has_packed_products: bool,
     ) -> None:
         self.model = model
         self.head = head
         self.cache = cache
         self.kernels = kernels
+        self.paged = paged
         self._has_packed_products = has_packed_products
 
     @torch.inference_mode()
@@ -31,9 +43,9 @@ class Runner:
         Returns those whose newest token was among them, and the logits [of them, vocab_size] after it.
         """
         ordered = sorted(sequences, key=lambda sequence: sequence.variant.hash)
-        step = StepCache(self.cache, ordered, self.kernels)
+        step = StepCache(self.cache, ordered, self.kernels, self.paged)
         device = step.positions.device
-        ids = torch.tensor([token for sequence in ordered for token in sequence.scheduled_ids], device=device)
+        ids = to_device(torch.tensor([token for sequence in ordered for token in sequence.scheduled_ids]), device)
         filling = (0, self._rows(len(ids)) - len(ids))
         ids, positions = F.pad(ids, filling), F.pad(step.positions, filling)
         with self.model.serving(_groups(ordered)) as decoder:
@@ -43,7 +55,7 @@ class Runner:
             last_rows = torch.tensor([sequence.num_scheduled for sequence in ordered]).cumsum(0) - 1
             sampling = [number for number, sequence in enumerate(ordered) if sequence.will_sample]
             sampled = F.pad(last_rows[sampling], (0, self._rows(len(sampling)) - len(sampling)))
-            logits = self.head(hidden[sampled.to(device)])[: len(sampling)]
+            logits = self.head(hidden[to_device(sampled, device)])[: len(sampling)]
         return [ordered[number] for number in sampling], logits
 
     def _rows(self, num_rows: int) -> int:

@@ -87,6 +87,11 @@ class Sampling:
         return self.stop_ids | {self.end_id}
 
     @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is all that is asked for."""
+        return not (self.temperature or self.changes_logits) and self.logprobs is None
+
+    @property
     def changes_logits(self) -> bool:
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
         return penalties != (1.0, 0.0, 0.0) or bool(self.logit_bias)

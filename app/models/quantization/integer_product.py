@@ -92,14 +92,16 @@ def pack_fbgemm(weight: Tensor, scale: Tensor, bias: Tensor | None) -> Product:
 
 
 def pack_int_mm(weight: Tensor, scale: Tensor, bias: Tensor | None) -> Product:
-    if weight.shape[0] % 8 or weight.shape[1] % 8:  # CUDA's takes no others
+    if weight.shape[1] % 8:  # CUDA's takes no others, nor other numbers of outputs
         return pack_float(weight, scale, bias)
+    num_outputs = len(weight)
+    filled = F.pad(weight, (0, 0, 0, -num_outputs % 8)) if num_outputs % 8 else weight
 
     def product(values: Tensor) -> Tensor:
         rows = len(values)
         padding = max(0, 32 - rows)  # it takes no fewer than 17
         integers = F.pad(values.round().to(torch.int8), (0, 0, 0, padding))
-        return _scaled(torch._int_mm(integers, weight.t())[:rows].float(), scale, bias)
+        return _scaled(torch._int_mm(integers, filled.t())[:rows, :num_outputs].float(), scale, bias)
 
     return product
 
