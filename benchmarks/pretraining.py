@@ -35,9 +35,9 @@ MOST_BYTES = 24_000_000
 NUM_EVALUATIONS = 8
 
 CANDIDATES: dict[str, dict[str, Any]] = {
+    "6 x 288, 16k": {"num_heads": 6, "width": 288, "vocab_size": 16384},
     "6 x 320, 8k": {},
     "6 x 352, 4k": {"num_heads": 11, "width": 352, "vocab_size": 4096},
-    "6 x 288, 16k": {"num_heads": 6, "width": 288, "vocab_size": 16384},
     "4 x 384, 8k": {"num_layers": 4, "num_heads": 6, "width": 384},
     "10 x 256, 8k": {"num_layers": 10, "num_heads": 4, "width": 256},
     "6 x 192, 8k": {"num_heads": 3, "width": 192},
@@ -112,7 +112,7 @@ def measure(name: str, trials: Trials) -> dict[str, Any]:
 
 
 def base_config(trials: Trials, settings: dict[str, Any]) -> PretrainConfig:
-    """The shape of configs/pretrain-base.yaml, but for `settings`."""
+    """The schedule of configs/pretrain-base.yaml and the default shape, but for `settings`."""
     settings = {"weight_decay": 0.8, **settings}
     return PretrainConfig.model_validate(
         {

@@ -89,7 +89,7 @@ static void attend_any(const void *query, void *out, int q_is_bf16, const void *
 #define OF(WIDTH, IS_BF16) \
     if (width == WIDTH && is_bf16 == IS_BF16) \
         return attend_head(query, out, q_is_bf16, keys, values, table, seen, kv_heads, kv_head, WIDTH, IS_BF16, scale);
-    OF(64, 0) OF(64, 1) OF(128, 0) OF(128, 1)
+    OF(48, 0) OF(48, 1) OF(64, 0) OF(64, 1) OF(128, 0) OF(128, 1) /* the embedded base, GPT-2, Llama and many more */
     attend_head(query, out, q_is_bf16, keys, values, table, seen, kv_heads, kv_head, width, is_bf16, scale);
 }
 
