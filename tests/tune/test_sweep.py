@@ -129,7 +129,7 @@ def test_a_sweep_whose_driver_was_killed_goes_on_and_runs_no_finished_trial_agai
 
     config = sweep_of(
         space={"method.rank": [1, 2, 3, 4, 5, 6]},
-        train={"max_steps": 30, "eval_every": 5, "save_every": 5, "workers": {"cpus": 4, "threads": 1}},
+        train={"epochs": 2, "max_steps": 30, "eval_every": 5, "save_every": 5, "workers": {"cpus": 4, "threads": 1}},
         pack_size=2,
         tracking={"uri": "none"},
     )
