@@ -49,6 +49,10 @@ def show_results(
             f"On the test split, trial {test.trial}: loss {test.loss:.4f}, perplexity {test.perplexity:.2f}, "
             f"{test.bits_per_byte:.4f} bits per byte, {test.records:,} records"
         )
+    elif results.finalists:
+        console.say(
+            "The data has no test split for the winner; pacos prepare test_fraction=0.02 makes one.", style="dim"
+        )
     if results.best is not None:
         console.say(f"The best once more: {command}")
         console.say(f"To production: pacos promote --best {output}")
