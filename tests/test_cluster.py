@@ -1,5 +1,6 @@
 """The documented way on a running cluster: `ray start --head`, `ray job submit`, `serve deploy`, HTTP."""
 
+import json
 import os
 import shutil
 import signal
@@ -129,6 +130,21 @@ def test_submitted_jobs_prepare_and_train(run_folder: Path, tiny_model: Path) ->
     assert delta.method.rank == 4
     config = load_config(TrainConfig, file=str(run_folder / "run/config.json"))
     assert config.model == str(tiny_model)
+
+
+@pytest.mark.skipif("PACOS_SWEEPS" not in os.environ, reason="whole sweeps take minutes: PACOS_SWEEPS=1 runs them")
+def test_a_submitted_sweep_finds_a_winner(
+    cluster: dict[str, str], run_folder: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    printed = command_line(
+        cluster, "ray", "job", "submit", "--working-dir", ".", "--", "python", "-m", "tune.sweep",
+        f"output={tmp_path / 'sweep'}", f"train.data={run_folder / 'data'}", f"train.model={tiny_model}",
+        "train.max_steps=4", "train.eval_every=2", "train.batch_size=8", "train.workers.cpus=2",
+        "space.method.type=[lora,bitfit]", "search.type=grid", "scheduler.type=none", "finals.trials=0",
+    )  # fmt: skip
+    assert "2 finished, 0 stopped, 0 failed" in printed
+    best = json.loads((tmp_path / "sweep/best.json").read_text())
+    assert (Path(best["run"]) / "delta/delta.safetensors").exists()
 
 
 def test_a_command_with_an_address_runs_on_that_cluster(

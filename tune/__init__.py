@@ -1,1 +1,1 @@
-"""Sweeps over techniques and sizes on Ray Tune. Empty so far: `pacos train` runs one configuration at a time."""
+"""Sweeps: many training runs through Ray Tune, to find the best technique, size and learning rate."""

@@ -19,7 +19,7 @@ from app.config.sweep import BudgetConfig, SweepConfig
 from app.training.optimizer import trained_parameters
 from app.training.pack import why_not_packed
 from tune.records import State, TrialRecord, begin_record, end_record, read_record, read_records
-from tune.search import open_search
+from tune.search import Search
 from tune.space import trial_config, trial_folder
 
 LOOK_EVERY_S = 2.0
@@ -51,22 +51,32 @@ class _NotKept:
 class TrialSource(_NotKept, Searcher):
     """What Ray Tune asks for trials, and tells when one is over."""
 
-    def __init__(self, config: SweepConfig, *, packs: Sequence[Any], pack_keys: Sequence[str], turnstile: Any) -> None:
+    def __init__(
+        self,
+        config: SweepConfig,
+        search: Search | None,
+        records: Sequence[TrialRecord],
+        *,
+        packs: Sequence[Any],
+        pack_keys: Sequence[str],
+        turnstile: Any,
+    ) -> None:
+        """`records` are those that have been begun, and `search` names the next; without it there are no others."""
         super().__init__(metric="eval_loss", mode="min")
         self._config = config
         self._packs = packs
         self._pack_keys = pack_keys
         self._turnstile = turnstile
-        self._search = open_search(config)
-        self._known = read_records(Path(config.output))
-        for record in self._known:
-            if record.state != "running":
-                self._search.tell(record)
-        self.over_before = {record.number for record in self._known if record.state != "running"}
-        self._waiting = [record for record in self._known if record.state != "failed"]
+        self._search = search
+        over = [record for record in records if record.state != "running"]
+        for record in over:
+            self._tell(record)
+        self.over_before = {record.number for record in over}
+        self._waiting = [record for record in records if record.state != "failed"]
         # Those that are over come first: the scheduler learns of them before it decides on others.
         self._waiting.sort(key=lambda record: record.state == "running")
-        self._next_number = max((record.number for record in self._known), default=-1) + 1
+        self._num_begun = len(records)
+        self._next_number = _next_number(config)
         self._folders: dict[str, Path] = {}
         self._pack_of: dict[str, int] = {}
 
@@ -88,16 +98,20 @@ class TrialSource(_NotKept, Searcher):
             is_whole = record.step >= _total_steps(record)
             state: State = "failed" if error else "finished" if is_whole else "stopped"
             end_record(record.folder, state=state)
-            self._search.tell(read_record(record.folder))
+            self._tell(read_record(record.folder))
+
+    def _tell(self, record: TrialRecord) -> None:
+        if self._search is not None:
+            self._search.tell(record)
 
     def _new_record(self) -> TrialRecord | None:
-        number = self._next_number
-        if number >= (self._config.budget.trials or number + 1):
+        most, number = self._config.budget.trials, self._next_number
+        if self._search is None or (most is not None and self._num_begun >= most):
             return None
         suggestion = self._search.ask(number)
         if suggestion is None:
             return None
-        self._next_number += 1
+        self._next_number, self._num_begun = number + 1, self._num_begun + 1
         branch, values = suggestion
         config = trial_config(self._config, values, number=number)
         record = TrialRecord(
@@ -166,6 +180,10 @@ class Budget(_NotKept, Stopper):
         if budget.cost is not None and sum(record.cost or 0 for record in self._watch.records()) >= budget.cost:
             return f"budget.cost={budget.cost:g}"
         return None
+
+
+def _next_number(config: SweepConfig) -> int:
+    return max((record.number for record in read_records(Path(config.output))), default=-1) + 1
 
 
 def base_key(config: Any) -> str:

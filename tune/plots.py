@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from tune.finals import Finalist
 from tune.records import TrialRecord
 
 _STOPPED = {"alpha": 0.35, "linewidth": 0.8}
@@ -34,30 +35,52 @@ def draw_curves(axes: Any, trials: Sequence[TrialRecord], *, name: Callable[[Tri
     _without_outliers(axes, [row["eval_loss"] for trial in shown for row in trial.evaluations])
 
 
-def draw_front(axes: Any, trials: Sequence[TrialRecord], *, cost: Cost, label: str, title: str) -> None:
-    """Final loss against a cost; the Pareto front is marked: no other is both cheaper and better."""
+def draw_front(
+    axes: Any,
+    trials: Sequence[TrialRecord],
+    *,
+    cost: Cost,
+    label: str,
+    title: str,
+    finalists: Sequence[Finalist] = (),
+) -> None:
+    """Final loss against a cost; the Pareto front is marked: no other is both cheaper and better.
+
+    Finalists stand at their means, with a bar of one standard deviation to each side.
+    """
+    means = {finalist.trial.number: finalist.mean for finalist in finalists}
+
+    def loss(trial: TrialRecord) -> Any:
+        return means.get(trial.number, trial.loss)
+
     shown = with_loss(trials)
     colors = _colors(shown)
     for trial in shown:
         is_whole = trial.state == "finished"
         color = colors[trial.number]
-        axes.scatter(cost(trial), trial.loss, s=22, color=color if is_whole else "none", edgecolors=color, zorder=3)
-    front = pareto_front(shown, cost=cost)
-    axes.plot([cost(trial) for trial in front], [trial.loss for trial in front], color="0.2", linewidth=1,
+        axes.scatter(cost(trial), loss(trial), s=22, color=color if is_whole else "none", edgecolors=color, zorder=3)
+    for finalist in finalists:
+        place = (cost(finalist.trial), finalist.mean)
+        axes.errorbar(*place, yerr=finalist.deviation, color=colors[finalist.trial.number], capsize=3, linewidth=1.2)
+    front = pareto_front(shown, cost=cost, loss=loss)
+    axes.plot([cost(trial) for trial in front], [loss(trial) for trial in front], color="0.2", linewidth=1,
               drawstyle="steps-post", label="Pareto front")  # fmt: skip
     if len({cost(trial) for trial in shown}) > 1 and min(map(cost, shown)) > 0:
         axes.set_xscale("log")
     axes.set(xlabel=label, ylabel="held-out loss", title=title)
-    _without_outliers(axes, [trial.loss for trial in shown])
+    bars = [finalist.mean + side * finalist.deviation for finalist in finalists for side in (-1, 1)]
+    _without_outliers(axes, [*map(loss, shown), *bars])
     if front:
         axes.legend(fontsize=7)
 
 
-def pareto_front(trials: Sequence[TrialRecord], *, cost: Cost) -> list[TrialRecord]:
+def pareto_front(
+    trials: Sequence[TrialRecord], *, cost: Cost, loss: Callable[[TrialRecord], Any] = lambda trial: trial.loss
+) -> list[TrialRecord]:
     """By rising cost, those than which no other is both cheaper and better."""
     front: list[TrialRecord] = []
-    for trial in sorted(with_loss(trials), key=lambda trial: (cost(trial), trial.loss)):
-        if not front or trial.loss < front[-1].loss:  # type: ignore[operator]
+    for trial in sorted(with_loss(trials), key=lambda trial: (cost(trial), loss(trial))):
+        if not front or loss(trial) < loss(front[-1]):
             front.append(trial)
     return front
 

@@ -32,6 +32,8 @@ class TrialRecord:
     """OUTPUT/trials/NUMBER; the run's is that of `config.output`."""
     config: TrainConfig
     trained_parameters: int
+    repeats: int | None = None
+    """The trial of the search that this one, in the finals, trains again with another seed."""
     state: State = "running"
     """finished: it made all of its steps; stopped: by the scheduler, or as the sweep ended."""
     error: str | None = None
@@ -78,6 +80,7 @@ def begin_record(record: TrialRecord) -> None:
         "number": record.number,
         "branch": record.branch,
         "values": record.values,
+        "repeats": record.repeats,
         "trained_parameters": record.trained_parameters,
         "config": record.config.model_dump(mode="json"),
     }
@@ -122,6 +125,7 @@ def read_record(folder: Path) -> TrialRecord:
         folder=folder,
         config=config,
         trained_parameters=about["trained_parameters"],
+        repeats=about.get("repeats"),
         state=ended["state"],
         error=ended["error"],
         rows=read_rows(Path(config.output)),

@@ -8,6 +8,7 @@ from typing import Any
 from app import pages
 from app.atomic import replaced_file, write_text
 from app.config.sweep import SweepConfig
+from tune.finals import Finalist
 from tune.plots import draw_curves, draw_front, draw_importance, draw_parallel, with_loss
 from tune.records import TrialRecord
 from tune.results import Results, command_of, varying_keys
@@ -24,7 +25,7 @@ def write_report(file: Path, config: SweepConfig, results: Results, *, importanc
     if best is not None:
         parts.append(pages.heading("The best once more", note="The command that computes the same."))
         parts.append(pages.columns({f"trial {best.number}": command_of(best.config)}))
-    failed = {f"trial {trial.number}": trial.error for trial in results.ranking if trial.state == "failed"}
+    failed = {f"trial {trial.number}": trial.error for trial in results.trials if trial.state == "failed"}
     if failed:
         parts += [pages.heading("Failed"), pages.table(failed)]
     write_text(file, pages.page(f"Sweep {file.parent.name}", note=config.output, parts=parts))
@@ -54,10 +55,20 @@ def write_plot(file: Path, results: Results, *, importance: Mapping[str, float],
 
 
 def ranking_table(results: Results) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and rows: what varied, and what came of it."""
+    """Header and rows: what varied, and what came of it; of finalists also the mean over other seeds."""
     keys = varying_keys(results.ranking)
-    header = ("", "trial", "state", *(key.rpartition(".")[2] for key in keys), "weights", "step", "tokens", "loss")
-    return header, [_row(place, trial, keys) for place, trial in enumerate(results.ranking, start=1)]
+    names = (key.rpartition(".")[2] for key in keys)
+    seeds = ("over seeds",) if results.finalists else ()
+    header = ("", "trial", "state", *names, "weights", "step", "tokens", "loss", *seeds)
+    rows = [_row(place, trial, keys) for place, trial in enumerate(results.ranking, start=1)]
+    if seeds:
+        finalists = map(results.finalist, results.ranking)
+        rows = [(*row, spread_of(finalist) if finalist else "") for row, finalist in zip(rows, finalists, strict=True)]
+    return header, rows
+
+
+def spread_of(finalist: Finalist) -> str:
+    return f"{finalist.mean:.4f} ± {finalist.deviation:.4f} ({len(finalist.runs)})"
 
 
 def _row(place: int, trial: TrialRecord, keys: list[str]) -> tuple[str, ...]:
@@ -84,13 +95,19 @@ def _draws(results: Results, importance: Mapping[str, float]) -> list[Callable[[
     trials = results.ranking
     has_cost = all(trial.cost is not None for trial in with_loss(trials))
     draws: list[Callable[[Any], None]] = [
-        functools.partial(draw_curves, trials=trials, name=_short_name),
+        functools.partial(draw_curves, trials=[*trials, *results.repeats], name=_short_name),
         functools.partial(
-            draw_front, trials=trials, cost=_weights, label="trained weights", title="Loss and trained weights"
+            draw_front,
+            trials=trials,
+            finalists=results.finalists,
+            cost=_weights,
+            label="trained weights",
+            title="Loss and trained weights",
         ),
         functools.partial(
             draw_front,
             trials=trials,
+            finalists=results.finalists,
             cost=_money if has_cost else _seconds,
             label="cost" if has_cost else "seconds of training (in a pack its share)",
             title="Loss and cost",
@@ -118,10 +135,23 @@ def _short_name(trial: TrialRecord) -> str:
 
 
 def _tiles(results: Results) -> dict[str, str | None]:
-    best = results.best
+    best, test = results.best, results.test
+    found: dict[str, str | None]
+    if results.finalists:
+        winner = results.finalists[0]
+        found = {
+            "winner": f"trial {winner.trial.number}",
+            "held-out loss over seeds": spread_of(winner),
+            "its median run": f"trial {winner.run.number}",
+        }
+    else:
+        found = {
+            "best held-out loss": None if best is None or best.loss is None else f"{best.loss:.4f}",
+            "of trial": None if best is None else str(best.number),
+        }
     return {
-        "best held-out loss": None if best is None or best.loss is None else f"{best.loss:.4f}",
-        "of trial": None if best is None else str(best.number),
+        **found,
+        "loss on the test split": None if test is None else f"{test.loss:.4f} (trial {test.trial})",
         "finished": str(results.count("finished")),
         "stopped early": str(results.count("stopped")),
         "failed": str(results.count("failed")),
@@ -132,4 +162,9 @@ def _tiles(results: Results) -> dict[str, str | None]:
 
 def _note(results: Results) -> str:
     ended = f" The sweep ended because {results.ended_by} was spent." if results.ended_by else ""
-    return f"By held-out loss at the last evaluation; those that made all their steps come first.{ended}"
+    finals = (
+        " Finalists come before all, by the mean over runs with other seeds: ± one standard deviation, and how many."
+        if results.finalists
+        else ""
+    )
+    return f"By held-out loss at the last evaluation; those that made all their steps come first.{finals}{ended}"

@@ -3,7 +3,8 @@
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from app.atomic import replaced_file, write_text
 from app.config.schema import TrainConfig
 from app.config.sweep import SweepConfig
 from app.errors import UserError
+from tune.finals import Finalist, finalists_of
+from tune.held_back import TEST_FILE, TestFigures, read_test
 from tune.records import TrialRecord, read_records
 from tune.space import flattened_values
 
@@ -19,38 +22,67 @@ TABLE, BEST, PLOT, REPORT = "results.parquet", "best.json", "sweep.png", "report
 
 @dataclass(frozen=True)
 class Results:
-    ranking: Sequence[TrialRecord]
-    """The best first; those that were stopped behind those that finished, and those that failed last."""
+    trials: Sequence[TrialRecord]
+    """All, those of the finals among them."""
     ended_by: str | None = None
     """The budget that was spent."""
+    test: TestFigures | None = None
+
+    @cached_property
+    def finalists(self) -> list[Finalist]:
+        """The best mean first; none before the finals are over."""
+        return finalists_of(self.trials)
+
+    @cached_property
+    def ranking(self) -> list[TrialRecord]:
+        """Those of the search: the finalists, by their means; others that finished; that were stopped; that failed."""
+        first = [finalist.trial for finalist in self.finalists]
+        numbers = {trial.number for trial in first}
+        searched = [trial for trial in self.trials if trial.repeats is None and trial.number not in numbers]
+        return [*first, *ranked(searched)]
+
+    @property
+    def repeats(self) -> list[TrialRecord]:
+        """Those of the finals."""
+        return [trial for trial in self.trials if trial.repeats is not None]
 
     @property
     def best(self) -> TrialRecord | None:
-        """The finished trial of the lowest held-out loss."""
+        """The run to take: of the finalist of the lowest mean that with the median loss; without finals the finished
+        trial of the lowest loss."""
+        if self.finalists:
+            return self.finalists[0].run
         return next((trial for trial in self.ranking if trial.state == "finished" and trial.loss is not None), None)
+
+    def finalist(self, trial: TrialRecord) -> Finalist | None:
+        return next((finalist for finalist in self.finalists if finalist.trial.number == trial.number), None)
 
     @property
     def tokens(self) -> int:
-        return sum(trial.tokens for trial in self.ranking)
+        return sum(trial.tokens for trial in self.trials)
 
     @property
     def cost(self) -> float | None:
-        costs = [trial.cost for trial in self.ranking if trial.cost is not None]
+        costs = [trial.cost for trial in self.trials if trial.cost is not None]
         return sum(costs) if costs else None
 
     def count(self, state: str) -> int:
-        return sum(trial.state == state for trial in self.ranking)
+        return sum(trial.state == state for trial in self.trials)
 
     @property
     def figures(self) -> dict[str, float]:
         """For MLflow."""
         counts = {f"trials_{state}": self.count(state) for state in ("finished", "stopped", "failed")}
         best = {} if self.best is None or self.best.loss is None else {"best_eval_loss": self.best.loss}
-        return {**counts, **best, "tokens": self.tokens}
+        test = {} if self.test is None else {"test_loss": self.test.loss}
+        return {**counts, **best, **self._spread(), **test, "tokens": self.tokens}
+
+    def _spread(self) -> dict[str, float]:
+        return _spread(self.finalists[0], prefix="best_") if self.finalists else {}
 
     @property
     def files(self) -> tuple[str, ...]:
-        return (TABLE, BEST, PLOT, REPORT)
+        return (TABLE, BEST, PLOT, REPORT, *([TEST_FILE] if self.test is not None else []))
 
 
 def ranked(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
@@ -67,22 +99,37 @@ def write_results(config: SweepConfig, trials: Sequence[TrialRecord], *, ended_b
     from tune.report import write_plot, write_report
 
     output = Path(config.output)
-    results = Results(ranked(trials), ended_by)
-    _write_table(output / TABLE, results.ranking)
-    best = results.best
-    if best is not None:
-        about = {
-            "trial": best.number,
-            "run": best.config.output,
-            "eval_loss": best.loss,
-            "values": dict(best.values),
-            "command": command_of(best.config),
-        }
-        write_text(output / BEST, json.dumps(about, indent=2) + "\n")
+    results = Results(trials, ended_by, read_test(output))
+    _write_table(output / TABLE, results)
+    if results.best is not None:
+        write_text(output / BEST, json.dumps(_about_best(results, results.best), indent=2) + "\n")
     importance = importance_of(config, results.ranking)
     write_plot(output / PLOT, results, importance=importance, title=output.name)
     write_report(output / REPORT, config, results, importance=importance)
     return results
+
+
+def _about_best(results: Results, best: TrialRecord) -> dict[str, Any]:
+    about = {
+        "trial": best.number,
+        "run": best.config.output,
+        "eval_loss": best.loss,
+        "values": dict(best.values),
+        "command": command_of(best.config),
+    }
+    if results.finalists:
+        about |= {"repeats": best.repeats, **_spread(results.finalists[0])}
+    if results.test is not None:
+        about["test"] = asdict(results.test)
+    return about
+
+
+def _spread(finalist: Finalist, *, prefix: str = "") -> dict[str, float]:
+    return {
+        f"{prefix}mean_eval_loss": finalist.mean,
+        f"{prefix}std_eval_loss": finalist.deviation,
+        f"{prefix}seeds": len(finalist.runs),
+    }
 
 
 def read_best(sweep: Path) -> Path:
@@ -150,15 +197,17 @@ def _codes(values: Sequence[Any]) -> tuple[list[Any], Any]:
     return texts, CategoricalDistribution(sorted(set(texts)))
 
 
-def _write_table(file: Path, trials: Sequence[TrialRecord]) -> None:
+def _write_table(file: Path, results: Results) -> None:
+    """A row for each trial; those of the finals stand behind the one that they repeat, at its rank."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    keys = list(dict.fromkeys(key for trial in trials for key in trial.values))
+    keys = list(dict.fromkeys(key for trial in results.trials for key in trial.values))
     rows = [
         {
             "rank": place,
             "trial": trial.number,
+            "repeats": trial.repeats,
             "state": trial.state,
             "method": trial.method,
             "eval_loss": trial.loss,
@@ -171,8 +220,10 @@ def _write_table(file: Path, trials: Sequence[TrialRecord]) -> None:
             "seed": trial.config.seed,
             "error": trial.error,
             "folder": trial.config.output,
+            **({} if (finalist := results.finalist(trial)) is None else _spread(finalist)),
         }
-        for place, trial in enumerate(trials, start=1)
+        for place, of_search in enumerate(results.ranking, start=1)
+        for trial in (of_search, *(run for run in results.repeats if run.repeats == of_search.number))
     ]
     for key in keys:  # a column has one type
         if len({type(row[key]) for row in rows if row[key] is not None}) > 1:

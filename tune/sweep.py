@@ -2,11 +2,12 @@
 
 OUTPUT/sweep.json        the resolved settings
 OUTPUT/trials/0007/      a trial (`records.py`)
-OUTPUT/results.parquet, report.html, best.json, mlflow.json
+OUTPUT/results.parquet, report.html, best.json, test.json, mlflow.json
 
 As a job: `ray job submit --working-dir . -- python -m tune.sweep --config configs/sweeps/lora_rank.yaml`.
 """
 
+import functools
 import json
 import logging
 import os
@@ -25,12 +26,15 @@ from app.training.interruption import interruptible
 from app.training.pack import why_not_packed
 from app.training.recording import log_warning
 from app.training.run_log import check_is_new
+from tune.finals import begin_finals, choose_finalists
+from tune.held_back import evaluate_winner
 from tune.records import TrialRecord, end_record, read_records
-from tune.results import Results, write_results
+from tune.results import Results, ranked, write_results
+from tune.search import open_search
 from tune.space import Checked, check_space, num_combinations
 
 SWEEP_FILE = "sweep.json"
-_MAY_CHANGE = {"budget", "pack", "pack_size", "pass_tokens", "max_retries", "tracking", "register_as"}
+_MAY_CHANGE = {"budget", "finals", "pack", "pack_size", "pass_tokens", "max_retries", "tracking", "register_as"}
 """Settings that a resumed sweep may change: how long it goes on and how it is computed, not what it compares."""
 _TUNE_SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # CSV, JSON and TensorBoard files of what our folders hold
@@ -110,9 +114,17 @@ def sweep(
             uri = "none" if tracker is None else tracker.uri
             spent = _run_trials(config, checked, watch=watch, tracking_uri=uri, parent=parent, on_end=on_end)
             for record in read_records(output):
-                if record.state == "running":  # the budget was spent
+                if record.state == "running" and record.repeats is None:  # the budget was spent
                     end_record(record.folder, state="stopped")
             results = write_results(config, read_records(output), ended_by=spent)
+            if results.best is not None and _is_decided(config, results):
+                if evaluate_winner(output, results.best) != results.test:
+                    results = write_results(config, results.trials, ended_by=spent)
+            elif results.best is not None:
+                warn(
+                    f"{spent} was spent before the finals were over: the best is the search's, and the test split has "
+                    "not been used; raise the budget, and --resume goes on"
+                )
             if tracked is not None:
                 tracked.log(results.figures, step=0)
                 tracked.keep(*(output / name for name in (SWEEP_FILE, *results.files)))
@@ -140,6 +152,13 @@ def open_folder(config: SweepConfig, *, resume: bool) -> None:
     write_text(stored, json.dumps(resolved, indent=2) + "\n")
 
 
+def _is_decided(config: SweepConfig, results: Results) -> bool:
+    """Whether no run is missing that might change the winner."""
+    if not config.finals.trials:
+        return True
+    return bool(results.repeats) and all(run.state != "running" for run in results.repeats)
+
+
 def _run_trials(
     config: SweepConfig,
     checked: Checked,
@@ -149,52 +168,90 @@ def _run_trials(
     parent: str | None,
     on_end: Callable[[TrialRecord], None],
 ) -> str | None:
-    """All trials through Ray Tune; returns which budget ended them, None where they ended of themselves."""
+    """The search, then the finals; returns which budget ended them, None where they ended of themselves."""
+    for name, value in _TUNE_SETTINGS.items():  # before Ray Tune is imported
+        os.environ.setdefault(name, value)
     import ray
 
-    for name, value in _TUNE_SETTINGS.items():
-        os.environ.setdefault(name, value)
+    from tune.driver import Budget, TrialSource, release_all
+    from tune.pack_actor import Turnstile
+
+    output, most = Path(config.output), _most_trials(config)
+    places, packs, keys = _places(config, checked, parent=parent)
+    turnstile = ray.remote(Turnstile).options(num_cpus=0).remote(places)
+    try:
+        with interruptible() as is_interrupted:
+            budget = Budget(config.budget, watch, is_interrupted)
+            source = functools.partial(TrialSource, config, packs=packs, pack_keys=keys, turnstile=turnstile)
+            fit = functools.partial(
+                _fit,
+                config,
+                packs=packs,
+                turnstile=turnstile,
+                at_once=config.pack_size * len(packs) + places,
+                budget=budget,
+                tracking_uri=tracking_uri,
+                parent=parent,
+                on_end=on_end,
+            )
+            searched = [record for record in read_records(output) if record.repeats is None]
+            if most is None or sum(record.state != "running" for record in searched) < most:
+                fit("search", source(open_search(config), searched), scheduler=_scheduler(config, checked))
+            if config.finals.trials and not budget.stop_all():
+                records = read_records(output)
+                ranking = ranked([record for record in records if record.repeats is None])
+                begin_finals(config, records, choose_finalists(ranking, config.finals.trials))
+                records = read_records(output)
+                if waiting := [r for r in records if r.repeats is not None and r.state == "running"]:
+                    fit("finals", source(None, waiting), scheduler=None)
+    finally:
+        release_all(packs, read_records(output))
+        ray.kill(turnstile)
+    if is_interrupted():
+        raise Interrupted("stopped; --resume goes on, without running what is finished again")
+    return budget.spent()
+
+
+def _fit(
+    config: SweepConfig,
+    stage: str,
+    source: Any,
+    *,
+    scheduler: Any,
+    packs: list[Any],
+    turnstile: Any,
+    at_once: int,
+    budget: Any,
+    tracking_uri: str,
+    parent: str | None,
+    on_end: Callable[[TrialRecord], None],
+) -> None:
+    """The trials of `source` through Ray Tune, `at_once` side by side; without a scheduler each runs to its end."""
     from ray import tune
 
-    from tune.driver import Budget, Ends, TrialSource, release_all
-    from tune.pack_actor import Turnstile
+    from tune.driver import Ends
     from tune.trial import run_trial
 
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    places, packs, keys = _places(config, checked, parent=parent)
-    turnstile = ray.remote(Turnstile).options(num_cpus=0).remote(places)
-    source = TrialSource(config, packs=packs, pack_keys=keys, turnstile=turnstile)
-    with interruptible() as is_interrupted:
-        budget = Budget(config.budget, watch, is_interrupted)
-        trainable = tune.with_parameters(
-            run_trial, packs=packs, turnstile=turnstile, tracking_uri=tracking_uri, parent=parent
-        )
-        tuner = tune.Tuner(
-            # Almost no CPU: those are for packs and for the workers of runs.
-            tune.with_resources(trainable, {"CPU": 0.01}),
-            tune_config=tune.TuneConfig(
-                search_alg=source,
-                scheduler=_scheduler(config, checked),
-                num_samples=-1,
-                max_concurrent_trials=config.pack_size * len(packs) + places,
-            ),
-            run_config=tune.RunConfig(
-                name=time.strftime("%Y%m%d-%H%M%S"),
-                storage_path=str(Path(config.output) / "ray"),
-                failure_config=tune.FailureConfig(max_failures=config.max_retries),
-                stop=budget,
-                callbacks=[Ends(source, on_end)],
-                verbose=0,
-            ),
-        )
-        try:
-            tuner.fit()
-        finally:
-            release_all(packs, read_records(Path(config.output)))
-            ray.kill(turnstile)
-        if is_interrupted():
-            raise Interrupted("stopped; --resume goes on, without running what is finished again")
-        return budget.spent()
+    trainable = tune.with_parameters(
+        run_trial, packs=packs, turnstile=turnstile, tracking_uri=tracking_uri, parent=parent
+    )
+    tuner = tune.Tuner(
+        # Almost no CPU: those are for packs and for the workers of runs.
+        tune.with_resources(trainable, {"CPU": 0.01}),
+        tune_config=tune.TuneConfig(
+            search_alg=source, scheduler=scheduler, num_samples=-1, max_concurrent_trials=at_once
+        ),
+        run_config=tune.RunConfig(
+            name=f"{stage}-{time.strftime('%Y%m%d-%H%M%S')}",
+            storage_path=str(Path(config.output) / "ray"),
+            failure_config=tune.FailureConfig(max_failures=config.max_retries),
+            stop=budget,
+            callbacks=[Ends(source, on_end)],
+            verbose=0,
+        ),
+    )
+    tuner.fit()
 
 
 def _places(config: SweepConfig, checked: Checked, *, parent: str | None) -> tuple[int, list[Any], list[str]]:
@@ -251,7 +308,8 @@ def _alone(config: SweepConfig, checked: Checked) -> list[TrainConfig]:
 
 
 def _scheduler(config: SweepConfig, checked: Checked) -> Any:
-    from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule
+    """None: every trial runs to its end."""
+    from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule
 
     by = {"time_attr": "step", "metric": "eval_loss", "mode": "min"}
     scheduler = config.scheduler
@@ -266,7 +324,7 @@ def _scheduler(config: SweepConfig, checked: Checked) -> Any:
         return MedianStoppingRule(
             grace_period=scheduler.first_steps, min_samples_required=scheduler.trials, hard_stop=True, **by
         )
-    return FIFOScheduler()
+    return None
 
 
 if __name__ == "__main__":

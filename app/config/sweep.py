@@ -150,12 +150,22 @@ class BudgetConfig(Config):
     """When a sweep ends, whichever comes first. What runs then is stopped, and ranked by what it has reached."""
 
     trials: Positive | None = None
+    """Of the search; the finals come on top."""
     tokens: Positive | None = None
     """Trained on, by all trials together."""
     hours: Annotated[float, Field(gt=0)] | None = None
     """Of the clock, counted anew after `--resume`."""
     cost: Annotated[float, Field(gt=0)] | None = None
     """In the currency of `workers.price_per_hour`."""
+
+
+class FinalsConfig(Config):
+    """After the search: the best trials once more with other seeds, each run whole, before a winner is named."""
+
+    trials: Annotated[int, Field(ge=0)] = 3
+    """So many of the best finished trials; of several techniques first the best of each. 0: no finals."""
+    seeds: Annotated[int, Field(ge=2)] = 3
+    """Runs of each. These alone count, not the one that it was chosen for."""
 
 
 class PromoteBestConfig(Config):
@@ -185,6 +195,7 @@ class SweepConfig(Config):
     scheduler: Annotated[NoSchedulerConfig | AshaConfig | MedianConfig, Field(discriminator="type")] = AshaConfig()
     """Which trials are stopped early, by their held-out loss each time that they are evaluated."""
     budget: BudgetConfig = BudgetConfig()
+    finals: FinalsConfig = FinalsConfig()
     pack: Literal["auto", "never"] = "auto"
     """`auto` trains those trials over one base in one process that can be: LoRA, adapters, prefixes and prompts with
     one worker; `never` gives each a training run of its own."""
@@ -211,4 +222,9 @@ class SweepConfig(Config):
                 raise ValueError(f"{ranges[0]} is a range, and a grid needs lists; or take search.type=random or tpe")
         elif not any(value is not None for value in self.budget.model_dump().values()):
             raise ValueError(f"search.type={self.search.type!r} has no end; set budget.trials, or another budget")
+        elif self.finals.trials and self.budget.trials is None:
+            raise ValueError(
+                f"finals.trials={self.finals.trials}: they begin when the search is over, and nothing but the whole "
+                "sweep's end ends it; set budget.trials, or finals.trials=0"
+            )
         return self

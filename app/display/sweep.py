@@ -32,9 +32,27 @@ def show_results(
     output: str, results: Any, header: Sequence[str], rows: Sequence[Sequence[str]], *, command: str | None
 ) -> None:
     counts = ", ".join(f"{results.count(state)} {state}" for state in ("finished", "stopped", "failed"))
-    console.grid(f"{output}: {counts}", header, rows, right=(0, 1, *range(len(header) - 4, len(header))), last=False)
+    console.grid(
+        f"{output}: {counts}", header, rows, right=(0, 1, *range(header.index("weights"), len(header))), last=False
+    )
     if results.ended_by:
         console.say(f"The sweep ended because {results.ended_by} was spent.")
+    if results.finalists:
+        winner = results.finalists[0]
+        console.say(
+            f"Winner: trial {winner.trial.number}, held-out loss {winner.mean:.4f} ± {winner.deviation:.4f} over "
+            f"{len(winner.runs)} other seeds; trial {winner.run.number} is the median of them."
+        )
+    if results.test is not None:
+        test = results.test
+        console.say(
+            f"On the test split, trial {test.trial}: loss {test.loss:.4f}, perplexity {test.perplexity:.2f}, "
+            f"{test.bits_per_byte:.4f} bits per byte, {test.records:,} records"
+        )
+    elif results.finalists:
+        console.say(
+            "The data has no test split for the winner; pacos prepare test_fraction=0.02 makes one.", style="dim"
+        )
     if results.best is not None:
         console.say(f"The best once more: {command}")
         console.say(f"To production: pacos promote --best {output}")

@@ -50,6 +50,8 @@ class _Run:
     """The step until which it may go; -1: it may not even begin."""
     is_over: bool = False
     """Whether its result is written."""
+    writing: threading.Lock = field(default_factory=threading.Lock)
+    """Held while its folder is written to, and when it leaves: who joins anew finds all, and gets nothing after."""
     ready: deque[Metrics | Exception] = field(default_factory=deque)
     """What `go_on` returns next."""
 
@@ -62,6 +64,14 @@ class _Run:
     @property
     def may_step(self) -> bool:
         return self.member.has_begun and self.member.step < self.allowed
+
+    @property
+    def may_begin(self) -> bool:
+        return not self.member.has_begun and self.allowed >= 0
+
+    @property
+    def is_due(self) -> bool:
+        return self.may_begin or self.may_step
 
 
 class PackedRuns:
@@ -168,54 +178,48 @@ class PackedRuns:
             run = self._runs.pop(name, None)
             self._changed.notify_all()
         if run is not None:
-            run.resources.close()
+            with run.writing:
+                run.resources.close()
 
     def _work(self) -> None:
         while True:
             beginning, stepping = self._next_work()
-            for members, work in ((beginning, self._pack.begin), (stepping, self._pack.step)):
+            for runs, work in ((beginning, self._pack.begin), (stepping, self._pack.step)):
                 results: Mapping[str, Metrics | Exception]
                 try:
-                    results = work(members) if members else {}
+                    results = work([run.member for run in runs]) if runs else {}
                 except Exception as error:  # of all that were in it; they may join again
-                    results = {member.name: error for member in members}
-                for member in members:
-                    self._take(member, results[member.name], share=1 / len(members))
+                    results = {run.member.name: error for run in runs}
+                for run in runs:
+                    self._take(run, results[run.member.name], share=1 / len(runs))
 
-    def _next_work(self) -> tuple[list[Member], list[Member]]:
+    def _next_work(self) -> tuple[list[_Run], list[_Run]]:
         """Runs that may begin, and runs that may step; waits until there are some."""
         with self._changed:
-            self._changed.wait_for(lambda: any(self._is_due(run) for run in self._runs.values()))
-            self._changed.wait_for(
-                lambda: all(self._is_due(run) for run in self._runs.values()), timeout=TOGETHER_WITHIN_S
-            )
+            self._changed.wait_for(lambda: any(run.is_due for run in self._runs.values()))
+            self._changed.wait_for(lambda: all(run.is_due for run in self._runs.values()), timeout=TOGETHER_WITHIN_S)
             runs = list(self._runs.values())
-            beginning = [run.member for run in runs if self._is_due(run) and not run.member.has_begun]
-            stepping = [run.member for run in runs if run.may_step]
-        return beginning, stepping
+            return [run for run in runs if run.may_begin], [run for run in runs if run.may_step]
 
-    def _is_due(self, run: _Run) -> bool:
-        return run.may_step or (run.allowed >= 0 and not run.member.has_begun)
-
-    def _take(self, member: Member, result: Metrics | Exception, *, share: float) -> None:
+    def _take(self, run: _Run, result: Metrics | Exception, *, share: float) -> None:
         """Record what a step brought, save where that is due, and tell who waits for it."""
-        run = self._runs.get(member.name)
-        if run is None or run.member is not member:  # it has left meanwhile, and may have joined anew
-            return
-        try:
-            if isinstance(result, Exception):
-                raise result
-            result |= {"workers": share, "peak_worker_bytes": peak_memory_bytes()}
-            run.recording.add(result)
-            plan, step = run.member.plan, result["step"]
-            if step and plan.is_due(step, plan.save_every):
-                about = about_step(run.job, step, inputs=run.inputs)
-                checkpoint = checkpoint_of(run.member.optimizer, result, about=about)
-                config = run.job.config
-                run.job.checkpoints.save(checkpoint, keep_last=config.keep_last, keep_best=config.keep_best)
-        except Exception as error:  # of this run alone; the others go on
-            self._tell(run, error)
-            return
+        with run.writing:
+            if not self._is_here(run):
+                return
+            try:
+                if isinstance(result, Exception):
+                    raise result
+                result |= {"workers": share, "peak_worker_bytes": peak_memory_bytes()}
+                run.recording.add(result)
+                plan, step = run.member.plan, result["step"]
+                if step and plan.is_due(step, plan.save_every):
+                    about = about_step(run.job, step, inputs=run.inputs)
+                    checkpoint = checkpoint_of(run.member.optimizer, result, about=about)
+                    config = run.job.config
+                    run.job.checkpoints.save(checkpoint, keep_last=config.keep_last, keep_best=config.keep_best)
+            except Exception as error:  # of this run alone; the others go on
+                self._fail(run, error)
+                return
         if run.member.is_done:
             self._finishing.submit(self._finish, run, result)
         elif "eval_loss" in result or not step:
@@ -223,17 +227,27 @@ class PackedRuns:
 
     def _finish(self, run: _Run, last: Metrics) -> None:
         """The result and the report, beside the others' steps; only then the last evaluation is told."""
-        try:
-            write_result(run.job, run.member.model, last)
-            delta = run.job.result
-            run.recording.finish(figures_of(run.job, run.recording.log), delta=delta)
-            run.is_over = True
-        except Exception as error:
-            self._tell(run, error)
-            return
-        self._tell(run, last)
+        with run.writing:
+            if not self._is_here(run):
+                return
+            try:
+                write_result(run.job, run.member.model, last)
+                run.recording.finish(figures_of(run.job, run.recording.log), delta=run.job.result)
+            except Exception as error:
+                self._fail(run, error)
+                return
+        self._tell(run, last, is_over=True)
 
-    def _tell(self, run: _Run, result: Metrics | Exception) -> None:
+    def _is_here(self, run: _Run) -> bool:
+        """It has not left, and maybe joined anew under its name."""
+        return self._runs.get(run.member.name) is run
+
+    def _fail(self, run: _Run, error: Exception) -> None:
+        run.allowed = -1  # no further: the step may be half made, and its rows are used up
+        self._tell(run, error)
+
+    def _tell(self, run: _Run, result: Metrics | Exception, *, is_over: bool = False) -> None:
         with self._changed:
             run.ready.append(result)
+            run.is_over = is_over
             self._changed.notify_all()

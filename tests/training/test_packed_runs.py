@@ -10,6 +10,7 @@ import pytest
 from app.config import TrainConfig, validate
 from app.methods.delta import read_delta
 from app.training.packed_runs import PackedRuns
+from app.training.recording import Recording
 
 
 @pytest.fixture
@@ -118,14 +119,51 @@ def test_what_goes_wrong_in_a_step_is_told_to_all_that_were_in_it(run_config, mo
     for name in ("a", "b"):
         runs.join(name, run_config(name))
         assert runs.go_on(name)["step"] == 0
-    real = runs._pack.step
-    monkeypatch.setattr(runs._pack, "step", lambda members: 1 // 0)
+    real, tries = runs._pack.step, []
+
+    def fail(members: list[Any]) -> None:
+        tries.append([member.name for member in members])
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(runs._pack, "step", fail)
     for name in ("a", "b"):
         with pytest.raises(ZeroDivisionError):
             runs.go_on(name)
+    assert tries == [["a"], ["b"]]  # who has failed is not stepped on
     monkeypatch.setattr(runs._pack, "step", real)
     runs.join("a", run_config("a"))
     assert [row["step"] for row in finish(runs, "a")] == [0, 2, 4, 6]
+
+
+def test_a_run_that_joins_anew_while_its_step_is_recorded_has_each_step_once(
+    run_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a trial's process is lost, and its next try comes while the pack still steps the run."""
+    config = run_config("a")
+    runs = PackedRuns(config, pass_tokens=256)
+    runs.join("a", config)
+    assert runs.go_on("a")["step"] == 0
+    is_recording, may_record = threading.Event(), threading.Event()
+    real = Recording.add
+
+    def slow(recording: Recording, metrics: dict[str, Any]) -> None:
+        is_recording.set()
+        may_record.wait(60)
+        real(recording, metrics)
+
+    monkeypatch.setattr(Recording, "add", slow)
+    lost = threading.Thread(target=lambda: pytest.raises(KeyError, runs.go_on, "a"))
+    lost.start()
+    assert is_recording.wait(60)
+    anew = threading.Thread(target=runs.join, args=("a", config))
+    anew.start()
+    anew.join(0.5)
+    may_record.set()
+    for thread in (anew, lost):
+        thread.join(60)
+    assert [row["step"] for row in finish(runs, "a")] == [0, 2, 4, 6]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(7))
 
 
 def test_a_loss_that_diverges_is_told_to_its_own_run(run_config) -> None:

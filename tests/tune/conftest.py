@@ -11,7 +11,7 @@ from app.config import SweepConfig, validate
 
 @pytest.fixture
 def sweep_of(tiny_model: Path, tiny_shards: Path, tmp_path: Path) -> Callable[..., SweepConfig]:
-    """A sweep of two ranks in a grid, with other `settings`."""
+    """A sweep of two ranks in a grid, without finals, with other `settings`."""
 
     def make(**settings: Any) -> SweepConfig:
         train = {
@@ -30,6 +30,7 @@ def sweep_of(tiny_model: Path, tiny_shards: Path, tmp_path: Path) -> Callable[..
             "space": {"method.rank": [1, 2]},
             "search": {"type": "grid"},
             "scheduler": {"type": "none"},
+            "finals": {"trials": 0},
             **settings,
         }
         return validate(SweepConfig, {"train": train, "output": str(tmp_path / "sweep"), **given})

@@ -1,6 +1,5 @@
 """What is made of trials that are over: search, ranking, table, report; no Ray."""
 
-import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -8,41 +7,18 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from past_trials import past_trial
 
 from app.config import SweepConfig, TrainConfig, load_config
 from app.errors import UserError
 from tune.plots import pareto_front
-from tune.records import TrialRecord, begin_record, end_record, note_error, read_record, read_records
+from tune.records import TrialRecord, end_record, read_record, read_records
 from tune.results import command_of, importance_of, ranked, read_best, write_results
 from tune.search import open_search
-from tune.space import trial_config, trial_folder
+from tune.space import trial_config
 from tune.sweep import open_folder
 
 SweepOf = Callable[..., SweepConfig]
-
-
-def past_trial(
-    sweep: SweepConfig,
-    number: int,
-    values: dict[str, Any],
-    losses: list[float],
-    *,
-    state: str = "finished",
-    **about: Any,
-) -> TrialRecord:
-    """A trial as an earlier session left it."""
-    config = trial_config(sweep, values, number=number)
-    folder = trial_folder(sweep, number)
-    begin_record(TrialRecord(number, about.get("branch", 0), values, folder, config, about.get("weights", 100)))
-    rows = [{"step": 2 * place, "eval_loss": loss, "tokens": 10, "step_s": 0.5} for place, loss in enumerate(losses)]
-    run = Path(config.output)
-    run.mkdir()
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 9, "eva')
-    if state != "running":
-        if "error" in about:
-            note_error(folder, RuntimeError(about["error"]))
-        end_record(folder, state=state)
-    return read_record(folder)
 
 
 @pytest.fixture

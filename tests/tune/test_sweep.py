@@ -13,10 +13,12 @@ from typing import Any
 import psutil
 import pytest
 
-from app.config import PromoteBestConfig, SweepConfig, TrackingConfig
+from app.config import EvaluateConfig, PromoteBestConfig, SweepConfig, TrackingConfig
 from app.errors import UserError
+from app.training.evaluate import evaluate, plan_evaluation
 from app.training.fine_tuning import fine_tune, plan_job
 from tune.commands import promote_best
+from tune.driver import Budget
 from tune.records import TrialRecord, read_records
 from tune.sweep import plan_sweep, sweep
 
@@ -122,6 +124,49 @@ def test_a_trial_that_fails_again_is_reported_and_the_others_go_on(ray_cluster: 
     assert results.best is not None and results.best.number == 0
 
 
+def test_the_best_are_trained_again_with_other_seeds_and_the_winner_is_tested_once(
+    ray_cluster: None, sweep_of: SweepOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = sweep_of(
+        space=[{"method.type": "lora", "method.rank": [1, 2]}, {"method.type": "bitfit"}],
+        finals={"trials": 2, "seeds": 2},
+        train={"max_steps": 4},
+        tracking={"uri": "none"},
+    )
+    ends: list[TrialRecord] = []
+    warnings: list[str] = []
+    with monkeypatch.context() as patch:  # a budget that is spent with the search
+        patch.setattr(Budget, "spent", lambda budget: "budget.hours=1" if len(ends) == 3 else None)
+        results, trials = run(config, on_end=ends.append, warn=warnings.append)
+    assert [trial.state for trial in trials] == ["finished"] * 3, [trial.error for trial in trials]
+    assert results.best is results.ranking[0] and not results.finalists
+    assert not (Path(config.output) / "test.json").exists()
+    assert "budget.hours=1 was spent before the finals were over" in warnings[0]
+
+    results, trials = run(config, resume=True)
+    assert [trial.state for trial in trials] == ["finished"] * 7, [trial.error for trial in trials]
+    assert all(trial.step == 4 for trial in trials)
+    assert {finalist.trial.method for finalist in results.finalists} == {"lora", "bitfit"}
+    assert all(finalist.deviation > 0 for finalist in results.finalists)
+    assert results.best is results.finalists[0].run
+    best = json.loads((Path(config.output) / "best.json").read_text())
+    assert best["test"]["trial"] == best["trial"] and best["test"]["records"] == 12
+
+    plan = EvaluateConfig(
+        data=results.best.config.data, model=results.best.config.model, delta=best["run"] + "/delta", split="test",
+        answers=0, workers={"count": 1},
+    )  # fmt: skip
+    assert evaluate(plan_evaluation(plan))[0].loss == pytest.approx(best["test"]["loss"], abs=1e-5)
+
+    file = Path(config.output) / "test.json"
+    written = [path.stat().st_mtime_ns for path in (file, *(Path(t.config.output) / "result.json" for t in trials))]
+    again, same = run(config, resume=True)
+    assert written == [
+        path.stat().st_mtime_ns for path in (file, *(Path(t.config.output) / "result.json" for t in same))
+    ]
+    assert again.best is not None and again.best.number == results.best.number
+
+
 def test_a_sweep_whose_driver_was_killed_goes_on_and_runs_no_finished_trial_again(
     ray_cluster: None, sweep_of: SweepOf, tmp_path: Path
 ) -> None:
@@ -129,7 +174,7 @@ def test_a_sweep_whose_driver_was_killed_goes_on_and_runs_no_finished_trial_agai
 
     config = sweep_of(
         space={"method.rank": [1, 2, 3, 4, 5, 6]},
-        train={"max_steps": 30, "eval_every": 5, "save_every": 5, "workers": {"cpus": 4, "threads": 1}},
+        train={"epochs": 2, "max_steps": 30, "eval_every": 5, "save_every": 5, "workers": {"cpus": 4, "threads": 1}},
         pack_size=2,
         tracking={"uri": "none"},
     )
