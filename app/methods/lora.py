@@ -50,12 +50,17 @@ class LoraLinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_a, a=5**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.update(x, self.base(x))
+        rows = x.flatten(0, -2)
+        plain = self.base(rows)
+        return self.update(rows, plain, may_overwrite=True).view(*x.shape[:-1], plain.shape[-1])
 
-    def update(self, x: Tensor, plain: Tensor) -> Tensor:
-        """[..., out] of `x` [..., in], of which the base makes `plain`."""
+    def update(self, x: Tensor, plain: Tensor, *, may_overwrite: bool = False) -> Tensor:
+        """[..., out] of `x` [..., in], of which the base makes `plain`, in whose place it may be."""
         low = F.linear(self.dropout(x), self.lora_a)  # [..., rank]
-        # One product that scales and adds, in place of a product and two more passes over the output.
+        # One product that scales and adds, in place of a product and two more passes over the output. Autograd keeps
+        # no output of a linear layer, but it does not let views be overwritten that others have made.
+        if may_overwrite and plain.dtype == low.dtype and not plain._is_view():
+            return plain.addmm_(low, self.lora_b.T.to(low.dtype), alpha=self.scale)
         updated = torch.addmm(plain.flatten(0, -2), low.flatten(0, -2), self.lora_b.T, alpha=self.scale)
         return updated.view(plain.shape)
 
@@ -88,8 +93,8 @@ class DoraLinear(LoraLinear):
         """The weights will not change any more: what follows from them alone is computed once."""
         self._fixed_stretch = self._stretch().detach()
 
-    def update(self, x: Tensor, plain: Tensor) -> Tensor:
-        turned = super().update(x, plain)
+    def update(self, x: Tensor, plain: Tensor, *, may_overwrite: bool = False) -> Tensor:
+        turned = super().update(x, plain, may_overwrite=may_overwrite)
         stretch = (self._stretch() if self._fixed_stretch is None else self._fixed_stretch).to(turned.dtype)
         bias = self.base.bias  # read after the base's call, at whose end ZeRO-3 takes it away
         return turned * stretch if bias is None else (turned - bias) * stretch + bias
