@@ -4,7 +4,7 @@ Each 64 weights, in the order of memory, share their absolute maximum; what is l
 quantiles of a normal distribution. The maxima, less their mean, are quantized in turn: to 8-bit floats, blocks of 256
 sharing an absolute maximum. That makes 4.127 bits a weight. Values, 8-bit floats and the order of the two codes in a
 byte are those of bitsandbytes. Own code, because torchao 0.18's takes only layers whose number of weights is a
-multiple of 64 · 256, which 320 · 960 is not.
+multiple of 64 · 256, which 288 · 864 is not.
 """
 
 import functools
