@@ -162,11 +162,9 @@ class PagedAttention:
         self.overlaps = overlaps
         self._padded_width = triton.next_power_of_2(head_width)
         self._num_processors = _num_processors(device)
-        most = self.num_splits(1, num_heads)
         places = max(self.num_splits(rows, num_heads) * rows for rows in range(1, max_rows + 1)) * num_heads
         self._partial = torch.empty(places * (self._padded_width + 2), dtype=torch.float32, device=device)
         self._arrived = torch.zeros(max_rows * num_heads, dtype=torch.int32, device=device)
-        assert most >= 1
 
     def num_splits(self, num_rows: int, num_heads: int) -> int:
         """A power of two, at most 16, so that the programs fill the GPU."""
