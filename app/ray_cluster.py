@@ -7,16 +7,13 @@ import logging
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
 from app.config.schema import WorkerResources
 from app.errors import UserError
 
 ANSWER_WITHIN_S = 8.0
-DAEMON_NICENESS = 10
-"""Of Ray's own processes, beside workers: a tenth of their share of a core that both want."""
 
 
 @contextmanager
@@ -75,7 +72,6 @@ def on_all_cpus(dataset: Any) -> Any:
 
 def _connect(address: str | None, min_cpus: float) -> None:
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "5")  # of a local cluster; below it Ray complains
-    os.environ.setdefault("RAY_worker_niceness", "0")  # likewise; 15 is for machines with other users
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's coming default; silences its warning
     if address:
         _check_answers(address)
@@ -96,7 +92,6 @@ def _connect(address: str | None, min_cpus: float) -> None:
             log_to_driver=False,
             logging_level=logging.WARNING,
         )
-        _have_daemons_stand_back()
     except ray.exceptions.AuthenticationError:
         raise UserError(
             f"address={address!r}: the cluster wants a token; export RAY_AUTH_MODE=token, and have its token in "
@@ -106,37 +101,6 @@ def _connect(address: str | None, min_cpus: float) -> None:
         if not address:
             raise
         raise UserError(f"address={address!r}: {_first_line(error)}; start one with `ray start --head`") from None
-
-
-def _have_daemons_stand_back() -> None:
-    """Let what Ray runs for itself on this machine, such as the dashboard's agent, wait for a core while workers
-    compute: each time that it pushes a worker's thread aside, the worker's other threads wait for that one.
-
-    Linux only, where a thread's priority is its own. What Ray starts for jobs keeps its priority.
-    """
-    import ray
-
-    node = ray._private.worker.global_worker.node
-    started = {kind: [info.process.pid for info in infos] for kind, infos in node.all_processes.items()}
-    daemons = [pid for kind in ("dashboard", "log_monitor", "monitor") for pid in started.get(kind, ())]
-    for raylet in started.get("raylet", ()):
-        daemons += [pid for pid in _children(raylet) if b"Agent" in _read(f"/proc/{pid}/cmdline")]
-    for pid in daemons:
-        for thread in [*Path(f"/proc/{pid}/task").glob("*")]:
-            with suppress(OSError):  # it has ended, or this system does not allow it
-                os.setpriority(os.PRIO_PROCESS, int(thread.name), DAEMON_NICENESS)
-
-
-def _children(pid: int) -> list[int]:
-    lists = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for file in lists for child in _read(str(file)).split()]
-
-
-def _read(file: str) -> bytes:
-    try:
-        return Path(file).read_bytes()
-    except OSError:
-        return b""
 
 
 def thread_environment(workers: WorkerResources) -> dict[str, str]:
