@@ -305,11 +305,7 @@ def worker_memory() -> dict[str, list[float]]:
 
 def worker_environment(workers: WorkerResources) -> dict[str, str]:
     """Environment variables of a process that trains."""
-    environment = {
-        **thread_environment(workers),
-        # Threads that spin for long take the cores that other workers need; that never do, sleep between operations.
-        "GOMP_SPINCOUNT": "1000",
-    }
+    environment = thread_environment(workers)
     if not workers.gpus:
         environment |= allocator.ENVIRONMENT
         environment["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed guesses from what is installed
