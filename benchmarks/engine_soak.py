@@ -23,8 +23,8 @@ from app.atomic import write_text
 from app.config import AdapterConfig, BitFitConfig, ExtraBlockConfig, LoraConfig, PrefixConfig, PromptConfig
 from app.engine.deltas import DeltasFull, UnknownDelta
 from app.engine.engine import Engine
+from app.engine.events import QueueFull
 from app.engine.sampling import Sampling
-from app.engine.sequence import QueueFull
 from app.methods import apply_method
 from app.methods.delta import Delta
 from app.models.checkpoints import load_decoder

@@ -31,10 +31,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--api-examples", type=int, help="of tests/serving/test_api_schema.py: requests a route")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take long go first, so that no process is left with one at the end while the others are done."""
-    slow = {item.path for item in items if any(item.iter_markers("slow")) or any(item.iter_markers("ray"))}
-    items.sort(key=lambda item: item.path not in slow)
+    """Of several processes one has all tests that use Ray, on its one cluster; files are dealt out to the others.
+
+    It begins with them, and files that take long go next: no process is left with one while the others are done.
+    """
+    with_ray = {item.path for item in items if any(item.iter_markers("ray"))}
+    slow = {item.path for item in items if any(item.iter_markers("slow"))}
+    items.sort(key=lambda item: (item.path not in with_ray, item.path not in slow))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.path in with_ray else str(item.path)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,6 +10,7 @@ import torch
 from app.engine.blocks import BLOCK_SIZE, blocks_for
 from app.engine.decoding import Decoding
 from app.engine.deltas import Deltas, MixedModel, Variant
+from app.engine.events import Event, InvalidRequest
 from app.engine.gpu import decoding_for, paged_attention_for
 from app.engine.kernels import kernels_for
 from app.engine.kv_cache import KVCache
@@ -17,7 +18,7 @@ from app.engine.packing import can_pack, packed_head
 from app.engine.runner import Runner
 from app.engine.sampling import Choice, Sampling, sample, torch_argmax
 from app.engine.scheduler import Scheduler
-from app.engine.sequence import Event, InvalidRequest, Sequence, check_request
+from app.engine.sequence import Sequence, check_request
 from app.errors import UserError
 from app.methods.delta import Delta
 from app.models.decoder import Decoder

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 
 from app.engine.deltas import Variant
 from app.engine.engine import Engine, Stats
+from app.engine.events import Event
 from app.engine.sampling import Sampling
-from app.engine.sequence import Event
 from app.methods.delta import Delta
 
 logger = logging.getLogger(__name__)

@@ -9,8 +9,9 @@ there is always one that goes on.
 
 from bisect import insort
 
+from app.engine.events import QueueFull
 from app.engine.kv_cache import KVCache
-from app.engine.sequence import QueueFull, Sequence
+from app.engine.sequence import Sequence
 
 
 class Scheduler:

@@ -1,52 +1,12 @@
-"""One answer's state, what may be asked of the engine, and what it reports back."""
+"""One answer's state, and what may be asked of the engine."""
 
 import random
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import Literal
 
 from app.engine.deltas import Variant
+from app.engine.events import ContextLengthExceeded, Event, FinishReason, InvalidRequest
 from app.engine.sampling import Choice, Sampling
-
-FinishReason = Literal["stop", "length"]
-
-
-class InvalidRequest(ValueError):
-    """A request that this model can never answer."""
-
-
-class ContextLengthExceeded(InvalidRequest):
-    def __init__(self, *, prompt_length: int, context_length: int) -> None:
-        super().__init__(
-            f"the prompt has {prompt_length} tokens; the context of {context_length} must hold it and at least one "
-            "generated token"
-        )
-        self.prompt_length = prompt_length
-        self.context_length = context_length
-
-    def __reduce__(self) -> tuple:
-        # Exceptions with keyword arguments do not survive pickling by themselves, and servers send them on.
-        return _context_length_exceeded, (self.prompt_length, self.context_length)
-
-
-class QueueFull(Exception):
-    """As many requests wait as may wait; try again later."""
-
-
-@dataclass(frozen=True)
-class Event:
-    """One step of one answer: a token, an end, or both at once."""
-
-    request_id: int
-    token: int | None
-    """None where a stop token ended the answer."""
-    finish_reason: FinishReason | None = None
-    index: int = 0
-    """Which of the request's `n` answers."""
-    logprob: float | None = None
-    top_logprobs: tuple[tuple[int, float], ...] = ()
-    stop: int | str | None = None
-    """The stop token or text that ended the answer."""
 
 
 @dataclass(eq=False)
@@ -142,7 +102,3 @@ def check_request(
         raise ContextLengthExceeded(prompt_length=len(ids), context_length=context_length)
     if sampling.stop and not has_texts:
         raise InvalidRequest(f"stop={sampling.stop[0]!r}: this engine does not know its tokens' texts; use stop_ids")
-
-
-def _context_length_exceeded(prompt_length: int, context_length: int) -> ContextLengthExceeded:
-    return ContextLengthExceeded(prompt_length=prompt_length, context_length=context_length)

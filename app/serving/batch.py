@@ -22,8 +22,8 @@ from app.config import GenerateConfig
 from app.data.prompts import Template
 from app.data.tokenization import Tokenizer, load_tokenizer
 from app.engine.engine import Engine
+from app.engine.events import InvalidRequest
 from app.engine.sampling import Sampling
-from app.engine.sequence import InvalidRequest
 from app.errors import UserError
 from app.methods.delta import check_base, read_delta
 from app.models.checkpoints import load_decoder, read_provenance, weights_hash

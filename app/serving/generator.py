@@ -12,8 +12,8 @@ import torch
 
 from app.config import ApplicationConfig
 from app.engine.deltas import DeltasFull, UnknownDelta
+from app.engine.events import ContextLengthExceeded, InvalidRequest, QueueFull
 from app.engine.front import EngineStopped, GenerationFailed
-from app.engine.sequence import ContextLengthExceeded, InvalidRequest, QueueFull
 from app.errors import UserError
 from app.serving.autoscaling import replica_load
 from app.serving.messages import (

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from app.data.records import Message
-from app.engine.sequence import FinishReason
+from app.engine.events import FinishReason
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,14 @@ labels.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray.serve import metrics
 
-from app.engine.engine import Stats
 from app.serving.messages import Piece, Refusal, Started
+
+if TYPE_CHECKING:
+    from app.engine.engine import Stats
 
 # vLLM's own, so that its dashboards' quantiles mean the same
 _FIRST_TOKEN_S = [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80]
@@ -53,7 +55,7 @@ class GeneratorMetrics:
         """Of a request that begins now, for `model`."""
         return RequestWatch(self, model, clock)
 
-    def set_engines(self, engines: Mapping[str, Stats]) -> None:
+    def set_engines(self, engines: Mapping[str, "Stats"]) -> None:
         """Gauges and counters of the engines, by name; to be called again and again."""
         for name, stats in engines.items():
             tags = {"model_name": name}

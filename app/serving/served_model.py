@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from app.data.prompts import Template
 from app.data.records import Message
 from app.data.tokenization import Tokenizer
+from app.engine.events import ContextLengthExceeded, Event, InvalidRequest
 from app.engine.front import EngineFront
 from app.engine.sampling import Sampling
-from app.engine.sequence import ContextLengthExceeded, Event, InvalidRequest
 from app.errors import UserError
 from app.serving.messages import (
     ChatPrompt,

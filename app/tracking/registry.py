@@ -16,7 +16,6 @@ from app.atomic import replaced_folder
 from app.config.methods import name_of
 from app.config.tracking import PromoteConfig
 from app.errors import UserError
-from app.methods.delta import DELTA_FILES, read_delta
 from app.tracking.run import RUN_FILE
 from app.tracking.store import local_folder, open_store, told_as_mistakes, tracking_uri
 
@@ -50,6 +49,8 @@ def register(client: "MlflowClient", run_id: str, name: str, *, delta_folder: Pa
 
     A run that is resumed after its end does not make a second version of the same delta.
     """
+    from app.methods.delta import read_delta
+
     delta = read_delta(delta_folder)
     if not _exists(client, name):
         client.create_registered_model(name)
@@ -183,6 +184,8 @@ def fetch(reference: str, *, uri: str) -> Path:
     """
     reference, uri = pinned(reference, uri=uri), tracking_uri(uri)
     name, _, version = reference.removeprefix(SCHEME).rpartition("/")
+    from app.methods.delta import read_delta
+
     client = open_store(uri)
     with told_as_mistakes(uri):
         expected = client.get_model_version(name, version).tags.get(_HASH)
@@ -204,6 +207,8 @@ def fetch(reference: str, *, uri: str) -> Path:
 def _downloaded(source: str, delta_hash: str, *, uri: str) -> Path:
     """In the cache by content, so that a version is fetched once."""
     import mlflow.artifacts
+
+    from app.methods.delta import DELTA_FILES
 
     if not re.fullmatch("[0-9a-f]{64}", delta_hash):  # it becomes a folder's name
         raise UserError(f"{source}: {_HASH}={delta_hash!r} is no hash")

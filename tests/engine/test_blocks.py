@@ -9,9 +9,9 @@ from test_mixed_deltas import METHODS, trained, with_delta
 
 from app.engine.blocks import BlockPool, block_key
 from app.engine.engine import Engine, EngineSettings
+from app.engine.events import InvalidRequest, QueueFull
 from app.engine.kv_cache import KVCache
 from app.engine.sampling import Sampling
-from app.engine.sequence import InvalidRequest, QueueFull
 
 
 def test_keys_tell_apart_whatever_comes_before():

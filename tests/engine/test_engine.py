@@ -5,9 +5,9 @@ import torch
 from single import alone, collect, drain
 
 from app.engine.engine import Engine
+from app.engine.events import ContextLengthExceeded, InvalidRequest, QueueFull
 from app.engine.kv_cache import KVCache
 from app.engine.sampling import Sampling
-from app.engine.sequence import ContextLengthExceeded, InvalidRequest, QueueFull
 from app.errors import UserError
 
 CONTEXT_LENGTH = 48

@@ -6,9 +6,9 @@ import pytest
 from single import alone
 
 from app.engine.engine import Engine
+from app.engine.events import ContextLengthExceeded, QueueFull
 from app.engine.front import EngineFront, EngineStopped, GenerationFailed
 from app.engine.sampling import Sampling
-from app.engine.sequence import ContextLengthExceeded, QueueFull
 
 
 @pytest.fixture

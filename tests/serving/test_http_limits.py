@@ -20,7 +20,7 @@ from app.serving.launch import serve_application, stop_application
 
 pytestmark = pytest.mark.ray
 
-REQUEST_TIMEOUT_S = 4.0
+REQUEST_TIMEOUT_S = 8.0
 LONG = {"model": "pacos", "prompt": "An adult alpaca", "max_tokens": 8000, "temperature": 0}
 SHORT = LONG | {"max_tokens": 5}
 
@@ -175,7 +175,7 @@ def test_a_key_is_asked_for_and_its_limits_are_kept(client):
 
     assert client.get("/v1/models", headers={"authorization": "Bearer of-nobody"}).status_code == 401
     assert client.get("/healthz", headers={"authorization": ""}).status_code == 200
-    assert ask(max_tokens=50).status_code == 200
+    assert ask(max_tokens=40).status_code == 200
     deadline = time.monotonic() + 10
     while (refused := ask()).status_code == 200 and time.monotonic() < deadline:
         time.sleep(0.1)  # what the first has cost is counted in the background
@@ -202,4 +202,4 @@ def test_a_model_that_cannot_be_loaded_is_told_in_one_line(url, tmp_path, free_p
     application = build({"generator": {"model": str(tmp_path / "model")}})
     serve.run_many([serve.RunTarget(application, name="pacos", route_prefix="/")], wait_for_applications_running=False)
     with pytest.raises(UserError, match="did not start: .*tokenizer.json"):
-        _wait_until_running(lambda states: None, 120)
+        _wait_until_running(lambda states: None, 400)  # Serve tries three times

@@ -55,7 +55,7 @@ def client(process, free_port):
             except httpx.TransportError:
                 return False
 
-        until(answers, within_s=180)
+        until(answers, within_s=400)
         yield client
 
 
@@ -100,4 +100,4 @@ def test_what_was_accepted_is_finished_and_what_comes_is_refused_until_it_ends(c
         assert refused.status_code == 503 and refused.json()["error"]["code"] == "shutting_down"
         assert int(refused.headers["retry-after"]) >= 1
         assert [line for line in lines if line][-1] == "data: [DONE]"
-    assert process.wait(60) == 0
+    assert process.wait(120) == 0

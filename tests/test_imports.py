@@ -1,4 +1,4 @@
-"""What the processes of a run import: there are ten of them, and a user waits for each at every start."""
+"""What the processes of a run and of an application import: there are ten, and a user waits for each at every start."""
 
 import json
 import subprocess
@@ -27,8 +27,9 @@ def imported_by(code: str) -> set[str]:
             "from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam",
             {"torch", "deepspeed"},
         ),
+        ("import app.serving.ingress, app.serving.limiter, app.serving.retriever, app.serving.documents", set()),
     ],
-    ids=["the processes that deal out rows", "the driver and the controller", "a worker"],
+    ids=["the processes that deal out rows", "the driver and the controller", "a worker", "what serves but generators"],
 )
 def test_a_process_imports_no_more_than_it_needs(code: str, expected: set[str]) -> None:
     assert imported_by(code) == expected
