@@ -259,7 +259,7 @@ def test_a_folder_of_something_else_is_not_replaced(tiny_model: Path, small_sour
 def test_a_kill_at_any_moment_leaves_the_old_data_or_the_new_or_none(
     ray_cluster: None, tiny_model: Path, small_source: Path, tmp_path: Path
 ) -> None:
-    """Ten processes that prepare to the same folder, each killed at a random moment, Ray and all."""
+    """Five processes that prepare to the same folder, each killed at a random moment, Ray and all."""
     import ray
 
     output = tmp_path / "o"
@@ -277,7 +277,7 @@ def test_a_kill_at_any_moment_leaves_the_old_data_or_the_new_or_none(
     address = ray.get_runtime_context().gcs_address
     moments = random.Random(0)
     outcomes = Counter()
-    for _ in range(10):
+    for _ in range(5):
         process = subprocess.Popen(
             [sys.executable, "-c", code, address, json.dumps(values)],
             stdout=subprocess.PIPE,
@@ -293,6 +293,6 @@ def test_a_kill_at_any_moment_leaves_the_old_data_or_the_new_or_none(
         if (output / "manifest.json").exists():  # else it was killed between two renames
             manifest = read_manifest(str(output))  # raises where a shard is missing
             assert len(documents(manifest, "train")) == manifest.num_records("train")
-    assert outcomes["killed at work"] > 3, outcomes
+    assert outcomes["killed at work"] >= 2, outcomes
     prepare(config(tiny_model, str(small_source), output))
     assert [path.name for path in tmp_path.iterdir()] == ["o"], "what killed processes left behind is cleared away"

@@ -26,7 +26,7 @@ KEY = "key-of-ana"
 HEADERS = {"authorization": f"Bearer {KEY}"}
 KEY_HASH = hashlib.sha256(KEY.encode()).hexdigest()
 DEPLOYMENTS = {"ingress": 2, "generator": 2, "retriever": 2, "limiter": 1}
-LONG = {"model": "pacos", "prompt": "An adult alpaca", "max_tokens": 400, "temperature": 1.0}
+LONG = {"model": "pacos", "prompt": "An adult alpaca", "max_tokens": 200, "temperature": 1.0}
 KINDS = {
     "whole": ("/v1/completions", LONG),
     "stream": ("/v1/completions", LONG | {"stream": True}),
@@ -223,7 +223,7 @@ def failed(load):
 def test_a_replica_that_dies_takes_along_only_what_it_had_begun_to_answer(url):
     before = {name: replicas(name) for name in ("generator", "retriever", "ingress")}
     killed_at = {}
-    with Load(url, KINDS, clients=3, headers=HEADERS) as load:
+    with Load(url, KINDS, headers=HEADERS) as load:
         load.go_on(1)
         for name, running in before.items():
             os.kill(next(iter(running.values())), signal.SIGKILL)
