@@ -34,7 +34,7 @@ from app.tracking.registry import NotRegistered
 
 logger = logging.getLogger("ray.serve")
 
-_BATCHES_PER_S = 250.0
+_BATCHES_PER_S = 120.0
 """Of events, of all an engine's requests together. Each goes through four processes, which costs more than the token in
 it; so the more requests there are, the more tokens go into one."""
 _GRACE_S = 5.0
