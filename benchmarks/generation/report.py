@@ -14,8 +14,10 @@ BARS = [
     ("W2", "pacos_int8", "transformers_fp32", 10.0),
     ("W3", "pacos_int8", "transformers_fp32", 10.0),
     ("W1", "pacos_fp32", "ctranslate2_fp32", 1.0),
+    ("W1", "pacos_bf16", "vllm_bf16", 1.0),
     ("W1", "pacos_int8", "ctranslate2_int8", 1.0),
     ("W2", "pacos_fp32_32_loras", "pacos_fp32", 0.6),
+    ("W2", "pacos_bf16_32_loras", "pacos_bf16", 0.6),
     ("W2", "pacos_int8_32_loras", "pacos_int8", 0.6),
 ]
 
