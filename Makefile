@@ -8,7 +8,7 @@ quickstart: .venv/.runtime  ## the main job on what the repository carries
 	$(BIN)/pacos quickstart
 
 test: .venv/.dev  ## all tests that run without a GPU
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup --no-loadscope-reorder --durations=25
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder --durations=25
 
 check: .venv/.dev  ## lint, format, types, import contract
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """Fixtures that several packages' tests share. One Ray cluster serves the whole session of pytest."""
 
+import functools
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Beside other processes of this suite, two threads of one wait for each other longer than they compute. OpenMP reads
 # this once, when torch is loaded.
@@ -31,17 +33,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--api-examples", type=int, help="of tests/serving/test_api_schema.py: requests a route")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of several processes one has all tests that use Ray, on its one cluster; files are dealt out to the others.
-
-    It begins with them, and files that take long go next: no process is left with one while the others are done.
-    """
-    with_ray = {item.path for item in items if any(item.iter_markers("ray"))}
+    """Files that use Ray go first, then those that take long: no process is left with one while the others are done."""
     slow = {item.path for item in items if any(item.iter_markers("slow"))}
-    items.sort(key=lambda item: (item.path not in with_ray, item.path not in slow))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.path in with_ray else str(item.path)))
+    items.sort(key=lambda item: (not _uses_ray(item.path), item.path not in slow))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of several processes one has all files that use Ray, on its one cluster; the others share what is left."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneProcessForRay(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "ray" if _uses_ray(config.rootpath / file) else file
+
+    return OneProcessForRay(config, log)
+
+
+@functools.cache
+def _uses_ray(file: Path) -> bool:
+    return "pytest.mark.ray" in file.read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="session", autouse=True)
