@@ -5,8 +5,8 @@
 
 Every run is a process of its own with one base, as is the pack; so starting Python and loading the base count. All
 train on the same rows, step by step, and are evaluated on the same held-out records before and after. Memory is that of
-whole processes. `--model gpt2-random` is GPT-2's 124M, with random weights, on random records of Alpaca's lengths; it
-needs no `--data`.
+whole processes, or on a GPU what torch took there. `--model gpt2-random` is GPT-2 124M with random weights, on random
+records of Alpaca's lengths; it needs no `--data`. `--device cuda` wants a larger `--pass-tokens`.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def main() -> None:
         arguments.json.write_text(text + "\n")
 
 
-_OPTIONS = ("model", "data", "steps", "rows", "precision", "threads", "pass_tokens", "held_out")
+_OPTIONS = ("model", "data", "steps", "rows", "precision", "threads", "pass_tokens", "held_out", "device")
 
 
 def _arguments() -> argparse.Namespace:
@@ -76,6 +76,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--pass-tokens", type=int, default=2048)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--part", default="", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -95,11 +96,13 @@ def _side_by_side(options: list[str], *, numbers: tuple[int, int]) -> dict[str, 
     """Two runs at once, a thread each: how long that takes, and the memory of both."""
     started = time.perf_counter()
     commands = [[sys.executable, "-m", "benchmarks.sweeps", *options, f"--part={number}"] for number in numbers]
-    processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for command in commands]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
     watches = [TreeWatch(process.pid) for process in processes]
-    for process in processes:
-        assert process.wait() == 0
+    outputs = [process.communicate()[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes)
     peaks = [watch.stop() for watch in watches]
+    if "--device=cuda" in options:
+        peaks = [json.loads(output.splitlines()[-1])["peak_bytes"] for output in outputs]
     return {"wall_s": time.perf_counter() - started, "peak_bytes": sum(peaks)}
 
 
@@ -113,6 +116,8 @@ def _part(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = (_packed if is_packed else _alone)(arguments, runs)
     status = Path("/proc/self/status").read_text().splitlines()
     peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    if arguments.device == "cuda":
+        peak = torch.cuda.max_memory_reserved()
     return {
         "losses": [[row["loss"] for row in of_run if "loss" in row] + [of_run[-1]["eval_loss"]] for of_run in rows],
         "steps_s": sum(row.get("step_s", 0.0) for of_run in rows for row in of_run),
@@ -132,7 +137,8 @@ def _alone(arguments: argparse.Namespace, runs: Any) -> list[list[dict[str, Any]
     model, plan, validation = _base(arguments), _plan(arguments, number), _held_out(arguments)
     torch.manual_seed(plan.seed)
     apply_method(model, _method(number))
-    store_frozen(model, plan.precision, torch.device("cpu"))
+    model.to(arguments.device)
+    store_frozen(model, plan.precision, torch.device(arguments.device))
     rows: list[dict[str, Any]] = []
     loop.run(
         model,
@@ -152,7 +158,7 @@ def _packed(arguments: argparse.Namespace, runs: Any) -> list[list[dict[str, Any
 
     from app.training.pack import Pack
 
-    device = torch.device("cpu")
+    device = torch.device(arguments.device)
     base, validation = _base(arguments), _held_out(arguments)
     pack = Pack(base, precision=arguments.precision, device=device, pass_tokens=arguments.pass_tokens)
     members = [

@@ -6,6 +6,7 @@ torch's fp32 products go through MKL, which on AMD's processors is slow for few 
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from app.engine.kernels import Kernels
@@ -95,6 +96,20 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.float32
 
 
+class AlignedHead(nn.Linear):
+    """Logits on a GPU for a vocabulary that is no multiple of 8, as GPT-2's 50,257: rows of logits that begin at any
+    address take a product five times as long. So there are weights of zero behind, whose logits are cut off."""
+
+    def __init__(self, weight: Tensor) -> None:
+        vocab_size, width = weight.shape
+        super().__init__(width, vocab_size, bias=False, device="meta")
+        self._padded = F.pad(weight, (0, 0, 0, -vocab_size % 64))
+        self.weight = nn.Parameter(self._padded[:vocab_size], requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self._padded)[..., : self.out_features]
+
+
 def packed_head(model: Decoder, kernels: Kernels | None, *, is_int8: bool, is_packed: bool) -> nn.Module:
     """The token embedding as the layer that makes logits; in int8 at choice, which rounds them."""
     weight = model.token_embedding.weight
@@ -102,6 +117,8 @@ def packed_head(model: Decoder, kernels: Kernels | None, *, is_int8: bool, is_pa
         head = Int8Dynamic(weight.shape[1], weight.shape[0], bias=False, device=weight.device)
         head.store(weight.detach().float())
         return pack(head, kernels, is_packed=is_packed)
+    if weight.device.type == "cuda" and weight.dtype.itemsize == 2 and weight.shape[0] % 8:
+        return AlignedHead(weight.detach())
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
     return pack(linear, kernels, is_packed=is_packed)

@@ -59,6 +59,8 @@ class LoraLinear(nn.Module):
         low = F.linear(self.dropout(x), self.lora_a)  # [..., rank]
         # One product that scales and adds, in place of a product and two more passes over the output. Autograd keeps
         # no output of a linear layer, but it does not let views be overwritten that others have made.
+        # A compiler fuses by itself, and would break the graph at the question whether it is a view.
+        may_overwrite = may_overwrite and not torch.compiler.is_compiling()
         if may_overwrite and plain.dtype == low.dtype and not plain._is_view():
             return plain.addmm_(low, self.lora_b.T.to(low.dtype), alpha=self.scale)
         updated = torch.addmm(plain.flatten(0, -2), low.flatten(0, -2), self.lora_b.T, alpha=self.scale)

@@ -6,7 +6,8 @@ Random weights and random prompts, greedy, end tokens ignored: decoding at batch
 and W2 of `benchmarks/generation/workloads.py`. Each contender is a process of its own, which is ended after
 `--seconds-each`; what went wrong there is in the result in its place. A step's fraction of the limit is the time in
 which the weights and the keys and values that it reads could be read once, at the bandwidth that a copy on the device
-reaches (bytes read and written), over its time. `--device cpu --tiny` tries the code on a CPU.
+reaches (bytes read and written), over its time. `--size gpt2-xl` measures the shape of another of GPT-2's sizes.
+`--device cpu --tiny` tries the code on a CPU.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +27,23 @@ import torch
 from app.atomic import write_text
 from app.engine.engine import Engine, EngineSettings
 from app.engine.sampling import Sampling
-from app.models.decoder import GPT2_SIZES, Decoder
+from app.models.decoder import GPT2_SIZES, Decoder, DecoderConfig
 from app.models.quantization import QuantizationConfig, quantize
 from benchmarks.generation.workloads import workload
 from benchmarks.machine import describe
 
 SEED, PROMPT, NEW = 0, 64, 128
-GPT2 = GPT2_SIZES["gpt2"]
-TINY = replace(GPT2, num_layers=2, num_heads=2, width=32, mlp_width=128, context_length=256)
+TINY = replace(GPT2_SIZES["gpt2"], num_layers=2, num_heads=2, width=32, mlp_width=128, context_length=256)
 Requests = list[tuple[list[int], int]]
 """Prompt ids and how many new tokens."""
+Batches = tuple[int, int]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a model of two layers and batches of 1 and 4")
+    parser.add_argument("--size", choices=GPT2_SIZES, default="gpt2")
     parser.add_argument("--seconds-each", type=float, default=60, help="after which a contender is ended")
     parser.add_argument("--only", nargs="*", choices=CONTENDERS, default=list(CONTENDERS), metavar="CONTENDER")
     parser.add_argument("--json", type=Path, help="file to write the result to, after each contender")
@@ -51,11 +54,13 @@ def main() -> None:
         return
     device = torch.device(arguments.device)
     if arguments.contender:
-        CONTENDERS[arguments.contender](device, arguments.tiny)
+        batches = (1, 4) if arguments.tiny else (1, 256)
+        CONTENDERS[arguments.contender](device, TINY if arguments.tiny else GPT2_SIZES[arguments.size], batches)
         return
     report: dict[str, Any] = {
         "machine": describe("torch", "transformers", "numpy"),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        "model": arguments.size,
         "bandwidth": bandwidth(device),
         "results": {},
     }
@@ -76,6 +81,7 @@ def main() -> None:
 def _run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """What the contender's process printed, and how it ended if not well."""
     command = [sys.executable, "-m", "benchmarks.gpu.generation", "--contender", name, "--device", arguments.device]
+    command += ["--size", arguments.size]
     started = time.perf_counter()
     error = None
     try:
@@ -122,28 +128,34 @@ def bandwidth(device: torch.device) -> float:
     return 2 * size / statistics.median(_seconds(lambda: target.copy_(source), device) for _ in range(20))
 
 
-def pacos(device: torch.device, is_tiny: bool, *, scheme: str | None = None, overlaps: bool = True, **changes: Any):
+def pacos(
+    device: torch.device,
+    shape: DecoderConfig,
+    batches: Batches,
+    *,
+    scheme: str | None = None,
+    overlaps: bool = True,
+    **changes: Any,
+) -> None:
     """The engine. `overlaps` False: kernels wait for those in front of them to end."""
     if not overlaps:
         from app.engine import gpu
 
         gpu.can_overlap = lambda device: False
-    shape = TINY if is_tiny else GPT2
     model = Decoder(shape)
     model.initialize(generator=torch.Generator().manual_seed(SEED))
     model.requires_grad_(False).to(device)
     if scheme is not None:
         quantize(model, QuantizationConfig.model_validate({"scheme": scheme}))
     model.bfloat16()
-    batches = (1, 4) if is_tiny else (1, 256)
     for batch_size in batches:
         settings = EngineSettings(
             max_batch_size=batch_size, max_queue=512, max_step_tokens=4096, reuse_prefixes=False, max_extra_blocks=0,
-            max_kv_bytes=None if is_tiny else 2**32, int8_head=scheme is not None, **changes,
+            max_kv_bytes=None if shape is TINY else 2**35, int8_head=scheme is not None, **changes,
         )  # fmt: skip
         _report(f"batch {batch_size}", _decoding(Engine(model, settings), batch_size, shape.vocab_size, device))
     settings = replace(settings, max_batch_size=64)
-    requests = [(request.ids, request.new_tokens) for request in workload("W2", scale=0.1 if is_tiny else 1.0)]
+    requests = [(request.ids, request.new_tokens) for request in workload("W2", scale=0.1 if shape is TINY else 1.0)]
     engine = Engine(model, settings)
     _generate(engine, [(ids, 40) for ids, _ in requests])  # records the steps of most numbers of rows
     _generate(engine, requests)
@@ -204,10 +216,10 @@ def _bytes_read(engine: Engine, batch_size: int) -> int:
     return weights + batch_size * (PROMPT + NEW // 2) * place
 
 
-def transformers_static(device: torch.device, is_tiny: bool) -> None:
+def transformers_static(device: torch.device, shape: DecoderConfig, batches: Batches) -> None:
     """`generate` with a static cache, whose decoding it compiles and records by itself."""
-    model = _transformers_model(device, is_tiny)
-    for batch_size in (1, 4) if is_tiny else (1, 256):
+    model = _transformers_model(device, shape)
+    for batch_size in batches:
         ids = torch.tensor([ids for ids, _ in _random_requests(batch_size, model.config.vocab_size)], device=device)
 
         clock = _Clock()
@@ -240,18 +252,18 @@ class _Clock:
         return scores
 
 
-def transformers_continuous(device: torch.device, is_tiny: bool) -> None:
+def transformers_continuous(device: torch.device, shape: DecoderConfig, batches: Batches) -> None:
     """Its continuous batching, which starts a manager for each call: the time of a step is from two lengths."""
     from transformers import GenerationConfig
 
-    model = _transformers_model(device, is_tiny)
+    model = _transformers_model(device, shape)
 
     def generate(requests: Requests, new_tokens: int) -> int:
         config = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=new_tokens)
         outputs = model.generate_batch([ids for ids, _ in requests], generation_config=config)
         return sum(len(output.generated_tokens) for output in outputs.values())
 
-    for batch_size in (1, 4) if is_tiny else (1, 256):
+    for batch_size in batches:
         requests = _random_requests(batch_size, model.config.vocab_size)
         tokens = generate(requests, NEW)
         long = _seconds(lambda: generate(requests, NEW), device)  # noqa: B023 - called here
@@ -263,11 +275,11 @@ def transformers_continuous(device: torch.device, is_tiny: bool) -> None:
         )
 
 
-def _transformers_model(device: torch.device, is_tiny: bool) -> Any:
+def _transformers_model(device: torch.device, shape: DecoderConfig) -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(SEED)
-    config = GPT2Config(n_layer=2, n_embd=32, n_head=2) if is_tiny else GPT2Config()
+    config = GPT2Config(n_layer=shape.num_layers, n_embd=shape.width, n_head=shape.num_heads)
     return GPT2LMHeadModel(config).to(device, torch.bfloat16).eval()
 
 
@@ -297,15 +309,15 @@ def _report(part: str, row: dict[str, Any]) -> None:
     print(json.dumps({"part": part, **row}), flush=True)
 
 
-CONTENDERS: dict[str, Callable[[torch.device, bool], None]] = {
+CONTENDERS: dict[str, Callable[[torch.device, DecoderConfig, Batches], None]] = {
     "bf16": pacos,
-    "int8": lambda device, is_tiny: pacos(device, is_tiny, scheme="int8_weight"),
-    "bf16 without overlap": lambda device, is_tiny: pacos(device, is_tiny, overlaps=False),
-    "bf16 without graphs": lambda device, is_tiny: pacos(device, is_tiny, cuda_graphs=False),
+    "int8": partial(pacos, scheme="int8_weight"),
+    "bf16 without overlap": partial(pacos, overlaps=False),
+    "bf16 without graphs": partial(pacos, cuda_graphs=False),
     "transformers, static cache, compiled": transformers_static,
     "transformers, continuous batching": transformers_continuous,
-    "int8 with rounded activations": lambda device, is_tiny: pacos(device, is_tiny, scheme="int8_dynamic"),
-    "bf16, torch's operations only": lambda device, is_tiny: pacos(device, is_tiny, kernels="torch"),
+    "int8 with rounded activations": partial(pacos, scheme="int8_dynamic"),
+    "bf16, torch's operations only": partial(pacos, kernels="torch"),
 }
 
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from app.engine.engine import Engine, EngineSettings
 from app.engine.kernels import Kernels, _compiled
-from app.engine.packing import PackedInt8, PackedLinear, can_pack, round_up
+from app.engine.packing import AlignedHead, PackedInt8, PackedLinear, can_pack, round_up
 from app.engine.sampling import Sampling
 from app.models.decoder import Decoder
 from app.models.quantization import QuantizationConfig, quantize
@@ -96,3 +96,12 @@ def test_rows_are_rounded_up_to_few_numbers_at_little_cost() -> None:
     assert len(set(rounded)) < 30
     assert all(count <= padded for count, padded in enumerate(rounded, start=1))
     assert all(padded - count < max(8, count / 2) for count, padded in enumerate(rounded, start=1))
+
+
+def test_a_head_filled_up_makes_the_logits_of_the_vocabulary_alone() -> None:
+    weight, x = torch.randn(1003, 32), torch.randn(2, 5, 32)
+    head = AlignedHead(weight)
+    logits = head(x)
+    torch.testing.assert_close(logits, x @ weight.T)
+    assert logits.shape == (2, 5, 1003) and logits.stride(1) % 64 == 0
+    assert torch.equal(head.weight, weight) and head.weight.is_contiguous()  # as kernels of ours read it

@@ -13,7 +13,15 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from app.config import ComposedConfig, LoraConfig, OptimizerConfig, PromptConfig
+from app.config import (
+    AdapterConfig,
+    BitFitConfig,
+    ComposedConfig,
+    FullConfig,
+    LoraConfig,
+    OptimizerConfig,
+    PromptConfig,
+)
 from app.config.base import Precision
 from app.data.batches import Batch, collate
 from app.errors import UserError
@@ -483,6 +491,25 @@ def test_a_model_deeper_than_the_compilers_limit_is_compiled_once_for_all_blocks
     with torch._dynamo.config.patch(error_on_recompile=False, recompile_limit=4, fail_on_recompile_limit_hit=True):
         torch.testing.assert_close(model(ids), plain)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before < shape.num_layers
+
+
+@pytest.mark.parametrize(
+    "method",
+    [FullConfig(), LoraConfig(), LoraConfig(dora=True, dropout=0.1), AdapterConfig(size=8), BitFitConfig()],
+    ids=["full", "lora", "dora", "adapter", "bitfit"],
+)
+def test_no_technique_breaks_a_blocks_graph(method) -> None:
+    """Where one did, LoRA on a GPU trained slower compiled than not."""
+    model = Decoder(DecoderConfig(64, 32, num_layers=2, num_heads=2, width=16, mlp_width=32))
+    model.initialize(generator=torch.Generator().manual_seed(0))
+    apply_method(model, method)
+    store_frozen(model, "bf16", torch.device("cpu"))
+    model.attention = "math"
+    torch._dynamo.reset()
+    for block in model.blocks:
+        block.compile(dynamic=True, backend="eager", fullgraph=True)
+    with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True), autocast(torch.device("cpu"), "bf16"):
+        model(torch.arange(24).unsqueeze(0)).sum().backward()
 
 
 def test_parts_beyond_the_rows_cost_no_position(tiny_model: Path) -> None:

@@ -10,6 +10,7 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
+from app.engine.packing import AlignedHead
 from app.models.quantization.int8 import Int8Dynamic, Int8Weight
 
 FEW_ROWS = 4
@@ -212,7 +213,7 @@ def suits(layer: nn.Module, norm: nn.Module | None = None) -> bool:
     if norm is not None and (type(norm) not in _NORMS or norm.weight is None):
         return False
     weight = getattr(layer, "weight", None)
-    if type(layer) is nn.Linear:
+    if type(layer) in (nn.Linear, AlignedHead):
         assert weight is not None
         return weight.dtype in (torch.float32, torch.bfloat16, torch.float16) and weight.is_contiguous()
     return type(layer) in (Int8Weight, Int8Dynamic)
