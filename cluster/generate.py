@@ -1,8 +1,8 @@
 """Writes the manifests that follow from others: `python -m cluster.generate`.
 
-`kubernetes/raycluster.yaml` says what a cluster is, `/serve_config.yaml` what is served. The clusters of the jobs and of
-the service are the first one with other numbers, and what is served is the second with the addresses that containers
-need, so that neither stands in the repository twice. A test compares the files with what this makes.
+`kubernetes/raycluster.yaml` says what a cluster is, `/serve_config.yaml` what is served. The clusters of the jobs and
+of the service are the first with other numbers, and what is served there is the second with the address that containers
+need, so that neither is kept twice by hand. A test compares the files with what this makes.
 """
 
 import copy
@@ -43,10 +43,10 @@ def train_job(cluster: Manifest) -> Manifest:
 
 
 def sweep_job(cluster: Manifest) -> Manifest:
-    """On CPUs, of which the autoscaler brings more as trials ask for them."""
+    """On CPUs. A sweep counts its room when it starts: more `least` is more trials at once, what comes later is unused."""
     entrypoint = (
         f"pacos sweep --config {CONFIGS}/sweeps/lora_rank.yaml output={SHARED}/sweep train.data={SHARED}/data "
-        "train.workers.count=2 train.workers.cpus=4 train.workers.threads=4"
+        "train.workers.cpus=4 train.workers.threads=4"
     )
     return _job(cluster, name="pacos-sweep", entrypoint=entrypoint, least={"cpu": 2, "gpu": 0})
 
