@@ -43,7 +43,7 @@ def train_job(cluster: Manifest) -> Manifest:
 
 
 def sweep_job(cluster: Manifest) -> Manifest:
-    """On CPUs. A sweep counts its room when it starts: more `least` is more trials at once, what comes later is unused."""
+    """On CPUs. A sweep counts its room when it starts: more `least` is more trials at once; later ones are idle."""
     entrypoint = (
         f"pacos sweep --config {CONFIGS}/sweeps/lora_rank.yaml output={SHARED}/sweep train.data={SHARED}/data "
         "train.workers.cpus=4 train.workers.threads=4"

@@ -1,4 +1,4 @@
-"""The Kubernetes manifests: valid for Kubernetes and KubeRay, as secure, as large and as reachable as they should be."""
+"""The Kubernetes manifests: valid for Kubernetes and KubeRay, as secure, large and reachable as they should be."""
 
 import copy
 import functools
