@@ -214,6 +214,20 @@ def ask(config: AskConfig) -> None:
 # --- the parts, which quickstart strings together on one cluster --------------------------------
 
 
+def cluster_up(*, nodes: int, cpus: int | None) -> None:
+    from app.local_cluster import local_cluster
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the nodes are ended then, too
+    each = cpus or max(1, (os.cpu_count() or 1) // nodes)
+    console.say(f"starting a head and {nodes} workers of {each} CPUs", style="dim")
+    with local_cluster(nodes=nodes, cpus=each) as cluster, suppress(KeyboardInterrupt):
+        console.say(f"Up: `pacos … --address {cluster.gcs}`; for `ray` and `serve` in another terminal:")
+        url = cluster.dashboard
+        print(f"export RAY_AUTH_MODE=token RAY_API_SERVER_ADDRESS={url} RAY_DASHBOARD_ADDRESS={url}", flush=True)
+        console.say("Ctrl-C ends all of it.")
+        wait_for_interrupt()
+
+
 def run_prepare(config: PrepareConfig, *, on_ray: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
     """Prepare, unless that is done; `on_ray` connects, once what can be checked without Ray is checked."""
     from app.data.prepare import opened, plan_preparation, run

@@ -132,7 +132,7 @@ def check(resource: dict[str, Any]) -> None:
         metadata=_closed(("name",), name=TEXT, namespace=TEXT, labels=TEXTS, annotations=TEXTS),
         spec=_SPECS.get(resource.get("kind", ""), {}),
     )
-    jsonschema.validate(resource, schema)
+    jsonschema.Draft7Validator(schema).validate(resource)
 
 
 def cluster_of(resource: dict[str, Any]) -> dict[str, Any]:
