@@ -138,7 +138,7 @@ def test_the_health_check_asks_what_answers_without_a_token() -> None:
 
 
 def test_compose_is_valid_by_the_specifications_schema() -> None:
-    validator = jsonschema.Draft7Validator(get_builtin_schema("vendor.compose-spec"))
+    validator = jsonschema.Draft202012Validator(get_builtin_schema("vendor.compose-spec"))
     validator.validate(COMPOSE)
     for path, value in (
         ("services.head.port", []),
