@@ -60,8 +60,9 @@ every_ray_resource = pytest.mark.parametrize("resource", of_ray(), ids=name_of)
 
 
 def test_the_manifests_are_those_that_we_mean_to_have() -> None:
-    names = {"RayCluster pacos", "RayJob pacos-sweep", "RayJob pacos-train", "RayService pacos"}
+    names = {"RayCluster pacos-cluster", "RayJob pacos-sweep", "RayJob pacos-train", "RayService pacos"}
     assert set(map(name_of, of_ray())) == names
+    assert len({resource["metadata"]["name"] for resource in of_ray()}) == 4, "each has a service called NAME-head-svc"
     assert {resource["metadata"].get("namespace", "pacos") for resource in resources()} == {"pacos"}
 
 
