@@ -247,6 +247,7 @@ def test_what_is_mounted_and_built_is_there() -> None:
         for source in (volume.split(":")[0] for volume in service.get("volumes", ())):
             assert (FOLDER / source).exists() if source.startswith(".") else source in COMPOSE["volumes"], source
     build = SERVICES["head"]["build"]
+    assert build == SERVICES["worker"]["build"]
     assert (FOLDER / build["context"]).resolve() == REPOSITORY
     assert (REPOSITORY / build["dockerfile"]).samefile(DOCKERFILE)
     assert build["target"] in stages(DOCKERFILE.read_text())

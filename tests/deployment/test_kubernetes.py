@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib
 import re
 import shlex
 from collections.abc import Iterator
@@ -308,7 +309,10 @@ def test_what_the_service_deploys_is_checked_as_a_deploy_file_is(tmp_path: Path)
     (service,) = resources("RayService")
     file = tmp_path / "serve.yaml"
     file.write_text(service["spec"]["serveConfigV2"])
-    assert check_deploy_file(str(file)) == ["pacos"]  # imports its import_path's module and the autoscaling policy
+    assert check_deploy_file(str(file)) == ["pacos"]  # which makes the autoscaling policy, too
+    (application,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+    module, _, name = application["import_path"].partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
     file.write_text(service["spec"]["serveConfigV2"].replace("max_replicas", "max_replica"))
     with pytest.raises(UserError, match="did you mean 'max_replicas'"):
         check_deploy_file(str(file))
