@@ -211,9 +211,6 @@ def ask(config: AskConfig) -> None:
     show_answer(send(config))
 
 
-# --- the parts, which quickstart strings together on one cluster --------------------------------
-
-
 def cluster_up(*, nodes: int, cpus: int | None) -> None:
     from app.local_cluster import local_cluster
 
@@ -226,6 +223,9 @@ def cluster_up(*, nodes: int, cpus: int | None) -> None:
         print(f"export RAY_AUTH_MODE=token RAY_API_SERVER_ADDRESS={url} RAY_DASHBOARD_ADDRESS={url}", flush=True)
         console.say("Ctrl-C ends all of it.")
         wait_for_interrupt()
+
+
+# --- the parts, which quickstart strings together on one cluster --------------------------------
 
 
 def run_prepare(config: PrepareConfig, *, on_ray: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:

@@ -3,9 +3,12 @@
 import shlex
 from typing import Any
 
+import click
 from ray.scripts.scripts import start
 
 _ENDS = {";", "&&", "||", "|"}
+_OF_THE_HEAD = ("port", "include_dashboard", "redis_shard_ports")
+"""What `ray start` refuses when it has started already, for a node that is no head."""
 
 
 def ray_starts(command: str) -> list[dict[str, Any]]:
@@ -17,7 +20,10 @@ def ray_starts(command: str) -> list[dict[str, Any]]:
 
 
 def options(arguments: list[str]) -> dict[str, Any]:
-    return start.make_context("ray start", list(arguments)).params
+    parsed = start.make_context("ray start", list(arguments)).params
+    if parsed["address"] and not parsed["head"] and any(parsed[option] is not None for option in _OF_THE_HEAD):
+        raise click.UsageError(f"of a head alone: {arguments}")
+    return parsed
 
 
 def _up_to_end(words: list[str]) -> list[str]:

@@ -101,6 +101,8 @@ def test_a_flag_that_ray_start_lacks_is_noticed() -> None:
         ray_starts("ray stop && ray start --head --dashboard-hosts=127.0.0.1")
     with pytest.raises(click.BadParameter):
         ray_starts("ray start --num-cpus=many")
+    with pytest.raises(click.UsageError, match="of a head alone"):
+        ray_starts("ray start --address=head:6379 --port=6379")
 
 
 @pytest.mark.parametrize("name", FILES)
