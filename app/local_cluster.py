@@ -118,7 +118,7 @@ def _of_every_node(agent: int, object_store: int) -> list[str]:
 def _environment(folder: Path) -> Mapping[str, str]:
     inherited = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     ours = {"RAY_AUTH_MODE": "token", "RAY_TMPDIR": str(folder)}
-    return inherited | ours | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}  # without it Ray refuses a second node on macOS
+    return inherited | ours | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}  # else Ray refuses workers on macOS
 
 
 def _start(name: str, command: list[str], environment: Mapping[str, str], folder: Path) -> _Node:
