@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test check format clean
+.PHONY: quickstart test check format manifests clean
 
 quickstart: .venv/.runtime  ## the main job on what the repository carries
 	$(BIN)/pacos quickstart
@@ -19,6 +19,9 @@ check: .venv/.dev  ## lint, format, types, import contract
 format: .venv/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+manifests: .venv/.runtime  ## what follows from serve_config.yaml and cluster/kubernetes/raycluster.yaml
+	$(BIN)/python -m cluster.generate
 
 clean:
 	rm -rf .venv build dist *.egg-info

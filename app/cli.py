@@ -20,6 +20,9 @@ cli = typer.Typer(
     help="Fine-tune and serve instruction-following language models on one Ray cluster.",
 )
 
+cluster = typer.Typer(no_args_is_help=True, help="A cluster of several nodes on this machine.")
+cli.add_typer(cluster, name="cluster")
+
 _MODULES = {"quickstart": "app.quickstart", "sweep": "tune.commands", "promote_best": "tune.commands"}
 """Where the function of a command is, if not in `app.commands`."""
 
@@ -217,6 +220,19 @@ def ask(overrides: Overrides = None, config: ConfigFile = None) -> None:
 def quickstart(overrides: Overrides = None, config: ConfigFile = None, address: Address = None) -> None:
     """The whole job on what the project carries: prepare, train, evaluate, index, serve, ask."""
     _run("quickstart", "QuickstartConfig", overrides, config, address=address)
+
+
+@cluster.command()
+def up(
+    nodes: Annotated[int, typer.Option("--nodes", min=1, metavar="N", help="Workers, beside a head without work.")] = 2,
+    cpus: Annotated[
+        int | None, typer.Option("--cpus", min=1, metavar="N", help="Logical CPUs of each; none divides the machine's.")
+    ] = None,
+) -> None:
+    """Start a head and N workers here, without containers; Ctrl-C ends them."""
+    from app.commands import cluster_up
+
+    cluster_up(nodes=nodes, cpus=cpus)
 
 
 def main(*prefix: str) -> None:

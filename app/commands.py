@@ -211,6 +211,20 @@ def ask(config: AskConfig) -> None:
     show_answer(send(config))
 
 
+def cluster_up(*, nodes: int, cpus: int | None) -> None:
+    from app.local_cluster import local_cluster
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the nodes are ended then, too
+    each = cpus or max(1, (os.cpu_count() or 1) // nodes)
+    console.say(f"starting a head and {nodes} workers of {each} CPUs", style="dim")
+    with local_cluster(nodes=nodes, cpus=each) as cluster, suppress(KeyboardInterrupt):
+        console.say(f"Up: `pacos … --address {cluster.gcs}`; for `ray` and `serve` in another terminal:")
+        url = cluster.dashboard
+        print(f"export RAY_AUTH_MODE=token RAY_API_SERVER_ADDRESS={url} RAY_DASHBOARD_ADDRESS={url}", flush=True)
+        console.say("Ctrl-C ends all of it.")
+        wait_for_interrupt()
+
+
 # --- the parts, which quickstart strings together on one cluster --------------------------------
 
 

@@ -1,0 +1,1 @@
+"""How a cluster is brought up: `ray up` files, Kubernetes manifests, images; and what generates some of them."""
