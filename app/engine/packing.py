@@ -3,6 +3,8 @@
 torch's fp32 products go through MKL, which on AMD's processors is slow for few rows. On two cores of an EPYC with AVX2:
 [64, 768] x [768, 3072] at 60 GFLOP/s there and at 111 with weights that oneDNN has laid out, [8, 768] x [768, 50257] at
 16 and 45. The packed weights are a second copy: the plain ones stay, for the deltas to be built on.
+
+Where the processor has AMX, bf16 and int8 go through products of our own (`kernels/tiles.c`), which ask for weights ahead.
 """
 
 import torch
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from app.engine.kernels import Kernels
+from app.engine.kernels.tiles import PackedBytes, PackedWeights, tiles
 from app.models.decoder import Decoder
 from app.models.quantization.int8 import Int8Dynamic
 from app.models.quantization.integer_product import OneDnnProduct
@@ -41,11 +44,18 @@ class PackedLinear(nn.Module):
         self.bias = linear.bias
         self.weight = linear.weight
         self._kernels = kernels
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _ROWS)
+        self._tiles = tiles() if linear.weight.dtype == torch.bfloat16 else None
+        if self._tiles is not None:
+            self._for_tiles = PackedWeights(linear.weight, linear.bias)
+        else:
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _ROWS)
 
     def forward(self, x: Tensor) -> Tensor:
         if self._kernels is not None and x.numel() == x.shape[-1]:
             return self._kernels.multiply_row(x.contiguous(), self.weight, self.bias)
+        if self._tiles is not None:
+            y = self._tiles.multiply(x.reshape(-1, x.shape[-1]), self._for_tiles)
+            return y.view(*x.shape[:-1], y.shape[-1])
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
 
 
@@ -55,26 +65,33 @@ class PackedInt8(nn.Module):
 
     def __init__(self, layer: Int8Dynamic, kernels: Kernels) -> None:
         super().__init__()
-        product = layer.product
-        assert isinstance(product, OneDnnProduct)
-        self.codes, self.scale, self.bias = layer.codes, layer.scale, layer.bias
-        self._kernels, self._product = kernels, product
+        self.bias, self.codes, self.scale = layer.bias, layer.codes, layer.scale
+        self._kernels, self._tiles = kernels, tiles()
+        if self._tiles is not None:  # its sums of 8 bits times 8 bits are exact
+            self._levels, self._zero = 127, 128
+            self._for_tiles = PackedBytes(layer.codes, layer.scale, layer.bias, zero=self._zero)
+        else:
+            product = layer.product
+            assert isinstance(product, OneDnnProduct)
+            self._product, self._levels, self._zero = product, product.levels, product.zero
         self._sums = layer.codes.sum(dim=1, dtype=torch.int32) if kernels.has_byte_dots else None
 
     @staticmethod
     def suits(layer: nn.Module) -> bool:
-        return type(layer) is Int8Dynamic and isinstance(layer.product, OneDnnProduct)
+        return type(layer) is Int8Dynamic and (tiles() is not None or isinstance(layer.product, OneDnnProduct))
 
     def forward(self, x: Tensor) -> Tensor:
-        kernels, product = self._kernels, self._product
+        kernels = self._kernels
         rows = x.reshape(-1, x.shape[-1])
-        integers, steps = kernels.round_rows(rows, product.levels)
+        integers, steps = kernels.round_rows(rows, self._levels)
         if len(rows) == 1 and self._sums is not None:
             y = kernels.multiply_row_of_bytes(
-                integers, steps.item(), product.zero, self.codes, self.scale, self._sums, self.bias
+                integers, steps.item(), self._zero, self.codes, self.scale, self._sums, self.bias
             ).to(x.dtype)
+        elif self._tiles is not None:
+            y = self._tiles.multiply_bytes(integers, steps, self._for_tiles, x.dtype)
         else:
-            y = kernels.scale_rows(product.of_integers(integers), steps, self.bias, x.dtype)
+            y = kernels.scale_rows(self._product.of_integers(integers), steps, self.bias, x.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
 
 

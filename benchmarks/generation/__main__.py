@@ -4,8 +4,8 @@
 
 `workloads.py` says what is generated, `contender.py` how each does it, in its best settings: batches of requests of
 like length where a peer cannot batch continuously. Every run is a process of its own with all cores, after a warm-up;
-contenders take turns, and of `--repeat` runs the fastest counts. Contenders in fp32 must agree on every answer's first
-token. The file is written anew after every run.
+contenders take turns, `--repeat` times, and the median counts, of ratios that of runs in the same turn. Contenders in
+fp32 must agree on every answer's first token. The file is written anew after every run.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """Ratios and bars from the runs, as numbers, a table and a plot."""
 
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 BARS = [
@@ -23,21 +24,29 @@ BARS = [
 
 
 def summarize(report: dict[str, Any]) -> dict[str, Any]:
-    """`report` with the best rate of each contender, and which bars are reached."""
-    rates: dict[str, dict[str, float]] = {}
+    """`report` with the median rate of each contender, and which bars are reached: by the median of the ratios of runs
+    in the same turn, because a machine may be twice as fast in one turn as in another."""
+    rates: dict[str, dict[str, list[float | None]]] = {}
     for load, contenders in report["runs"].items():
         for name, runs in contenders.items():
-            done = [run["tokens"] / run["seconds"] for run in runs if "failed" not in run]
-            if done:
-                rates.setdefault(load, {})[name] = round(max(done), 1)
-    bars = [
-        {"workload": load, "ours": ours, "peer": peer, "bar": bar, "measured": round(there[ours] / there[peer], 2)}
-        for load, ours, peer, bar in BARS
-        if ours in (there := rates.get(load, {})) and peer in there
-    ]
-    for bar in bars:
-        bar["reached"] = bar["measured"] >= bar["bar"]
-    return report | {"tokens_per_s": rates, "bars": bars, "fp32_first_tokens_agree": _agree(report)}
+            of_turns = [None if "failed" in run else run["tokens"] / run["seconds"] for run in runs]
+            if any(of_turns):
+                rates.setdefault(load, {})[name] = of_turns
+    bars = []
+    for load, ours, peer, bar in BARS:
+        there = rates.get(load, {})
+        ratios = [mine / theirs for mine, theirs in zip(there.get(ours, []), there.get(peer, []), strict=False)
+                  if mine and theirs]  # fmt: skip
+        if ratios:
+            measured = round(median(ratios), 2)
+            turns = [round(ratio, 2) for ratio in ratios]
+            bars.append({"workload": load, "ours": ours, "peer": peer, "bar": bar, "measured": measured,
+                         "turns": turns, "reached": measured >= bar})  # fmt: skip
+    medians = {
+        load: {name: round(median(rate for rate in of_turns if rate), 1) for name, of_turns in there.items()}
+        for load, there in rates.items()
+    }
+    return report | {"tokens_per_s": medians, "bars": bars, "fp32_first_tokens_agree": _agree(report)}
 
 
 def _agree(report: dict[str, Any]) -> dict[str, float]:

@@ -1,0 +1,103 @@
+"""Products of packed weights with rows, in the tile registers of Intel's AMX; see `tiles.c`."""
+
+import ctypes
+import functools
+import threading
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from app.models.kernels.native import is_bf16, load_library
+
+_SOURCE = Path(__file__).with_name("tiles.c")
+_PANEL = 32
+"""Outputs that are computed together."""
+
+
+class Tiles:
+    """`can_use_tiles` of the library must have been true."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        i64, pointer = ctypes.c_int64, ctypes.c_void_p
+        library.multiply_bf16.argtypes = [pointer, i64, i64, pointer, pointer, pointer, i64, pointer]
+        library.multiply_bytes.argtypes = [pointer, i64, i64, *[pointer] * 6, i64, ctypes.c_int, pointer]
+        library.multiply_bf16.restype = library.multiply_bytes.restype = None
+        self._library = library
+        self._of_thread = threading.local()
+
+    def multiply(self, x: Tensor, weights: "PackedWeights") -> Tensor:
+        """bf16 [rows, out] of bf16 `x` [rows, in]. A row's result does not depend on the others."""
+        x = x.contiguous()
+        y = x.new_empty(len(x), weights.out_features)
+        self._library.multiply_bf16(
+            x.data_ptr(), *x.shape, weights.packed.data_ptr(), _address(weights.bias), y.data_ptr(),
+            weights.out_features, self._room(x),
+        )  # fmt: skip
+        return y
+
+    def multiply_bytes(self, x: Tensor, steps: Tensor, weights: "PackedBytes", dtype: torch.dtype) -> Tensor:
+        """[rows, out] in `dtype` of uint8 `x` [rows, in], from which the weights' `zero` is taken and which is then
+        multiplied by `steps` fp32 [rows]. Integers are summed exactly."""
+        y = torch.empty(len(x), weights.out_features, dtype=dtype)
+        self._library.multiply_bytes(
+            x.data_ptr(), *x.shape, weights.packed.data_ptr(), _address(weights.bias), weights.scale.data_ptr(),
+            weights.shifts.data_ptr(), steps.data_ptr(), y.data_ptr(), weights.out_features, is_bf16(y), self._room(x),
+        )  # fmt: skip
+        return y
+
+    def _room(self, x: Tensor) -> int:
+        """The address of memory for `x` in tiles, kept from call to call: to get it anew would cost more than to fill
+        it."""
+        size = -(-len(x) // 32) * 32 * -(-x.shape[1] * x.element_size() // 64) * 64
+        room: Tensor | None = getattr(self._of_thread, "room", None)
+        if room is None or room.numel() < size:
+            room = self._of_thread.room = torch.empty(size, dtype=torch.uint8)
+        return room.data_ptr()
+
+
+class PackedWeights:
+    """bf16 `weight` [out, in] and `bias` [out], as `Tiles.multiply` reads them."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.out_features = len(weight)
+        self.packed = _pack(weight, neighbours=2)
+        self.bias = None if bias is None else _filled_up(bias.float())
+
+
+class PackedBytes:
+    """int8 `codes` [out, in], `scale` and `bias` fp32 [out], as `Tiles.multiply_bytes` reads them; `zero` is what stands
+    for 0 in its inputs."""
+
+    def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None, *, zero: int) -> None:
+        self.out_features = len(codes)
+        self.packed = _pack(codes, neighbours=4)
+        self.scale = _filled_up(scale.float())
+        self.shifts = _filled_up(zero * codes.sum(dim=1, dtype=torch.int32))
+        self.bias = None if bias is None else _filled_up(bias.float())
+
+
+@functools.cache
+def tiles() -> Tiles | None:
+    """None where the processor has no such registers, or the system or the compiler does not know them."""
+    if not torch.cpu._is_amx_tile_supported():
+        return None
+    library = load_library(_SOURCE)
+    return Tiles(library) if library is not None and library.can_use_tiles() else None
+
+
+def _pack(weight: Tensor, *, neighbours: int) -> Tensor:
+    """Panels of two tiles of 16 outputs side by side, as `tiles.c` says; zeros fill them up."""
+    inputs = 16 * neighbours
+    filled = F.pad(weight.detach(), (0, -weight.shape[1] % inputs, 0, -len(weight) % _PANEL))
+    panels = filled.view(len(filled) // _PANEL, 2, 16, filled.shape[1] // inputs, 16, neighbours)
+    return panels.permute(0, 3, 1, 4, 2, 5).contiguous()  # [panels, depth, 2, lines, outputs, neighbours]
+
+
+def _filled_up(of_outputs: Tensor) -> Tensor:
+    return F.pad(of_outputs.detach(), (0, -len(of_outputs) % _PANEL)).contiguous()
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()

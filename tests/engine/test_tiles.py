@@ -1,0 +1,98 @@
+"""Products in AMX's tile registers beside exact ones; where there are none, how weights are packed for them."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from app.engine.kernels import tiles as module
+from app.engine.kernels.tiles import PackedBytes, PackedWeights, tiles
+from app.models.kernels.native import load_library
+
+needs_tiles = pytest.mark.skipif(tiles() is None, reason="this machine has no AMX, or no C compiler")
+SHAPES = [(2, 768, 100), (16, 64, 32), (17, 80, 33), (33, 50, 7), (64, 3072, 768), (130, 96, 1003)]
+"""Rows, inputs, outputs: whole and broken tiles, panels and bytes of a tile's row."""
+
+
+@pytest.mark.parametrize("neighbours", [2, 4], ids=["bf16", "bytes"])
+def test_packed_weights_hold_each_weight_where_a_tile_wants_it(neighbours: int) -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randint(-9, 9, (45, 70)).float(), torch.randint(-9, 9, (3, 70)).float()
+    packed = module._pack(weight, neighbours=neighbours)
+    panels, depth, pair, lines, outputs, _ = packed.shape
+    assert (pair, lines, outputs) == (2, 16, 16) and packed.is_contiguous()
+    filled = torch.zeros(3, depth * lines * neighbours)
+    filled[:, :70] = x
+    # As `tdpbf16ps` and `tdpbusd` do: neighbours of a line with as many neighbours of the row, summed over lines.
+    sums = torch.einsum("rdln,pdtlon->rpto", filled.view(3, depth, lines, neighbours), packed)
+    assert torch.equal(sums.reshape(3, panels * 32)[:, :45], x @ weight.T)
+
+
+def test_the_source_compiles_for_any_processor() -> None:
+    library = load_library(module._SOURCE)
+    if library is None:
+        pytest.skip("no C compiler")
+    assert library.can_use_tiles() == (tiles() is not None)
+
+
+@needs_tiles
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), SHAPES)
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_products_of_bf16(rows: int, inputs: int, outputs: int, has_bias: bool) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, inputs).bfloat16(), torch.randn(outputs, inputs).bfloat16()
+    bias = torch.randn(outputs).bfloat16() if has_bias else None
+    expected = x.double() @ weight.double().T + (bias.double() if has_bias else 0.0)
+    y = tiles().multiply(x, PackedWeights(weight, bias))
+    torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=1e-4 * inputs**0.5)
+
+
+@needs_tiles
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_bytes_are_exact_but_for_the_last_rounding(rows, inputs, outputs, dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randint(1, 256, (rows, inputs), dtype=torch.uint8)
+    codes = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
+    codes[0], x[0] = 127, 255  # the largest sums
+    scale, steps, bias = torch.rand(outputs), torch.rand(rows), torch.randn(outputs)
+    exact = (x.double() - 128) @ codes.double().T * scale.double() * steps.double()[:, None] + bias.double()
+    y = tiles().multiply_bytes(x, steps, PackedBytes(codes, scale, bias, zero=128), dtype)
+    assert y.dtype == dtype
+    rtol = 2**-8 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(y.double(), exact, rtol=rtol, atol=1e-4 * float(exact.abs().max()) * rtol)
+
+
+@needs_tiles
+def test_a_rows_result_does_not_depend_on_the_others() -> None:
+    torch.manual_seed(0)
+    x, weights = torch.randn(150, 96).bfloat16(), PackedWeights(torch.randn(70, 96).bfloat16(), None)
+    together = tiles().multiply(x, weights)
+    for count in (1, 16, 17, 32, 33, 100):
+        assert torch.equal(tiles().multiply(x[:count], weights), together[:count])
+
+
+@needs_tiles
+def test_onednns_own_tiles_are_left_as_they_were() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(40, 96).bfloat16(), torch.randn(70, 96).bfloat16()
+    packed, ours = torch.ops.mkldnn._reorder_linear_weight(weight, 40), PackedWeights(weight, None)
+    expected = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    mine = tiles().multiply(x, ours)
+    for _ in range(20):
+        assert torch.equal(torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""), expected)
+        assert torch.equal(tiles().multiply(x, ours), mine)
+
+
+@needs_tiles
+def test_threads_multiply_at_once() -> None:
+    torch.manual_seed(0)
+    weights = PackedWeights(torch.randn(200, 256).bfloat16(), None)
+    inputs = [torch.randn(20 + number, 256).bfloat16() for number in range(4)]
+    expected = [tiles().multiply(x, weights) for x in inputs]
+
+    def many(number: int) -> bool:
+        return all(torch.equal(tiles().multiply(inputs[number], weights), expected[number]) for _ in range(50))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(many, range(4)))
