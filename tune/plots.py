@@ -132,11 +132,24 @@ def _colors(trials: Sequence[TrialRecord]) -> dict[int, Any]:
 
 
 def _without_outliers(axes: Any, losses: Sequence[Any]) -> None:
-    """One that diverges must not flatten all others to a line."""
+    """Those that diverge must not flatten all others to a line, however many they are: they are counted instead."""
     if losses:
-        low, high = min(losses), float(np.quantile(losses, 0.9))
+        low, high = min(losses), _end_of_the_best(sorted(losses))
         margin = 0.08 * max(high - low, 1e-3)
         axes.set_ylim(low - margin, high + 4 * margin)
+        above = sum(loss > high + 4 * margin for loss in losses)
+        if above:
+            axes.annotate(f"{above} higher", (0.5, 0.97), xycoords="axes fraction", ha="center", va="top", fontsize=7)
+
+
+def _end_of_the_best(losses: Sequence[float]) -> float:
+    """Where `losses`, sorted, fall into two far groups: the largest of the better one; else the lowest nine tenths."""
+    gaps = np.diff(losses)
+    if len(gaps):
+        last = int(np.argmax(gaps))
+        if last >= 2 and gaps[last] > 2 * (losses[last] - losses[0]):
+            return losses[last]
+    return float(np.quantile(losses, 0.9))
 
 
 def _shown(value: Any) -> Any:

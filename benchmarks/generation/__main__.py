@@ -4,8 +4,10 @@
 
 `workloads.py` says what is generated, `contender.py` how each does it, in its best settings: batches of requests of
 like length where a peer cannot batch continuously. Every run is a process of its own with all cores, after a warm-up;
-contenders take turns, `--repeat` times, and the median counts, of ratios that of runs in the same turn. Contenders in
-fp32 must agree on every answer's first token. The file is written anew after every run.
+contenders take turns, `--repeat` times, and the median counts, of ratios that of runs in the same turn. What takes more
+than `--long` seconds is not repeated; what would take more than `--longest`, by its rate with many requests in an
+earlier workload, is left out. Contenders in fp32 must agree on every answer's first token. The file is written anew
+after every run.
 """
 
 import argparse
@@ -40,6 +42,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workloads", default="W1,W2,W3")
     parser.add_argument("--scale", type=float, default=1.0, help="part of the requests of W2 and W3")
     parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--long", type=float, default=3600, help="seconds")
+    parser.add_argument("--longest", type=float, default=3600, help="seconds")
     parser.add_argument("--folder", type=Path, help="keep model and peers' environments there for the next time")
     parser.add_argument("--json", type=Path, help="file to write the result to")
     parser.add_argument("--plot", type=Path, help="file to draw it to")
@@ -57,11 +61,16 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
     }
     peers = {"pacos", *arguments.peers.split(",")}
     names = arguments.only or [name for name in CONTENDERS if name.split("_")[0] in peers]
-    for _ in range(arguments.repeat):
-        for load in arguments.workloads.split(","):
-            requests = folder / f"{load}.json"
-            write_requests(workload(load, scale=arguments.scale), requests)
-            for name in names:
+    rates: dict[str, float] = {}
+    for load in arguments.workloads.split(","):
+        requests = folder / f"{load}.json"
+        work = workload(load, scale=arguments.scale)
+        write_requests(work, requests)
+        tokens = sum(request.new_tokens for request in work)
+        names = [name for name in names if tokens / rates.get(name, float("inf")) <= arguments.longest]
+        in_turn = names
+        for _ in range(arguments.repeat):
+            for name in in_turn:
                 if name in NEED_BF16 and not has_bf16():
                     run = {"failed": "the processor has no instructions for bf16, which are emulated at a crawl"}
                 else:
@@ -71,6 +80,10 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
                 report = summarize(report)
                 if arguments.json:
                     write_text(arguments.json, json.dumps(report, indent=2) + "\n")
+            done = {name: runs[-1] for name, runs in report["runs"][load].items() if "failed" not in runs[-1]}
+            in_turn = [name for name in in_turn if name in done and done[name]["seconds"] <= arguments.long]
+        if len(work) > 1:
+            rates = {name: run["tokens"] / run["seconds"] for name, run in done.items()}
     if arguments.plot:
         plot(report, arguments.plot)
     print(table(report))

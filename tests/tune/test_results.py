@@ -11,7 +11,7 @@ from past_trials import past_trial
 
 from app.config import SweepConfig, TrainConfig, load_config
 from app.errors import UserError
-from tune.plots import pareto_front
+from tune.plots import _end_of_the_best, pareto_front
 from tune.records import TrialRecord, end_record, read_record, read_records
 from tune.results import command_of, importance_of, ranked, read_best, write_results
 from tune.search import open_search
@@ -52,6 +52,12 @@ def test_those_that_finished_come_first_and_the_front_has_no_trial_that_another_
     whole = [trial for trial in trials if trial.state == "finished"]
     front = pareto_front(whole, cost=lambda trial: trial.trained_parameters)
     assert [(trial.trained_parameters, trial.number) for trial in front] == [(100, 6), (300, 5)]
+
+
+def test_plots_end_above_the_better_trials_where_the_others_diverged(past) -> None:
+    assert _end_of_the_best([3.17, 3.18, 3.2, 6.9, 7.1, 7.5, 7.6]) == 3.2
+    assert _end_of_the_best([3.1, 3.2, 3.3, 3.4, 3.5, 3.6]) == pytest.approx(3.55)  # no gap: nearly all
+    assert _end_of_the_best([3.1, 7.0]) > 6 and _end_of_the_best([3.1]) == 3.1
 
 
 def test_results_are_a_table_a_winner_and_a_page(past) -> None:

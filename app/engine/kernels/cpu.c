@@ -14,6 +14,7 @@
 #endif
 #define BLOCK 16
 #define CHUNK 8 /* blocks whose scores are computed before their weights: their sums and maxima are found once */
+#define AHEAD 16384 /* bytes behind what one row is multiplied with, which are asked for meanwhile */
 #define PARTS (BLOCK / LANES) /* vectors that hold a value for each place of a block */
 
 /* Have `count` numbers from `at` on in the processor's cache soon: the next head's, which lie behind this one's. */
@@ -183,7 +184,10 @@ INLINE void multiply_row_of(const float *restrict x, int64_t in, const void *res
         for (int r = 0; r < 4; r++) rows[r] = (first + (r < count ? r : 0)) * in;
         for (int64_t i = 0; i < whole; i += 2 * LANES) {
             vec low = load_f32(x + i), high = load_f32(x + i + LANES);
-            for (int r = 0; r < 4; r++) {
+            for (int r = 0; r < 4; r++) { /* four rows in one page look like no stream to the processor */
+                const char *ahead = (const char *)w + (rows[r] + i) * (is_bf16 ? 2 : 4) + AHEAD;
+                __builtin_prefetch(ahead);
+                if (2 * LANES * (is_bf16 ? 2 : 4) > 64) __builtin_prefetch(ahead + 64);
                 sums[r][0] += low * load(w, rows[r] + i, is_bf16);
                 sums[r][1] += high * load(w, rows[r] + i + LANES, is_bf16);
             }
@@ -198,11 +202,45 @@ INLINE void multiply_row_of(const float *restrict x, int64_t in, const void *res
     }
 }
 
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+/* The same in bf16, two neighbours at once. */
+static void multiply_row_of_pairs(const uint16_t *restrict x, int64_t in, const uint16_t *restrict w, const uint16_t *bias,
+                                  uint16_t *y, int64_t out) {
+    const int64_t whole = in / 32 * 32;
+    const __mmask32 rest = ((__mmask32)1 << (in - whole)) - 1;
+    const __m512i last = _mm512_maskz_loadu_epi16(rest, x + whole);
+#pragma omp parallel for schedule(static) if (in * out > 65536)
+    for (int64_t group = 0; group < (out + 3) / 4; group++) {
+        int64_t first = group * 4, count = out - first < 4 ? out - first : 4;
+        __m512 sums[4];
+        const uint16_t *rows[4];
+        for (int r = 0; r < 4; r++) sums[r] = _mm512_setzero_ps(), rows[r] = w + (first + (r < count ? r : 0)) * in;
+        for (int64_t i = 0; i < whole; i += 32) {
+            __m512bh both = (__m512bh)_mm512_loadu_si512(x + i);
+            for (int r = 0; r < 4; r++) {
+                __builtin_prefetch((const char *)(rows[r] + i) + AHEAD);
+                sums[r] = _mm512_dpbf16_ps(sums[r], both, (__m512bh)_mm512_loadu_si512(rows[r] + i));
+            }
+        }
+        if (rest)
+            for (int r = 0; r < 4; r++)
+                sums[r] = _mm512_dpbf16_ps(sums[r], (__m512bh)last, (__m512bh)_mm512_maskz_loadu_epi16(rest, rows[r] + whole));
+        for (int r = 0; r < count; r++) {
+            float sum = _mm512_reduce_add_ps(sums[r]);
+            y[first + r] = to_bf16(bias ? sum + one(bias, first + r, 1) : sum);
+        }
+    }
+}
+#endif
+
 /* y = W x + bias for one row, all fp32 or all bf16: W [out, in] as it is, read once; bias may be null. `room` holds `in`
  * floats. */
 void multiply_row(const void *x, int64_t in, const void *w, const void *bias, void *y, int64_t out, int is_bf16,
                   float *room) {
     if (!is_bf16) return multiply_row_of(x, in, w, bias, y, out, 0);
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+    return multiply_row_of_pairs(x, in, w, bias, y, out);
+#endif
     for (int64_t i = 0; i < in; i++) room[i] = one(x, i, 1);
     multiply_row_of(room, in, w, bias, y, out, 1);
 }
@@ -279,7 +317,10 @@ void multiply_row_of_bytes(const uint8_t *integers, int64_t in, const int8_t *w,
         }
         for (int64_t i = 0; i < whole; i += 64) {
             __m512i x = _mm512_loadu_si512(integers + i);
-            for (int r = 0; r < 4; r++) dots[r] = _mm512_dpbusd_epi32(dots[r], x, _mm512_loadu_si512(rows[r] + i));
+            for (int r = 0; r < 4; r++) {
+                __builtin_prefetch(rows[r] + i + AHEAD);
+                dots[r] = _mm512_dpbusd_epi32(dots[r], x, _mm512_loadu_si512(rows[r] + i));
+            }
         }
         if (rest)
             for (int r = 0; r < 4; r++)
