@@ -65,7 +65,8 @@ class PackedInt8(nn.Module):
 
     def __init__(self, layer: Int8Dynamic, kernels: Kernels) -> None:
         super().__init__()
-        self.bias, self.codes, self.scale = layer.bias, layer.codes, layer.scale
+        for name in ("codes", "scale", "bias"):  # as buffers: by them a LoRA is known to be over this layer
+            self.register_buffer(name, getattr(layer, name), persistent=False)
         self._kernels, self._tiles = kernels, tiles()
         if self._tiles is not None:  # its sums of 8 bits times 8 bits are exact
             self._levels, self._zero = 127, 128

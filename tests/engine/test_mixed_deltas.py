@@ -145,6 +145,29 @@ def test_deltas_over_a_quantized_base_answer_as_alone(reference, model, prompts,
         assert tokens[request_id] == alone(with_delta(quantized, delta), prompts[2], SAMPLING)
 
 
+@pytest.mark.parametrize("scheme", [None, "int8_dynamic"])
+def test_loras_of_all_rows_are_added_together(model, prompts, kernels, scheme, monkeypatch):
+    """Not one after the other, which took most of a step over an int8 base."""
+    if kernels == "torch":
+        pytest.skip("one after the other is torch's way")
+
+    def one_by_one(*args):
+        raise AssertionError("a LoRA is added by itself")
+
+    base = copy.deepcopy(model)
+    if scheme is not None:
+        quantize(base, QuantizationConfig.model_validate({"scheme": scheme}))
+    engine = Engine(base, max_batch_size=8, max_queue=8, kernels=kernels)
+    if engine._runner.kernels is None:
+        pytest.skip("no compiled kernels")
+    monkeypatch.setattr("app.engine.deltas.updated", one_by_one)
+    hashes = [engine.add_delta(trained(model, LoraConfig(rank=4), seed=seed)) for seed in (1, 2)]
+    for number, ids in enumerate(some(prompts)):
+        engine.add_request(ids, SAMPLING, hashes[number % 2])
+    while engine.has_work:
+        engine.step()
+
+
 def test_deltas_come_and_go_while_requests_run(model, deltas, expected, prompts):
     names = ["lora", "adapter", "prefix"]
     size = max(Engine(model).prepare_delta(deltas[name]).num_bytes for name in names)

@@ -138,11 +138,18 @@ void write_cache(const void *k, int64_t k_row, int64_t k_head, const void *v, in
         }
 }
 
+/* `count` numbers of x from `at` on, in fp32. */
+INLINE void copy_f32(float *to, const void *x, int64_t at, int64_t count, int is_bf16) {
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) store_f32(to + i, load(x, at + i, is_bf16));
+    for (; i < count; i++) to[i] = one(x, at + i, is_bf16);
+}
+
 /* y += scale * B (A x) for each row, by the LoRA of its group: A [rank, in], B transposed [rank, out], both fp32; x and
  * y fp32 or bf16. `room` holds `in + out` floats for each row. */
 void add_lora(const void *x, int64_t in, void *y, int64_t out, int is_bf16, float *room, const int64_t *group_of_row,
               int64_t num_rows, const int64_t *a, const int64_t *b, const int64_t *ranks, const float *scales) {
-#pragma omp parallel for schedule(dynamic, 1) if (num_rows > 1)
+#pragma omp parallel for schedule(static) if (num_rows > 1) /* a group's rows, neighbours, find its factors in the cache */
     for (int64_t r = 0; r < num_rows; r++) {
         int64_t group = group_of_row[r];
         if (group < 0) continue;
@@ -150,25 +157,43 @@ void add_lora(const void *x, int64_t in, void *y, int64_t out, int is_bf16, floa
         float *yr = (float *)y + r * out;
         if (is_bf16) {
             float *mine = room + r * (in + out);
-            for (int64_t i = 0; i < in; i++) mine[i] = one(x, r * in + i, 1);
-            for (int64_t i = 0; i < out; i++) mine[in + i] = one(y, r * out + i, 1);
+            copy_f32(mine, x, r * in, in, 1);
+            copy_f32(mine + in, y, r * out, out, 1);
             xr = mine, yr = mine + in;
         }
-        for (int64_t j = 0; j < ranks[group]; j++) {
-            const float *row = (const float *)a[group] + j * in;
-            vec sum = all(0);
+        for (int64_t j = 0; j < ranks[group]; j += 4) { /* four at once: x and y are read once for them */
+            const float *rows[4], *directions[4];
+            float lows[4];
+            vec sums[4];
+            for (int u = 0; u < 4; u++) {
+                int64_t rank = j + u < ranks[group] ? j + u : j;
+                rows[u] = (const float *)a[group] + rank * in;
+                directions[u] = low_to_out + rank * out;
+                sums[u] = all(0);
+            }
             int64_t i = 0;
-            for (; i + LANES <= in; i += LANES) sum += load_f32(row + i) * load_f32(xr + i);
-            float low = sum_of(sum);
-            for (; i < in; i++) low += row[i] * xr[i];
-            low *= scales[group];
-            const float *direction = low_to_out + j * out;
-            for (i = 0; i + LANES <= out; i += LANES)
-                store_f32(yr + i, load_f32(yr + i) + low * load_f32(direction + i));
-            for (; i < out; i++) yr[i] += low * direction[i];
+            for (; i + LANES <= in; i += LANES) {
+                vec part = load_f32(xr + i);
+                for (int u = 0; u < 4; u++) sums[u] += load_f32(rows[u] + i) * part;
+            }
+            for (int u = 0; u < 4; u++) {
+                lows[u] = sum_of(sums[u]);
+                for (int64_t k = i; k < in; k++) lows[u] += rows[u][k] * xr[k];
+                lows[u] *= j + u < ranks[group] ? scales[group] : 0;
+            }
+            for (i = 0; i + LANES <= out; i += LANES) {
+                vec sum = load_f32(yr + i);
+                for (int u = 0; u < 4; u++) sum += lows[u] * load_f32(directions[u] + i);
+                store_f32(yr + i, sum);
+            }
+            for (; i < out; i++)
+                for (int u = 0; u < 4; u++) yr[i] += lows[u] * directions[u][i];
         }
-        if (is_bf16)
-            for (int64_t i = 0; i < out; i++) ((uint16_t *)y)[r * out + i] = to_bf16(yr[i]);
+        if (is_bf16) {
+            int64_t i = 0;
+            for (; i + LANES <= out; i += LANES) store(y, r * out + i, load_f32(yr + i), 1);
+            for (; i < out; i++) ((uint16_t *)y)[r * out + i] = to_bf16(yr[i]);
+        }
     }
 }
 
@@ -241,7 +266,7 @@ void multiply_row(const void *x, int64_t in, const void *w, const void *bias, vo
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
     return multiply_row_of_pairs(x, in, w, bias, y, out);
 #endif
-    for (int64_t i = 0; i < in; i++) room[i] = one(x, i, 1);
+    copy_f32(room, x, 0, in, 1);
     multiply_row_of(room, in, w, bias, y, out, 1);
 }
 
