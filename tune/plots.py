@@ -139,7 +139,9 @@ def _without_outliers(axes: Any, losses: Sequence[Any]) -> None:
         axes.set_ylim(low - margin, high + 4 * margin)
         above = sum(loss > high + 4 * margin for loss in losses)
         if above:
-            axes.annotate(f"{above} points are higher", (0.5, 0.97), xycoords="axes fraction", ha="center", va="top", fontsize=7)
+            axes.annotate(
+                f"{above} points are higher", (0.5, 0.97), xycoords="axes fraction", ha="center", va="top", fontsize=7
+            )
 
 
 def _end_of_the_best(losses: Sequence[float]) -> float:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -79,12 +80,20 @@ class Site(nn.Module):
         self._kernels = kernels
         self._active: list[tuple[slice, nn.Module]] = []
         self._lora_rows: LoraRows | None = None
+        self._is_plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+        """Of layers that were active before: to look takes longer than to add the update."""
 
     def activate(self, active: list[tuple[slice, nn.Module]]) -> None:
         self._active = active
         self._lora_rows = None
-        if self._kernels is not None and active and all(_is_plain_lora(layer, self.base) for _, layer in active):
+        if self._kernels is not None and active and all(self._is_plain_lora(layer) for _, layer in active):
             self._lora_rows = self._kernels.lora_rows(active)
+
+    def _is_plain_lora(self, layer: nn.Module) -> bool:
+        """Whether it is the base and a low-rank update, and nothing else."""
+        if layer not in self._is_plain:
+            self._is_plain[layer] = type(layer) is LoraLinear and not _differs(layer.base, self.base)
+        return self._is_plain[layer]
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
@@ -290,11 +299,6 @@ def _own_trained(model: Decoder) -> None:
 def _differs(layer: nn.Module, base: nn.Module) -> bool:
     shared = {tensor.data_ptr() for tensor in [*base.parameters(), *base.buffers()]}
     return any(tensor.data_ptr() not in shared for tensor in [*layer.parameters(), *layer.buffers()])
-
-
-def _is_plain_lora(layer: nn.Module, base: nn.Module) -> bool:
-    """Whether it is the base and a low-rank update, and nothing else."""
-    return type(layer) is LoraLinear and not _differs(layer.base, base)
 
 
 def _through(x: Tensor, parts: Sequence[tuple[slice, list[Block]]], context: Any, rotation: Any) -> Tensor:

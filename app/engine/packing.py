@@ -4,7 +4,8 @@ torch's fp32 products go through MKL, which on AMD's processors is slow for few 
 [64, 768] x [768, 3072] at 60 GFLOP/s there and at 111 with weights that oneDNN has laid out, [8, 768] x [768, 50257] at
 16 and 45. The packed weights are a second copy: the plain ones stay, for the deltas to be built on.
 
-Where the processor has AMX, bf16 and int8 go through products of our own (`kernels/tiles.c`), which ask for weights ahead.
+Where the processor has AMX, bf16 and int8 go through products of our own (`kernels/tiles.c`), which ask for weights
+ahead.
 """
 
 import torch
@@ -62,6 +63,10 @@ class PackedLinear(nn.Module):
 class PackedInt8(nn.Module):
     """Computes what `layer` does, for [..., in], with the rounding of activations and the scaling of products in one
     pass each, and one row's product in one pass over the codes."""
+
+    codes: Tensor
+    scale: Tensor
+    bias: Tensor | None
 
     def __init__(self, layer: Int8Dynamic, kernels: Kernels) -> None:
         super().__init__()

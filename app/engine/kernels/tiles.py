@@ -67,8 +67,8 @@ class PackedWeights:
 
 
 class PackedBytes:
-    """int8 `codes` [out, in], `scale` and `bias` fp32 [out], as `Tiles.multiply_bytes` reads them; `zero` is what stands
-    for 0 in its inputs."""
+    """int8 `codes` [out, in], `scale` and `bias` fp32 [out], as `Tiles.multiply_bytes` reads them; `zero` is what
+    stands for 0 in its inputs."""
 
     def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None, *, zero: int) -> None:
         self.out_features = len(codes)
