@@ -69,7 +69,8 @@ def local_cluster(*, nodes: int, cpus: int, program: Sequence[str] = ()) -> Iter
         for number in range(1, nodes + 1):
             worker = worker_command(ray, gcs=gcs, cpus=cpus, agent=free_port(), object_store=store)
             started.append(_start(f"worker {number}", worker, environment, folder))
-        _wait_until_healthy(started)
+            # One after the other: two that start at once would choose the same names for their sockets.
+            _wait_until_healthy(started)
         yield LocalCluster(gcs=f"{HOST}:{gcs}", dashboard=f"http://{HOST}:{dashboard}")
     finally:
         _stop(started[1:])  # the head last: workers take leave of it

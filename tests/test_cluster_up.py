@@ -1,0 +1,64 @@
+"""`pacos cluster up` with Ray's own nodes."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+BIN = Path(sys.executable).parent
+WHERE = """
+import ray, time
+ray.init(address={gcs!r}, log_to_driver=False)
+
+@ray.remote(num_cpus=1)
+def where():
+    time.sleep(3)
+    return ray.get_runtime_context().get_node_id()
+
+print("found", sum(node["Alive"] for node in ray.nodes()), len(set(ray.get([where.remote(), where.remote()]))))
+"""
+
+
+def test_tasks_run_on_both_workers_and_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
+    log = tmp_path / "up.log"
+    with log.open("wb") as output:
+        up = subprocess.Popen(
+            [BIN / "pacos", "cluster", "up", "--nodes", "2", "--cpus", "1"],
+            stdout=output, stderr=output, env=os.environ | {"COLUMNS": "200"},
+        )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 300
+        while "Ctrl-C ends all of it" not in log.read_text():
+            assert up.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.5)
+        found = re.search(r"--address (\S+?:\d+)", log.read_text())
+        assert found is not None
+        environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+        script = subprocess.run(
+            [sys.executable, "-c", WHERE.format(gcs=found[1])],
+            env=environment | {"RAY_AUTH_MODE": "token"}, capture_output=True, text=True, timeout=200,
+        )  # fmt: skip
+        assert "found 3 2" in script.stdout, script.stderr
+    finally:
+        up.send_signal(signal.SIGINT)
+        status = up.wait(120)
+    assert status == 0, log.read_text()
+    address = found[1].encode()
+    left = [
+        file for file in Path("/proc").glob("[0-9]*/cmdline") if b"ray" in (words := _read(file)) and address in words
+    ]
+    assert not left, "processes are left"
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError:  # it has ended
+        return b""
