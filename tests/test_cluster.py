@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ import yaml
 from app.config import TrainConfig, load_config
 from app.data.prompts import PacosTemplate
 from app.data.tokenization import load_tokenizer
+from app.local_cluster import free_port
 from app.methods.delta import merge_delta, read_delta
 from app.models.checkpoints import load_decoder, save_decoder
 
@@ -28,12 +28,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 REPOSITORY = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

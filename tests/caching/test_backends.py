@@ -11,6 +11,7 @@ from app.caching.backends import BackendUnavailable, MemoryBackend, RedisBackend
 from app.caching.exact import ResponseCache
 from app.config.serving import MemoryCacheConfig, RedisCacheConfig
 from app.errors import UserError
+from app.local_cluster import free_port
 
 
 @pytest.fixture
@@ -18,11 +19,6 @@ def silent_server() -> Iterator[str]:
     """A server that accepts connections and never says a word."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"redis://127.0.0.1:{server.getsockname()[1]}/0"
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 def test_memory_forgets_what_was_used_longest_ago() -> None:

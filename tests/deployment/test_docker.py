@@ -1,6 +1,5 @@
 """The image and the compose file: linted, valid by their schemas, and as closed as they should be."""
 
-import copy
 import re
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from changed_values import with_value
 from check_jsonschema.builtin_schemas import get_builtin_schema
 from packaging.specifiers import SpecifierSet
 from ray_start import options, ray_starts
@@ -257,13 +257,3 @@ def test_what_is_served_in_containers_is_checked_as_a_deploy_file_is() -> None:
     from app.serving.check import check_deploy_file
 
     assert check_deploy_file(str(FOLDER / "serve_config.yaml")) == ["pacos"]
-
-
-def with_value(values: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
-    values = copy.deepcopy(values)
-    *parents, last = path.split(".")
-    inner = values
-    for key in parents:
-        inner = inner[key]
-    inner[last] = value
-    return values

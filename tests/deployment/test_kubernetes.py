@@ -1,6 +1,5 @@
 """The Kubernetes manifests: valid for Kubernetes and KubeRay, as secure, large and reachable as they should be."""
 
-import copy
 import functools
 import importlib
 import re
@@ -14,6 +13,7 @@ import kuberay_schema
 import kubernetes_validate
 import pytest
 import yaml
+from changed_values import with_value
 from kuberay_schema import cluster_of, groups_of, pods_of
 from network_rules import Pod, reaches, reaches_address
 from ray_start import options
@@ -372,14 +372,3 @@ def test_without_the_policy_that_forbids_the_rest_pods_would_be_open() -> None:
     policies = [policy for policy in resources("NetworkPolicy") if policy["metadata"]["name"] != "nothing-else"]
     assert reaches(policies, STRANGER, NEIGHBOUR, 22)
     assert not reaches(resources("NetworkPolicy"), STRANGER, NEIGHBOUR, 22)
-
-
-def with_value(resource: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """A copy with another value at `path`, keys and positions joined by dots."""
-    resource = copy.deepcopy(resource)
-    *parents, last = path.split(".")
-    inner: Any = resource
-    for key in parents:
-        inner = inner[int(key)] if isinstance(inner, list) else inner[key]
-    inner[last] = value
-    return resource

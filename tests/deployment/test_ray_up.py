@@ -9,6 +9,7 @@ import click
 import jsonschema
 import pytest
 import yaml
+from changed_values import with_value
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray_start import ray_starts
 
@@ -28,17 +29,6 @@ def check(config: dict[str, Any]) -> dict[str, Any]:
     return prepared
 
 
-def changed(config: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """A copy with another value at `path`, keys joined by slashes."""
-    config = copy.deepcopy(config)
-    *parents, last = path.split("/")
-    inner = config
-    for key in parents:
-        inner = inner[key]
-    inner[last] = value
-    return config
-
-
 @pytest.mark.parametrize("name", FILES)
 def test_ray_accepts_the_file(name: str) -> None:
     check(read(name))
@@ -49,17 +39,17 @@ def test_ray_accepts_the_file(name: str) -> None:
     [
         ("max_worker", 3, jsonschema.ValidationError),
         ("idle_timeout_minutes", "ten", jsonschema.ValidationError),
-        ("docker/imag", "pacos", jsonschema.ValidationError),
-        ("available_node_types/cpu/min_worker", 1, jsonschema.ValidationError),
-        ("available_node_types/gpu/resources", {"GPU": "one"}, jsonschema.ValidationError),
+        ("docker.imag", "pacos", jsonschema.ValidationError),
+        ("available_node_types.cpu.min_worker", 1, jsonschema.ValidationError),
+        ("available_node_types.gpu.resources", {"GPU": "one"}, jsonschema.ValidationError),
         ("head_node_type", "heads", ValueError),
         ("max_workers", 0, ValueError),  # fewer than the groups have at least
-        ("docker/container_name", "", AssertionError),
+        ("docker.container_name", "", AssertionError),
     ],
 )
 def test_ray_refuses_a_file_with_a_mistake(path: str, value: Any, error: type[Exception]) -> None:
     with pytest.raises(error):
-        check(changed(read("aws.yaml"), path, value))
+        check(with_value(read("aws.yaml"), path, value))
 
 
 def test_an_on_premise_file_without_its_head_is_refused() -> None:

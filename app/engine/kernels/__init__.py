@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from app.models.decoder import DecoderConfig
-from app.models.kernels.native import DTYPES, is_bf16, load_library
+from app.models.kernels.native import DTYPES, address, is_bf16, load_library
 
 _SOURCE = Path(__file__).with_name("cpu.c")
 
@@ -68,7 +68,7 @@ class Kernels:
         y = x.new_empty(*x.shape[:-1], out_features)
         room = torch.empty(in_features)
         self._library.multiply_row(
-            x.data_ptr(), in_features, weight.data_ptr(), _address(bias), y.data_ptr(), out_features, is_bf16(x),
+            x.data_ptr(), in_features, weight.data_ptr(), address(bias), y.data_ptr(), out_features, is_bf16(x),
             room.data_ptr(),
         )  # fmt: skip
         return y
@@ -83,7 +83,7 @@ class Kernels:
     def scale_rows(self, y: Tensor, steps: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """`y` [rows, out] times `steps` [rows], plus `bias` [out], all fp32, in `dtype`; `y` may be overwritten."""
         out = y if dtype == torch.float32 else torch.empty_like(y, dtype=dtype)
-        self._library.scale_rows(y.data_ptr(), steps.data_ptr(), _address(bias), out.data_ptr(), is_bf16(out), *y.shape)
+        self._library.scale_rows(y.data_ptr(), steps.data_ptr(), address(bias), out.data_ptr(), is_bf16(out), *y.shape)
         return out
 
     def multiply_row_of_bytes(
@@ -95,7 +95,7 @@ class Kernels:
         y = torch.empty(1, len(codes))
         self._library.multiply_row_of_bytes(
             integers.data_ptr(), codes.shape[1], codes.data_ptr(), scale.data_ptr(), sums.data_ptr(), zero, step,
-            _address(bias), y.data_ptr(), len(codes),
+            address(bias), y.data_ptr(), len(codes),
         )  # fmt: skip
         return y
 
@@ -107,10 +107,6 @@ class Kernels:
 
     def lora_rows(self, active: Sequence[tuple[slice, Any]]) -> "LoraRows":
         return LoraRows(self._library.add_lora, active)
-
-
-def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
 
 
 class LoraRows:
@@ -134,7 +130,7 @@ class LoraRows:
         rows = len(self._group_of_row)
         room = torch.empty(rows * (x.shape[1] + y.shape[1])) if is_bf16(x) else None
         self._add(
-            x.data_ptr(), x.shape[1], y.data_ptr(), y.shape[1], is_bf16(x), _address(room),
+            x.data_ptr(), x.shape[1], y.data_ptr(), y.shape[1], is_bf16(x), address(room),
             self._group_of_row.data_ptr(), rows, self._a.data_ptr(), self._b.data_ptr(), self._ranks.data_ptr(),
             self._scales.data_ptr(),
         )  # fmt: skip

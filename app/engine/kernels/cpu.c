@@ -264,10 +264,11 @@ void multiply_row(const void *x, int64_t in, const void *w, const void *bias, vo
                   float *room) {
     if (!is_bf16) return multiply_row_of(x, in, w, bias, y, out, 0);
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
-    return multiply_row_of_pairs(x, in, w, bias, y, out);
-#endif
+    multiply_row_of_pairs(x, in, w, bias, y, out);
+#else
     copy_f32(room, x, 0, in, 1);
     multiply_row_of(room, in, w, bias, y, out, 1);
+#endif
 }
 
 /* Round each row of x [rows, in] to integers from -levels to levels, stored with `levels + 1` added, by a step of its

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from app.models.kernels.native import is_bf16, load_library
+from app.models.kernels.native import address, is_bf16, load_library
 
 _SOURCE = Path(__file__).with_name("tiles.c")
 _PANEL = 32
@@ -32,7 +32,7 @@ class Tiles:
         x = x.contiguous()
         y = x.new_empty(len(x), weights.out_features)
         self._library.multiply_bf16(
-            x.data_ptr(), *x.shape, weights.packed.data_ptr(), _address(weights.bias), y.data_ptr(),
+            x.data_ptr(), *x.shape, weights.packed.data_ptr(), address(weights.bias), y.data_ptr(),
             weights.out_features, self._room(x),
         )  # fmt: skip
         return y
@@ -42,7 +42,7 @@ class Tiles:
         multiplied by `steps` fp32 [rows]. Integers are summed exactly."""
         y = torch.empty(len(x), weights.out_features, dtype=dtype)
         self._library.multiply_bytes(
-            x.data_ptr(), *x.shape, weights.packed.data_ptr(), _address(weights.bias), weights.scale.data_ptr(),
+            x.data_ptr(), *x.shape, weights.packed.data_ptr(), address(weights.bias), weights.scale.data_ptr(),
             weights.shifts.data_ptr(), steps.data_ptr(), y.data_ptr(), weights.out_features, is_bf16(y), self._room(x),
         )  # fmt: skip
         return y
@@ -97,7 +97,3 @@ def _pack(weight: Tensor, *, neighbours: int) -> Tensor:
 
 def _filled_up(of_outputs: Tensor) -> Tensor:
     return F.pad(of_outputs.detach(), (0, -len(of_outputs) % _PANEL)).contiguous()
-
-
-def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()

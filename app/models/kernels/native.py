@@ -42,6 +42,11 @@ def is_bf16(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16
 
 
+def address(x: Tensor | None) -> int | None:
+    """Of its numbers, as C takes it; a null pointer for None."""
+    return None if x is None else x.data_ptr()
+
+
 def _compiled(source: Path, compiler: str) -> Path:
     """The file, of this source, compiler, processor and OpenMP."""
     openmp = _torch_openmp()
