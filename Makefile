@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test check format manifests clean
+.PHONY: quickstart test chaos check format manifests clean
 
 quickstart: .venv/.runtime  ## the main job on what the repository carries
 	$(BIN)/pacos quickstart
 
 test: .venv/.dev  ## all tests that run without a GPU
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder --durations=25
+
+chaos: .venv/.dev  ## what is killed, cut off or overloaded, and whole sweeps: half an hour
+	$(BIN)/python -m pytest -m chaos --durations=25
 
 check: .venv/.dev  ## lint, format, types, import contract
 	$(BIN)/ruff check .

@@ -34,26 +34,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that use Ray go first, then those that take long: no process is left with one while the others are done."""
-    slow = {item.path for item in items if any(item.iter_markers("slow"))}
-    items.sort(key=lambda item: (not _uses_ray(item.path), item.path not in slow))
+    """What takes longest goes first: no process is left with it while the others are done."""
+    own_ray, slow = (
+        {item.path for item in items if item.get_closest_marker(marker)} for marker in ("own_ray", "slow")
+    )
+    items.sort(key=lambda item: (not _shares_ray(item.path), item.path not in own_ray, item.path not in slow))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Of several processes one has all files that use Ray, on its one cluster; the others share what is left."""
+    """Of several processes one has all files that share a Ray cluster; the others have what is left."""
     from xdist.scheduler import LoadFileScheduling
 
     class OneProcessForRay(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            return "ray" if _uses_ray(config.rootpath / file) else file
+            return "ray" if _shares_ray(config.rootpath / file) else file
 
     return OneProcessForRay(config, log)
 
 
 @functools.cache
-def _uses_ray(file: Path) -> bool:
+def _shares_ray(file: Path) -> bool:
     return "pytest.mark.ray" in file.read_text(encoding="utf-8")
 
 

@@ -24,7 +24,7 @@ from app.local_cluster import free_port
 from app.methods.delta import merge_delta, read_delta
 from app.models.checkpoints import load_decoder, save_decoder
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.own_ray, pytest.mark.slow]
 
 REPOSITORY = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -126,7 +126,7 @@ def test_submitted_jobs_prepare_and_train(run_folder: Path, tiny_model: Path) ->
     assert config.model == str(tiny_model)
 
 
-@pytest.mark.skipif("PACOS_SWEEPS" not in os.environ, reason="whole sweeps take minutes: PACOS_SWEEPS=1 runs them")
+@pytest.mark.chaos
 def test_a_submitted_sweep_finds_a_winner(
     cluster: dict[str, str], run_folder: Path, tiny_model: Path, tmp_path: Path
 ) -> None:

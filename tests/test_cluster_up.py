@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.own_ray, pytest.mark.slow]
 
 BIN = Path(sys.executable).parent
 WHERE = """

@@ -14,7 +14,7 @@ import pytest
 
 from app.local_cluster import free_port
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.own_ray, pytest.mark.slow]
 
 REPOSITORY = Path(__file__).parent.parent
 

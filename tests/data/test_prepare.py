@@ -255,7 +255,7 @@ def test_a_folder_of_something_else_is_not_replaced(tiny_model: Path, small_sour
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_kill_at_any_moment_leaves_the_old_data_or_the_new_or_none(
     ray_cluster: None, tiny_model: Path, small_source: Path, tmp_path: Path
 ) -> None:

@@ -154,7 +154,7 @@ def test_a_job_answers_in_order_and_goes_on_with_the_parts_that_are_there(
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_killed_job_loses_no_part_that_was_written(prompts: Path, tiny_model: Path, tmp_path: Path) -> None:
     lines = "".join(json.dumps({"id": number, "prompt": f"Say {number}."}) + "\n" for number in range(60))
     prompts.write_text(lines)

@@ -220,6 +220,7 @@ def failed(load):
     return [outcome for outcome in load.outcomes if not outcome.is_complete]
 
 
+@pytest.mark.chaos
 def test_a_replica_that_dies_takes_along_only_what_it_had_begun_to_answer(url):
     before = {name: replicas(name) for name in ("generator", "retriever", "ingress")}
     killed_at = {}
@@ -257,6 +258,7 @@ def test_a_redis_that_dies_is_a_cache_that_misses(url, redis):
     assert not failed(load)
 
 
+@pytest.mark.chaos
 def test_a_crowd_gets_another_generator(url):
     crowd = {"stream": ("/v1/completions", LONG | {"stream": True, "max_tokens": 150})}
     with Load(url, crowd, clients=40, headers=HEADERS) as load:

@@ -12,7 +12,7 @@ import pytest
 from tests.serving.collector import collector
 from tests.serving.load import until
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.own_ray, pytest.mark.slow]
 
 TRACE, ROOT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 

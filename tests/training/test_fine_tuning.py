@@ -200,6 +200,7 @@ def killed(small_data: Path, tiny_model: Path, tmp_path_factory: pytest.TempPath
     return output, seen
 
 
+@pytest.mark.chaos
 def test_a_killed_worker_is_replaced_and_the_losses_continue(killed: tuple[Path, list[Metrics]]) -> None:
     output, seen = killed
     steps = [row["step"] for row in seen if "loss" in row]
@@ -213,6 +214,7 @@ def test_a_killed_worker_is_replaced_and_the_losses_continue(killed: tuple[Path,
         assert second == pytest.approx(first, abs=1e-5)
 
 
+@pytest.mark.chaos
 def test_ctrl_c_saves_the_step_that_runs_and_the_losses_continue(
     killed: tuple[Path, list[Metrics]], small_data: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -317,6 +319,7 @@ def test_packed_rows_train_and_another_number_of_workers_sees_the_same_rows(
     assert resumed["eval_loss_after"] == pytest.approx(unbroken["eval_loss_after"], abs=1e-4)
 
 
+@pytest.mark.chaos
 def test_a_store_that_goes_away_ends_the_run_at_once_and_the_run_goes_on_when_it_is_back(
     s3, small_data: Path, tiny_model: Path, tmp_path: Path
 ) -> None:

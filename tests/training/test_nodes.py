@@ -22,7 +22,7 @@ from app.errors import UserError
 from app.ray_cluster import connected
 from app.training.fine_tuning import fine_tune, plan_job
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 
 REPOSITORY = Path(__file__).parent.parent.parent
 STEPS, SAVE_EVERY, LOST_AFTER = 80, 10, 25

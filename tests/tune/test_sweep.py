@@ -22,10 +22,7 @@ from tune.driver import Budget
 from tune.records import TrialRecord, read_records
 from tune.sweep import plan_sweep, sweep
 
-pytestmark = [
-    pytest.mark.ray,
-    pytest.mark.skipif("PACOS_SWEEPS" not in os.environ, reason="whole sweeps take minutes: PACOS_SWEEPS=1 runs them"),
-]
+pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 REPOSITORY = Path(__file__).parents[2]
 SweepOf = Callable[..., SweepConfig]
 
