@@ -53,6 +53,8 @@ def draw_front(
     def loss(trial: TrialRecord) -> Any:
         return means.get(trial.number, trial.loss)
 
+    from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+
     shown = with_loss(trials)
     colors = _colors(shown)
     for trial in shown:
@@ -67,6 +69,9 @@ def draw_front(
               drawstyle="steps-post", label="Pareto front")  # fmt: skip
     if len({cost(trial) for trial in shown}) > 1 and min(map(cost, shown)) > 0:
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_minor_locator(NullLocator())
     axes.set(xlabel=label, ylabel="held-out loss", title=title)
     bars = [finalist.mean + side * finalist.deviation for finalist in finalists for side in (-1, 1)]
     _without_outliers(axes, [*map(loss, shown), *bars])
