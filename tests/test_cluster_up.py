@@ -8,7 +8,9 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+from listening import listening
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -40,12 +42,16 @@ def test_tasks_run_on_both_workers_and_ctrl_c_leaves_no_process(tmp_path: Path) 
             time.sleep(0.5)
         found = re.search(r"--address (\S+?:\d+)", log.read_text())
         assert found is not None
+        exported = dict(word.split("=", 1) for word in re.search("export (.*)", log.read_text())[1].split())
         environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
         script = subprocess.run(
             [sys.executable, "-c", WHERE.format(gcs=found[1])],
-            env=environment | {"RAY_AUTH_MODE": "token"}, capture_output=True, text=True, timeout=200,
+            env=environment | exported, capture_output=True, text=True, timeout=200,
         )  # fmt: skip
         assert "found 3 2" in script.stdout, script.stderr
+        for process in psutil.Process(up.pid).children(recursive=True):
+            for address in listening(process):
+                assert address.is_loopback, f"{process.name()} listens on {address}"
     finally:
         up.send_signal(signal.SIGINT)
         status = up.wait(120)
