@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr
 
-from app.config.base import Config, LocalPath, Positive, SearchMode, VectorKind
+from app.config.base import Config, LocalPath, Masked, Positive, SearchMode, VectorKind
 from app.config.documents import ChunkingConfig, ReadingConfig
 from app.config.tracking import StoreConfig
 
@@ -79,8 +79,8 @@ class MemoryCacheConfig(Config):
 
 class RedisCacheConfig(Config):
     type: Literal["redis"] = "redis"
-    url: str
-    """redis://host:port/db"""
+    url: Annotated[str, Masked]
+    """redis://host:port/db, or rediss:// for TLS; its password is that of PACOS_REDIS_PASSWORD, so that no file has it."""
     timeout_s: Annotated[float, Field(gt=0)] = 0.2
     """A lookup that takes longer counts as a miss."""
 
