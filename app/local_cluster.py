@@ -34,7 +34,7 @@ from ray._private import services
 from ray.scripts.scripts import main
 services.resolve_ip_for_localhost = lambda host: host
 os.environ["{TAKES_NODES}"] = "0"
-main(prog_name="ray")
+main()
 """
 RAY = (sys.executable, "-c", _LIKE_RAY)
 """The command `ray`, but 127.0.0.1 stays what it is, to the node and all that runs on it: Ray puts the address in its

@@ -3,6 +3,8 @@
 import os
 import re
 import signal
+import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from certificates import certificates
 from listening import listening
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -28,12 +31,17 @@ print("found", sum(node["Alive"] for node in ray.nodes()), len(set(ray.get([wher
 """
 
 
-def test_tasks_run_on_both_workers_and_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
-    log = tmp_path / "up.log"
+def test_tasks_run_on_both_workers_over_tls_and_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
+    """Ray's own TLS, which its environment variables turn on; without it the same is done in tests/test_cluster.py."""
+    log, made = tmp_path / "up.log", certificates(tmp_path)
+    tls = {
+        "RAY_USE_TLS": "1", "RAY_TLS_SERVER_CERT": made.certificate, "RAY_TLS_SERVER_KEY": made.key,
+        "RAY_TLS_CA_CERT": made.authority,
+    }  # fmt: skip
     with log.open("wb") as output:
         up = subprocess.Popen(
             [BIN / "pacos", "cluster", "up", "--nodes", "2", "--cpus", "1"],
-            stdout=output, stderr=output, env=os.environ | {"COLUMNS": "200"},
+            stdout=output, stderr=output, env=os.environ | tls | {"COLUMNS": "200"},
         )  # fmt: skip
     try:
         deadline = time.monotonic() + 300
@@ -46,9 +54,13 @@ def test_tasks_run_on_both_workers_and_ctrl_c_leaves_no_process(tmp_path: Path) 
         environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
         script = subprocess.run(
             [sys.executable, "-c", WHERE.format(gcs=found[1])],
-            env=environment | exported, capture_output=True, text=True, timeout=200,
+            env=environment | tls | exported, capture_output=True, text=True, timeout=200,
         )  # fmt: skip
         assert "found 3 2" in script.stdout, script.stderr
+        with ssl.create_default_context(cafile=made.authority).wrap_socket(
+            socket.create_connection(found[1].split(":"), timeout=10), server_hostname="127.0.0.1"
+        ) as gcs:
+            assert gcs.version() in ("TLSv1.2", "TLSv1.3")
         for process in psutil.Process(up.pid).children(recursive=True):
             for address in listening(process):
                 assert address.is_loopback, f"{process.name()} listens on {address}"

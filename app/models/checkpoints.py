@@ -311,10 +311,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
-    if index.exists():
-        files = [folder / name for name in _listed_files(index)]
-    else:
-        files = [folder / "model.safetensors"]
+    files = [folder / name for name in (_listed_files(index) if index.exists() else ["model.safetensors"])]
     missing = [file.name for file in files if not file.is_file()]
     if missing and (folder / "pytorch_model.bin").exists():
         raise UserError(
