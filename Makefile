@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test check format manifests clean
+.PHONY: quickstart test check secrets audit format manifests clean
 
 quickstart: .venv/.runtime  ## the main job on what the repository carries
 	$(BIN)/pacos quickstart
@@ -10,11 +10,17 @@ quickstart: .venv/.runtime  ## the main job on what the repository carries
 test: .venv/.dev  ## all tests that run without a GPU
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder --durations=25
 
-check: .venv/.dev  ## lint, format, types, import contract
+check: .venv/.dev secrets  ## lint, format, types, import contract, secrets
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+secrets: .venv/.dev  ## keys and passwords in the files and in what git keeps of them; needs no network
+	$(BIN)/kingfisher scan . --exclude .venv --exclude runs --redact --no-validate --no-update-check
+
+audit: secrets .venv/.audit  ## known flaws in what constraints.txt pins; asks pypi.org, and fails where it has no answer
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict --progress-spinner off
 
 format: .venv/.dev
 	$(BIN)/ruff check --fix .
@@ -38,4 +44,8 @@ clean:
 
 .venv/.dev: .venv/.runtime
 	$(BIN)/pip install --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+.venv/.audit: .venv/.runtime
+	$(BIN)/pip install --constraint constraints.txt --editable '.[audit]'
 	@touch $@

@@ -148,9 +148,7 @@ def test_a_link_to_what_does_not_end_is_refused(folders, kind: str, name: str, i
         read()
 
 
-@pytest.mark.parametrize(
-    "listed", ["../delta/delta.safetensors", "/etc/hostname", "sub/model.safetensors", "..", 3, None]
-)
+@pytest.mark.parametrize("listed", ["../delta/delta.safetensors", "/etc/hostname", "sub/model.safetensors", 3, None])
 def test_an_index_of_weights_names_files_of_its_own_folder_alone(folders, listed: object) -> None:
     folder, read = folders["model"]
     (folder / "sub").mkdir()
