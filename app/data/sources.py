@@ -28,8 +28,8 @@ from app.errors import UserError
 _GLOB = "*?["
 _BUFFER_BYTES = 1 << 20
 _MOST_GROWTH = 200
-"""How many times larger a file may become by unpacking it. Text grows tenfold, lists of records that are much alike some
-fifty times; gzip can make it a thousand, and so fill a disk."""
+"""How many times larger a file may become by unpacking it. Text grows tenfold, records that are much alike some fifty
+times; gzip can make it a thousand, and so fill a disk."""
 
 
 @dataclass(frozen=True)
