@@ -21,7 +21,7 @@ from pathlib import Path
 
 from app.errors import UserError
 from app.ray_cluster import LOCALHOST as HOST
-from app.ray_cluster import TAKES_NODES
+from app.ray_cluster import TAKES_NODES, keep_token_private
 
 GCS_PORT, DASHBOARD_PORT = 6379, 8265
 START_WITHIN_S, STOP_WITHIN_S = 120.0, 30.0
@@ -72,6 +72,7 @@ def local_cluster(*, nodes: int, cpus: int, program: Sequence[str] = ()) -> Iter
     try:
         environment = _environment(folder)
         subprocess.run([*ray, "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
+        keep_token_private()
         gcs, dashboard = free_port(GCS_PORT), free_port(DASHBOARD_PORT)
         store = _object_store_bytes(nodes + 1)
         head = head_command(

@@ -7,13 +7,15 @@ import logging
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 from app.config.schema import WorkerResources
 from app.errors import UserError
 
 ANSWER_WITHIN_S = 8.0
+TOKEN_FILE = Path.home() / ".ray" / "auth_token"
 LOCALHOST = "127.0.0.1"
 TAKES_NODES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Ray's variable, on every system: whether a node may be one of several."""
@@ -97,6 +99,7 @@ def _connect(address: str | None, min_cpus: float) -> None:
                 log_to_driver=False,
                 logging_level=logging.WARNING,
             )
+        keep_token_private()
     except ray.exceptions.AuthenticationError:
         raise UserError(
             f"address={address!r}: the cluster wants a token; export RAY_AUTH_MODE=token, and have its token in "
@@ -106,6 +109,13 @@ def _connect(address: str | None, min_cpus: float) -> None:
         if not address:
             raise
         raise UserError(f"address={address!r}: {_first_line(error)}; start one with `ray start --head`") from None
+
+
+def keep_token_private() -> None:
+    """Ray writes its token as the umask has it, for most users readable to all of the machine; whoever reads it can run
+    what they like as this user."""
+    with suppress(OSError):  # none is there, or it is not ours
+        TOKEN_FILE.chmod(0o600)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shlex
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import ray
 
+from app import ray_cluster as ray_cluster_module
 from app.caching.backends import PASSWORD_VARIABLE, RedisBackend
 from app.config import Config, PrepareConfig, ServeConfig, TrainConfig, load_config
 from app.display.dry_run import show_forecast
@@ -88,6 +90,23 @@ def test_no_log_of_ray_has_its_token_or_an_environments_secret(ray_cluster: None
     assert not [file.name for file, text in texts.items() if token.encode() in text]
     commands = [file.read_bytes() for file in Path("/proc").glob("[0-9]*/cmdline")] if Path("/proc").exists() else []
     assert not any(token.encode() in command for command in commands), "every user of the machine can read these"
+
+
+def test_the_token_is_for_its_owner_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "auth_token"
+    monkeypatch.setattr(ray_cluster_module, "TOKEN_FILE", file)
+    ray_cluster_module.keep_token_private()
+    assert not file.exists()
+    file.write_text("token")
+    file.chmod(0o644)
+    ray_cluster_module.keep_token_private()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+@pytest.mark.ray
+def test_a_local_cluster_leaves_no_token_that_others_can_read(ray_cluster: None) -> None:
+    file = ray_cluster_module.TOKEN_FILE
+    assert not file.exists() or stat.S_IMODE(file.stat().st_mode) & 0o077 == 0
 
 
 def test_the_scan_for_secrets_finds_one(tmp_path: Path) -> None:
