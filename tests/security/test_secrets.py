@@ -76,7 +76,7 @@ def test_redis_takes_its_password_from_the_environment(monkeypatch: pytest.Monke
 
 
 @pytest.mark.ray
-def test_no_log_of_ray_has_its_token_or_an_environments_secret(ray_cluster: None) -> None:
+def test_no_log_and_no_command_line_has_rays_token(ray_cluster: None) -> None:
     @ray.remote
     def work() -> None:
         logging.getLogger("ray").warning("it works")
