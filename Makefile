@@ -1,6 +1,7 @@
 # Every target makes and reuses .venv by itself; nothing is installed twice.
 PYTHON ?= python3
 BIN := .venv/bin
+OFFLINE := --redact --no-validate --no-update-check
 
 .PHONY: quickstart test check secrets audit format manifests clean
 
@@ -16,10 +17,11 @@ check: .venv/.dev secrets  ## lint, format, types, import contract, secrets
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-secrets: .venv/.dev  ## keys and passwords in the files and in what git keeps of them; needs no network
-	$(BIN)/kingfisher scan . --exclude .venv --exclude runs --redact --no-validate --no-update-check
+secrets: .venv/.dev  ## keys and passwords in what git has or would take; needs no network
+	git ls-files -z --cached --others --exclude-standard | xargs -0 $(BIN)/kingfisher scan $(OFFLINE)
 
-audit: secrets .venv/.audit  ## known flaws in what constraints.txt pins; asks pypi.org, and fails where it has no answer
+audit: secrets .venv/.audit  ## the same in git's history; known flaws in what is pinned, by pypi.org, which must answer
+	$(BIN)/kingfisher scan . --branch HEAD $(OFFLINE)
 	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict --progress-spinner off
 
 format: .venv/.dev
