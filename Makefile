@@ -1,8 +1,9 @@
 # Every target makes and reuses .venv by itself; nothing is installed twice.
 PYTHON ?= python3
 BIN := .venv/bin
+OFFLINE := --redact --no-validate --no-update-check
 
-.PHONY: quickstart test chaos check format manifests clean
+.PHONY: quickstart test chaos check secrets audit format manifests clean
 
 quickstart: .venv/.runtime  ## the main job on what the repository carries
 	$(BIN)/pacos quickstart
@@ -13,11 +14,18 @@ test: .venv/.dev  ## all tests that run without a GPU
 chaos: .venv/.dev  ## what is killed, cut off or overloaded, and whole sweeps: half an hour
 	$(BIN)/python -m pytest -m chaos --durations=25
 
-check: .venv/.dev  ## lint, format, types, import contract
+check: .venv/.dev secrets  ## lint, format, types, import contract, secrets
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+secrets: .venv/.dev  ## keys and passwords in what git has or would take; needs no network
+	git ls-files -z --cached --others --exclude-standard | xargs -0 $(BIN)/kingfisher scan $(OFFLINE)
+
+audit: secrets .venv/.audit  ## the same in git's history; known flaws in what is pinned, by pypi.org, which must answer
+	$(BIN)/kingfisher scan . --branch HEAD $(OFFLINE)
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict --progress-spinner off
 
 format: .venv/.dev
 	$(BIN)/ruff check --fix .
@@ -41,4 +49,8 @@ clean:
 
 .venv/.dev: .venv/.runtime
 	$(BIN)/pip install --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+.venv/.audit: .venv/.runtime
+	$(BIN)/pip install --constraint constraints.txt --editable '.[audit]'
 	@touch $@

@@ -213,14 +213,16 @@ def ask(config: AskConfig) -> None:
 
 def cluster_up(*, nodes: int, cpus: int | None) -> None:
     from app.local_cluster import local_cluster
+    from app.ray_cluster import TAKES_NODES
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the nodes are ended then, too
     each = cpus or max(1, (os.cpu_count() or 1) // nodes)
     console.say(f"starting a head and {nodes} workers of {each} CPUs", style="dim")
     with local_cluster(nodes=nodes, cpus=each) as cluster, suppress(KeyboardInterrupt):
         console.say(f"Up: `pacos … --address {cluster.gcs}`; for `ray` and `serve` in another terminal:")
-        url = cluster.dashboard
-        print(f"export RAY_AUTH_MODE=token RAY_API_SERVER_ADDRESS={url} RAY_DASHBOARD_ADDRESS={url}", flush=True)
+        settings = {"RAY_AUTH_MODE": "token", TAKES_NODES: "0"}  # else Ray looks for 127.0.0.1 at another address
+        settings |= dict.fromkeys(("RAY_API_SERVER_ADDRESS", "RAY_DASHBOARD_ADDRESS"), cluster.dashboard)
+        print("export", *(f"{name}={value}" for name, value in settings.items()), flush=True)
         console.say("Ctrl-C ends all of it.")
         wait_for_interrupt()
 

@@ -1,8 +1,22 @@
 """What ends a command without a traceback: a mistake that the user can mend (exit code 2), or Ctrl-C (130)."""
 
+import re
+
+
+def masked(text: str) -> str:
+    """`text` without the passwords of the URIs in it, which may go into logs, run folders and tracking servers."""
+    text = re.sub(r"(://[^/\s:@]*):[^/\s@]+@", r"\1:***@", text)
+    return re.sub(r"(?i)\b(\w*(?:password|secret)\w*|(?:\w*_)?token)=[^&\s]+", r"\1=***", text)
+
 
 class UserError(Exception):
-    """A mistake in input, configuration or environment; the message names what, its value and the remedy."""
+    """A mistake in input, configuration or environment; the message names what, its value and the remedy.
+
+    Messages go to logs that others read, so whatever is put into one, no password stays in it.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(masked(message))
 
 
 class Interrupted(KeyboardInterrupt):

@@ -20,12 +20,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app.errors import UserError
+from app.ray_cluster import LOCALHOST as HOST
+from app.ray_cluster import TAKES_NODES, keep_token_private
 
-HOST = "127.0.0.1"
 GCS_PORT, DASHBOARD_PORT = 6379, 8265
 START_WITHIN_S, STOP_WITHIN_S = 120.0, 30.0
 OBJECT_STORE_SHARE, LEAST_OBJECT_STORE_BYTES = 0.3, 80_000_000
 """Of the machine's memory, for all nodes together, as Ray takes for one; and what a node needs."""
+
+_LIKE_RAY = f"""
+import os
+from ray._private import services
+from ray.scripts.scripts import main
+services.resolve_ip_for_localhost = lambda host: host
+os.environ["{TAKES_NODES}"] = "0"
+main()
+"""
+RAY = (sys.executable, "-c", _LIKE_RAY)
+"""The command `ray`, but 127.0.0.1 stays what it is, to the node and all that runs on it: Ray puts the address in its
+place by which other machines reach this one, and then a node listens on all interfaces."""
 
 
 @dataclass(frozen=True)
@@ -48,17 +61,18 @@ class _Node:
 def local_cluster(*, nodes: int, cpus: int, program: Sequence[str] = ()) -> Iterator[LocalCluster]:
     """The cluster for the block: a head, and `nodes` workers of `cpus` logical CPUs each, all of them healthy.
 
-    `program` is the `ray` to start, by default that of this environment.
+    `program` is the `ray` to start.
 
     Raises:
         UserError: a node ends or does not answer in time; its last words are in the message.
     """
-    ray = list(program) or [_ray_program()]
+    ray = list(program or RAY)
     folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # short: the paths of Unix sockets are, too
     started: list[_Node] = []
     try:
         environment = _environment(folder)
         subprocess.run([*ray, "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
+        keep_token_private()
         gcs, dashboard = free_port(GCS_PORT), free_port(DASHBOARD_PORT)
         store = _object_store_bytes(nodes + 1)
         head = head_command(
@@ -119,7 +133,7 @@ def _of_every_node(agent: int, object_store: int) -> list[str]:
 def _environment(folder: Path) -> Mapping[str, str]:
     inherited = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     ours = {"RAY_AUTH_MODE": "token", "RAY_TMPDIR": str(folder)}
-    return inherited | ours | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}  # else Ray refuses workers on macOS
+    return inherited | ours | {TAKES_NODES: "1"}  # else Ray refuses workers on macOS
 
 
 def _start(name: str, command: list[str], environment: Mapping[str, str], folder: Path) -> _Node:
@@ -177,14 +191,6 @@ def free_port(wanted: int = 0) -> int:
 def _object_store_bytes(nodes: int) -> int:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return max(LEAST_OBJECT_STORE_BYTES, int(memory * OBJECT_STORE_SHARE / nodes))
-
-
-def _ray_program() -> str:
-    beside = Path(sys.executable).parent / "ray"
-    program = str(beside) if beside.exists() else shutil.which("ray")
-    if program is None:
-        raise UserError("the command `ray` is not beside this Python nor on PATH; is Pacos installed here?")
-    return program
 
 
 def _last_words(log: Path) -> str:

@@ -7,13 +7,18 @@ import logging
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 from app.config.schema import WorkerResources
 from app.errors import UserError
 
 ANSWER_WITHIN_S = 8.0
+TOKEN_FILE = Path.home() / ".ray" / "auth_token"
+LOCALHOST = "127.0.0.1"
+TAKES_NODES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Ray's variable, on every system: whether a node may be one of several."""
 
 
 @contextmanager
@@ -80,18 +85,21 @@ def _connect(address: str | None, min_cpus: float) -> None:
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     try:
         if address:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+            with _localhost_as_it_is() if address.startswith(f"{LOCALHOST}:") else nullcontext():
+                ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
             return
         # A process for each run, which watches for nodes that a cloud takes back: of this machine none does.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, math.ceil(min_cpus)),
-            include_dashboard=True,
-            dashboard_host="127.0.0.1",
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
+        with _localhost_as_it_is():
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, math.ceil(min_cpus)),
+                include_dashboard=True,
+                dashboard_host=LOCALHOST,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
+        keep_token_private()
     except ray.exceptions.AuthenticationError:
         raise UserError(
             f"address={address!r}: the cluster wants a token; export RAY_AUTH_MODE=token, and have its token in "
@@ -101,6 +109,33 @@ def _connect(address: str | None, min_cpus: float) -> None:
         if not address:
             raise
         raise UserError(f"address={address!r}: {_first_line(error)}; start one with `ray start --head`") from None
+
+
+def keep_token_private() -> None:
+    """Ray writes its token as the umask has it, for most users readable to all of the machine; whoever reads it can run
+    what they like as this user."""
+    with suppress(OSError):  # none is there, or it is not ours
+        TOKEN_FILE.chmod(0o600)
+
+
+@contextmanager
+def _localhost_as_it_is() -> Iterator[None]:
+    """For the block, and in the processes that are started in it, Ray takes 127.0.0.1 for an address like others.
+
+    Else it puts the one in its place by which other machines reach this one, and where that is a node's, the node's
+    processes listen on all interfaces (Ray 2.60). Ray does without only where it takes no nodes of other machines.
+    """
+    from ray._private import ray_constants
+
+    is_taking_nodes, before = ray_constants.ENABLE_RAY_CLUSTER, os.environ.get(TAKES_NODES)
+    ray_constants.ENABLE_RAY_CLUSTER, os.environ[TAKES_NODES] = False, "0"
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = is_taking_nodes
+        os.environ.pop(TAKES_NODES)
+        if before is not None:
+            os.environ[TAKES_NODES] = before
 
 
 def thread_environment(workers: WorkerResources) -> dict[str, str]:

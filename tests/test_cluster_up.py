@@ -3,12 +3,17 @@
 import os
 import re
 import signal
+import socket
+import ssl
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+from certificates import certificates
+from listening import listening
 
 pytestmark = [pytest.mark.own_ray, pytest.mark.slow]
 
@@ -26,12 +31,17 @@ print("found", sum(node["Alive"] for node in ray.nodes()), len(set(ray.get([wher
 """
 
 
-def test_tasks_run_on_both_workers_and_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
-    log = tmp_path / "up.log"
+def test_tasks_run_on_both_workers_over_tls_and_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
+    """Ray's own TLS, which its environment variables turn on; without it the same is done in tests/test_cluster.py."""
+    log, made = tmp_path / "up.log", certificates(tmp_path)
+    tls = {
+        "RAY_USE_TLS": "1", "RAY_TLS_SERVER_CERT": made.certificate, "RAY_TLS_SERVER_KEY": made.key,
+        "RAY_TLS_CA_CERT": made.authority,
+    }  # fmt: skip
     with log.open("wb") as output:
         up = subprocess.Popen(
             [BIN / "pacos", "cluster", "up", "--nodes", "2", "--cpus", "1"],
-            stdout=output, stderr=output, env=os.environ | {"COLUMNS": "200"},
+            stdout=output, stderr=output, env=os.environ | tls | {"COLUMNS": "200"},
         )  # fmt: skip
     try:
         deadline = time.monotonic() + 300
@@ -40,12 +50,20 @@ def test_tasks_run_on_both_workers_and_ctrl_c_leaves_no_process(tmp_path: Path) 
             time.sleep(0.5)
         found = re.search(r"--address (\S+?:\d+)", log.read_text())
         assert found is not None
+        exported = dict(word.split("=", 1) for word in re.search("export (.*)", log.read_text())[1].split())
         environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
         script = subprocess.run(
             [sys.executable, "-c", WHERE.format(gcs=found[1])],
-            env=environment | {"RAY_AUTH_MODE": "token"}, capture_output=True, text=True, timeout=200,
+            env=environment | tls | exported, capture_output=True, text=True, timeout=200,
         )  # fmt: skip
         assert "found 3 2" in script.stdout, script.stderr
+        with ssl.create_default_context(cafile=made.authority).wrap_socket(
+            socket.create_connection(found[1].split(":"), timeout=10), server_hostname="127.0.0.1"
+        ) as gcs:
+            assert gcs.version() in ("TLSv1.2", "TLSv1.3")
+        for process in psutil.Process(up.pid).children(recursive=True):
+            for address in listening(process):
+                assert address.is_loopback, f"{process.name()} listens on {address}"
     finally:
         up.send_signal(signal.SIGINT)
         status = up.wait(120)

@@ -1,12 +1,16 @@
 import os
+import urllib.error
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
+import psutil
 import pytest
 import ray
+from listening import listening
 
 from app.errors import UserError
-from app.ray_cluster import _check_answers, _check_resources, trainers_know_their_cluster
+from app.ray_cluster import _check_answers, _check_resources, dashboard_url, trainers_know_their_cluster
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "ray://127.0.0.1:10001", "nonsense", "host:"])
@@ -54,3 +58,28 @@ def test_a_job_that_the_cluster_cannot_hold_is_refused(ray_cluster: None) -> Non
         _check_resources(None, {"GPU": 2})
     with pytest.raises(UserError, match="cluster at h:1 has .* CPUs and the job needs 1000"):
         _check_resources("h:1", {"CPU": 1000})
+
+
+@pytest.mark.ray
+def test_nothing_of_a_local_cluster_is_to_be_reached_from_other_machines(ray_cluster: None) -> None:
+    ours = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    names = {process.name() for process in ours if listening(process)}
+    assert {"gcs_server", "raylet"} <= names, names
+    for process in ours:
+        for address in listening(process):
+            assert address.is_loopback, f"{process.name()} listens on {address}"
+
+
+@pytest.mark.ray
+def test_a_local_cluster_asks_for_the_token(ray_cluster: None) -> None:
+    from ray.core.generated.gcs_service_pb2 import GetAllNodeInfoRequest
+    from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+
+    with pytest.raises(urllib.error.HTTPError) as dashboard:
+        urllib.request.urlopen(f"{dashboard_url()}/api/jobs/", timeout=10)
+    assert dashboard.value.code == 401
+    with grpc.insecure_channel(ray.get_runtime_context().gcs_address) as channel:
+        for metadata in ((), (("authorization", "Bearer wrong"),)):
+            with pytest.raises(grpc.RpcError) as gcs:
+                NodeInfoGcsServiceStub(channel).GetAllNodeInfo(GetAllNodeInfoRequest(), timeout=10, metadata=metadata)
+            assert gcs.value.code() == grpc.StatusCode.UNAUTHENTICATED

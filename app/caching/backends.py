@@ -1,6 +1,7 @@
 """Where cached texts are kept: in this process, or in Redis. Knows nothing of what they mean."""
 
 import asyncio
+import os
 import sys
 import time
 from collections import OrderedDict
@@ -13,6 +14,7 @@ from app.errors import UserError
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
+PASSWORD_VARIABLE = "PACOS_REDIS_PASSWORD"
 _PREFIX = "pacos:response:"
 _PAUSE_S = 5.0
 
@@ -133,7 +135,11 @@ def _client(url: str, timeout_s: float) -> tuple["Redis", tuple[type[Exception],
         raise UserError("cache.backend.type='redis' needs the redis package; pip install pacos[redis]") from None
     try:
         client = Redis.from_url(
-            url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=Retry(NoBackoff(), 0)
+            url,
+            password=os.environ.get(PASSWORD_VARIABLE),  # unless the URL has one
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s,
+            retry=Retry(NoBackoff(), 0),
         )
     except ValueError as error:  # the URL itself may hold a password, so it is not shown
         raise UserError(f"cache.backend.url is not a Redis URL like redis://host:6379/0: {error}") from None

@@ -43,6 +43,7 @@ from app.config.serving import (
     RedisCacheConfig,
     RetrieverConfig,
     ServeConfig,
+    TlsConfig,
     TracingConfig,
 )
 from app.config.sweep import PromoteBestConfig, SweepConfig
@@ -96,6 +97,7 @@ __all__ = [
     "PromoteBestConfig",
     "PromoteConfig",
     "StoreConfig",
+    "TlsConfig",
     "TracingConfig",
     "TrackingConfig",
     "TrainConfig",

@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer
+
+from app.errors import masked
 
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv")
 """Of files of records; `.gz` may stand behind."""
@@ -47,13 +49,15 @@ def _is_data_file(name: str) -> bool:
     return name.removesuffix(".gz").endswith((*DATA_SUFFIXES, ".txt", ".md"))
 
 
+Masked = PlainSerializer(masked, when_used="json")
+"""Of a URI: what is written to files and shown has its password masked."""
 LocalPath = Annotated[str, AfterValidator(_absolute)]
 """A file or folder; a relative one is taken from the directory that the configuration is read in."""
-StorageName = Annotated[str, AfterValidator(_storage)]
+StorageName = Annotated[str, AfterValidator(_storage), Masked]
 """A folder, or a URI of an object store."""
 ModelName = Annotated[str, AfterValidator(_absolute_folder)]
 """`embedded`, a folder, or a Hugging Face name."""
-SourceName = Annotated[str, AfterValidator(_source)]
+SourceName = Annotated[str, AfterValidator(_source), Masked]
 """A file, a glob, an object store's URI, or the name of a dataset on the Hugging Face hub."""
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr
 
-from app.config.base import Config, LocalPath, Positive, SearchMode, VectorKind
+from app.config.base import Config, LocalPath, Masked, Positive, SearchMode, VectorKind
 from app.config.documents import ChunkingConfig, ReadingConfig
 from app.config.tracking import StoreConfig
 
@@ -79,8 +79,8 @@ class MemoryCacheConfig(Config):
 
 class RedisCacheConfig(Config):
     type: Literal["redis"] = "redis"
-    url: str
-    """redis://host:port/db"""
+    url: Annotated[str, Masked]
+    """redis://host:port/db, or rediss:// for TLS. Its password is PACOS_REDIS_PASSWORD, so that no file has it."""
     timeout_s: Annotated[float, Field(gt=0)] = 0.2
     """A lookup that takes longer counts as a miss."""
 
@@ -160,11 +160,22 @@ class ApplicationConfig(Config):
         return self.drain_timeout_s or self.request_timeout_s
 
 
+class TlsConfig(Config):
+    """HTTPS in place of HTTP."""
+
+    certificate: LocalPath
+    """PEM: the server's, then those between it and the root."""
+    key: LocalPath
+    """PEM: the certificate's, without a password."""
+
+
 class ServeConfig(ApplicationConfig):
     """`pacos serve`: the application, and where it listens."""
 
     host: str = "127.0.0.1"
     port: Port = 8000
+    tls: TlsConfig | None = None
+    """None speaks HTTP."""
     tracing: TracingConfig = TracingConfig()
 
 
@@ -178,6 +189,8 @@ class AskConfig(Config):
     """Retrieve passages first and print the sources."""
     api_key: SecretStr | None = None
     """If the endpoint asks for one; unset, PACOS_API_KEY."""
+    ca_file: LocalPath | None = None
+    """PEM: whom to believe an https:// endpoint's certificate; none: the public authorities."""
     max_tokens: Positive = 128
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
     timeout_s: Annotated[float, Field(gt=0)] = 120

@@ -4,19 +4,14 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, Field, PlainSerializer, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from app.config.base import Config
+from app.config.base import Config, Masked
+from app.errors import masked
 
 _SERVERS = ("http", "https", "databricks")
 _DATABASES = ("postgresql", "mysql", "mssql")
 _MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9 ._-]*"
-
-
-def masked(text: str) -> str:
-    """`text` without the passwords of the URIs in it, which may go into logs, run folders and tracking servers."""
-    text = re.sub(r"(://[^/\s:@]*):[^/\s@]+@", r"\1:***@", text)
-    return re.sub(r"(?i)\b(\w*(?:password|token|secret)\w*)=[^&\s]+", r"\1=***", text)
 
 
 def _tracking_uri(uri: str) -> str:
@@ -38,8 +33,8 @@ def _registered_name(name: str) -> str:
     return name
 
 
-TrackingUri = Annotated[str, AfterValidator(_tracking_uri), PlainSerializer(masked, when_used="json")]
-"""An MLflow tracking URI. What is written to files has its password masked."""
+TrackingUri = Annotated[str, AfterValidator(_tracking_uri), Masked]
+"""An MLflow tracking URI."""
 RegisteredName = Annotated[str, AfterValidator(_registered_name)]
 
 

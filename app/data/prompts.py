@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from app.config.data import ChatTemplateConfig, TemplateConfig
 from app.data.records import Instruction, Message, Record, Text
 from app.errors import UserError
+from app.foreign_json import read_json
 
 
 class Segment(NamedTuple):
@@ -284,7 +285,7 @@ def _join(instruction: str, input: str) -> str:
 def _read_tokenizer_config(folder: Path) -> dict[str, Any]:
     file = folder / "tokenizer_config.json"
     try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        return read_json(file) if file.exists() else {}
     except ValueError as error:
         raise UserError(f"{file} is damaged: {error}") from None
 

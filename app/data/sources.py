@@ -27,6 +27,9 @@ from app.errors import UserError
 
 _GLOB = "*?["
 _BUFFER_BYTES = 1 << 20
+_MOST_GROWTH = 200
+"""How many times larger a file may become by unpacking it. Text grows tenfold, records that are much alike some fifty
+times; gzip can make it a thousand, and so fill a disk."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,7 @@ def as_json(file: SourceFile, spool: Path) -> Path:
         if kind.endswith(".gz"):
             spool.mkdir(parents=True, exist_ok=True)
             inner = spool / "unpacked"
-            with gzip.open(path) as source, inner.open("wb") as target:
-                shutil.copyfileobj(source, target, _BUFFER_BYTES)
+            _unpack(path, inner, name=file.name)
             return as_json(replace(file, path=inner, name=file.name.removesuffix(".gz")), spool / "inner")
         if kind == ".parquet":
             return _write_lines(_parquet_rows(path), spooled)
@@ -119,6 +121,16 @@ def as_json(file: SourceFile, spool: Path) -> Path:
     except (pa.ArrowException, csv.Error, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"source={file.name!r} is damaged: {error}") from None
     return path
+
+
+def _unpack(path: Path, target: Path, *, name: str) -> None:
+    left = _MOST_GROWTH * path.stat().st_size + _BUFFER_BYTES
+    with gzip.open(path) as source, target.open("wb") as unpacked:
+        while block := source.read(_BUFFER_BYTES):
+            left -= len(block)
+            if left < 0:
+                raise UserError(f"source={name!r} becomes more than {_MOST_GROWTH} times larger; unpack it yourself")
+            unpacked.write(block)
 
 
 # --- finding ---

@@ -22,7 +22,7 @@ from app.engine.packing import pack
 from app.errors import UserError
 from app.methods import apply_method
 from app.methods.adapter import Adapted
-from app.methods.delta import Delta, load_trained
+from app.methods.delta import Delta, check_extent, load_trained
 from app.methods.lora import DoraLinear, LoraLinear
 from app.methods.over_base import shared_copy, updated
 from app.models.attention import KeysValues
@@ -166,6 +166,7 @@ class MixedModel:
             )
         if not self._is_plain:
             raise UserError("the engine's model has a delta applied to it already; deltas go over a plain base")
+        check_extent(self.base, delta)
         changed, copy_of = shared_copy(self.base)
         apply_method(changed, delta.method)
         _own_trained(changed)

@@ -17,8 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from app.config.methods import MethodConfig
+from app.config.methods import ExtraBlockConfig, MethodConfig, PrefixConfig, parts_of
 from app.errors import UserError
+from app.foreign_json import read_json
 from app.methods import apply_method, check_mergeable, fold_method, merge_method
 from app.models.decoder import Decoder
 
@@ -60,7 +61,7 @@ def read_delta(folder: Path) -> Delta:
         if not (folder / name).is_file():
             raise UserError(f"delta={str(folder)!r} lacks {name}; a delta is the `delta` folder of a training run")
     try:
-        metadata = json.loads((folder / _METADATA).read_text(encoding="utf-8"))
+        metadata = read_json(folder / _METADATA)
         method: MethodConfig = TypeAdapter(MethodConfig).validate_python(metadata.pop("method"))
         weights = load_file(folder / _WEIGHTS)
     except (ValueError, KeyError, AttributeError, TypeError, ValidationError, SafetensorError) as error:
@@ -80,6 +81,7 @@ def apply_delta(model: Decoder, delta: Delta) -> None:
     Raises:
         UserError: the delta was trained on a model of another shape.
     """
+    check_extent(model, delta)
     apply_method(model, delta.method)
     load_trained(model, delta.weights)
 
@@ -99,6 +101,28 @@ def merge_delta(model: Decoder, delta: Delta) -> None:
     check_mergeable(delta.method)
     apply_delta(model, delta)
     merge_method(model, delta.method)
+
+
+def check_extent(model: Decoder, delta: Delta) -> None:
+    """Refuse a delta whose settings ask for more room than its weights fill, before the room is taken: ten bytes of
+    JSON can ask for any amount. Other settings than these cannot ask for more than the model has.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    stored, width = sum(tensor.numel() for tensor in delta.weights.values()), model.config.width
+    for part in parts_of(delta.method):
+        asked = {}
+        if isinstance(part, ExtraBlockConfig):  # a block has a projection of width x width, and more
+            asked = {"count": part.count * width * width}
+        elif isinstance(part, PrefixConfig) and part.mlp_width is not None:
+            asked = {"mlp_width": part.mlp_width * width}
+        for name, weights in asked.items():
+            if weights > stored:
+                raise UserError(
+                    f"the delta does not fit this model: {part.type}.{name}={getattr(part, name)} would make more than "
+                    f"{weights} weights, and the delta holds {stored}"
+                )
 
 
 def check_base(delta: Delta, folder: str, *, base_hash: str, tokenizer_hash: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from app.config.methods import LoraConfig, MethodConfig, PrefixConfig, PromptConfig, name_of
 from app.errors import UserError
+from app.foreign_json import read_json
 from app.methods.delta import Delta
 from app.models.checkpoints import is_gpt2_architecture
 from app.models.decoder import DecoderConfig
@@ -69,7 +70,7 @@ def read_peft(folder: Path, *, shape: DecoderConfig, metadata: dict[str, Any]) -
         if not (folder / name).is_file():
             raise UserError(f"source={str(folder)!r} lacks {name}; save the adapter with peft's save_pretrained")
     try:
-        config = json.loads((folder / PEFT_FILES[0]).read_text(encoding="utf-8"))
+        config = read_json(folder / PEFT_FILES[0])
         stored = load_file(folder / PEFT_FILES[1])
         kind = config["peft_type"]
     except (ValueError, KeyError, TypeError, SafetensorError) as error:

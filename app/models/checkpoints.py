@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from app.errors import UserError
+from app.foreign_json import read_json
 from app.models.decoder import Decoder, DecoderConfig
 from app.models.quantization import QuantizationConfig, prepare
 
@@ -30,6 +31,9 @@ MODEL_FILES = ("config.json", "model.safetensors")
 """What `save_decoder` writes."""
 PROVENANCE_FILE = "pacos.json"
 """What a model folder that fine-tuning made says of itself: the template of its prompts, what was merged."""
+
+_MOST_LAYERS, _LARGEST = 1000, 2**24
+"""What a config.json may ask for: a layer takes memory before a weight is looked at, and no product may overflow."""
 
 # ours -> GPT-2's, inside a block; True marks a Conv1D weight, which is stored transposed
 _BLOCK_NAMES = {
@@ -145,8 +149,9 @@ def _config_of(folder: Path, values: dict[str, Any]) -> DecoderConfig:
         raise UserError(f"{folder}/config.json: model_type={kind!r}; only 'gpt2' and {OWN_TYPE!r} can be loaded")
     config = readers[kind](folder, values)
     for name in ("vocab_size", "context_length", "num_layers", "num_heads", "width", "mlp_width", "kv_heads"):
-        if getattr(config, name) < 1:
-            raise UserError(f"{folder}/config.json: {name} is {getattr(config, name)}; it must be at least 1")
+        value, largest = getattr(config, name), _MOST_LAYERS if name == "num_layers" else _LARGEST
+        if not isinstance(value, int) or not 1 <= value <= largest:
+            raise UserError(f"{folder}/config.json: {name} is {value!r}; it must be from 1 to {largest}")
     if config.positions == "rotary" and config.head_width % 2:
         raise UserError(f"{folder}/config.json: rotary positions need heads of an even width, not {config.head_width}")
     if config.width % config.num_heads:
@@ -306,11 +311,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
-        files = [folder / name for name in names]
-    else:
-        files = [folder / "model.safetensors"]
+    files = [folder / name for name in (_listed_files(index) if index.exists() else ["model.safetensors"])]
     missing = [file.name for file in files if not file.is_file()]
     if missing and (folder / "pytorch_model.bin").exists():
         raise UserError(
@@ -322,14 +323,25 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
+def _listed_files(index: Path) -> list[str]:
+    listed = _read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+        raise UserError(f"{index}: weight_map must give each tensor's file; copy the checkpoint again")
+    names = sorted(set(listed.values()))
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise UserError(f"{index}: {outside[0]!r} is no file of this folder, and no other is read")
+    return names
+
+
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
     except FileNotFoundError:
         raise UserError(
             f"{file.parent} lacks {file.name}; a model folder holds config.json and model.safetensors"
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{file} must hold a JSON object, not a {type(values).__name__}")

@@ -12,9 +12,11 @@ The object has `text` and `title`, or `refused`, the reason why there is no text
 import io
 import json
 import logging
+import os
 import resource
 import sys
 from collections.abc import Callable
+from typing import Any
 
 # what a page shows is its text; these hold none, or none of its own
 _NOT_TEXT = ("script", "style", "noscript", "template", "head", "iframe", "object", "svg", "math", "nav", "form")
@@ -26,9 +28,7 @@ class Refused(Exception):
 
 def main(arguments: list[str]) -> None:
     kind, max_characters, max_pages, max_memory_bytes, max_seconds = arguments[0], *map(int, arguments[1:])
-    resource.setrlimit(resource.RLIMIT_AS, (max_memory_bytes, max_memory_bytes))
-    resource.setrlimit(resource.RLIMIT_CPU, (max_seconds, max_seconds))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    confine(max_memory_bytes, max_seconds)
     logging.disable()  # pypdf warns of every flaw of a file
     content = sys.stdin.buffer.read()
     try:
@@ -45,6 +45,21 @@ def main(arguments: list[str]) -> None:
     except Exception as error:  # whatever a damaged file makes of the library that reads it
         answer = {"refused": f"is damaged ({type(error).__name__})"}
     sys.stdout.buffer.write(json.dumps(answer).encode())
+
+
+def confine(max_memory_bytes: int, max_seconds: int) -> None:
+    """For the rest of the process: no more than that, no network, no other process, nothing written."""
+    resource.setrlimit(resource.RLIMIT_AS, (max_memory_bytes, max_memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CPU, (max_seconds, max_seconds))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    sys.addaudithook(_refuse)
+
+
+def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
+    """What a file asks of the libraries that read it. It holds Python code, as these are, and no machine code."""
+    writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+    if writes or event.startswith(("socket.", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork")):
+        raise PermissionError(event)
 
 
 def too_long(max_characters: int) -> str:

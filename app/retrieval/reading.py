@@ -1,6 +1,7 @@
 """A file's bytes -> a document. What is not plain text is read in a process of its own, under limits."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ MEDIA_TYPES: dict[str, Kind] = {
     "application/pdf": "pdf",
 }
 _LONGEST_TITLE = 300
+_PASSED_ON = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "PYTHONUTF8", "TMPDIR")
 _EXTRACT = Path(__file__).with_name("extract.py")
 
 
@@ -83,7 +85,9 @@ def _extracted(content: bytes, kind: Kind, limits: ReadingConfig) -> tuple[str, 
     # -P: the folder of this file is no place to import from; its modules' names are common ones
     command = [sys.executable, "-P", str(_EXTRACT), kind, *map(str, numbers)]
     try:
-        done = subprocess.run(command, input=content, capture_output=True, timeout=limits.timeout_s, check=False)
+        done = subprocess.run(
+            command, input=content, capture_output=True, timeout=limits.timeout_s, check=False, env=_environment()
+        )
     except subprocess.TimeoutExpired:
         raise Unreadable(f"takes more than {limits.timeout_s:g} s to be read") from None
     if done.returncode != 0:  # the kernel's or the interpreter's end of it, without a word from the program
@@ -92,6 +96,11 @@ def _extracted(content: bytes, kind: Kind, limits: ReadingConfig) -> tuple[str, 
     if "refused" in answer:
         raise Unreadable(answer["refused"])
     return _clean(answer["text"]), " ".join(_clean(answer["title"]).split())[:_LONGEST_TITLE]
+
+
+def _environment() -> dict[str, str]:
+    """What an interpreter needs to start, and none of the keys and tokens that are in a replica's environment."""
+    return {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
 
 
 def _clean(text: str) -> str:

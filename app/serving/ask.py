@@ -1,6 +1,7 @@
-"""One question to a running endpoint, over plain HTTP. Needs neither Ray nor torch."""
+"""One question to a running endpoint, over HTTP. Needs neither Ray nor torch."""
 
 import os
+import ssl
 from typing import Any
 
 import httpx
@@ -33,11 +34,14 @@ def _call(config: AskConfig, path: str, body: dict[str, Any]) -> dict[str, Any]:
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     url = config.url.rstrip("/") + path
     try:
-        response = httpx.post(url, json=body, headers=headers, timeout=config.timeout_s, trust_env=False)
+        verify = True if config.ca_file is None else ssl.create_default_context(cafile=config.ca_file)
+        response = httpx.post(url, json=body, headers=headers, timeout=config.timeout_s, trust_env=False, verify=verify)
     except httpx.TimeoutException:
         raise UserError(
             f"{url} did not answer within timeout_s={config.timeout_s:g}; raise it, or ask for less"
         ) from None
+    except OSError as error:
+        raise UserError(f"ca_file={config.ca_file!r} cannot be used ({error}); give a PEM file") from None
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise UserError(
             f"url={config.url!r} cannot be reached ({error}); start an endpoint with `pacos serve`"

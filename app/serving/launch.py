@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from app.atomic import make_folder
-from app.config import ServeConfig, TracingConfig
+from app.config import ServeConfig, TlsConfig, TracingConfig
 from app.errors import UserError
 
 APPLICATION = "pacos"
@@ -31,7 +31,7 @@ def serve_application(
         UserError: the port is taken, the application runs already, a setting is wrong, or the deployments do not come
             up.
     """
-    _check_address_is_free(config.host, config.port)
+    _check_address_is_free(config)
     config = with_absolute_paths(config)
     check_folders(config)
     if config.retriever.documents is not None:
@@ -41,15 +41,15 @@ def serve_application(
     from app.serving.application import build
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    application = build(config.model_dump(exclude={"host", "port", "tracing"}))
+    application = build(config.model_dump(exclude={"host", "port", "tls", "tracing"}))
     # one proxy on the head node: the address is this machine's
-    serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port})
+    serve.start(proxy_location="HeadOnly", http_options=_http_options(config))
     try:
         serve.run_many(
             [serve.RunTarget(application, name=APPLICATION, route_prefix="/")], wait_for_applications_running=False
         )
         _wait_until_running(progress or (lambda states: None), timeout_s)
-        url = f"http://{config.host}:{config.port}"
+        url = f"{'http' if config.tls is None else 'https'}://{config.host}:{config.port}"
         _wait_until_healthy(url, timeout_s)
     except BaseException:
         stop_application()
@@ -122,6 +122,8 @@ def check_folders(config: ServeConfig) -> None:
     from app.serving.registered_deltas import delta_folder
 
     config = with_absolute_paths(config)
+    if config.tls is not None:
+        _check_certificate(config.tls)
     deltas = {
         name: str(delta_folder(delta, config.generator.tracking)) for name, delta in config.generator.deltas.items()
     }
@@ -157,6 +159,27 @@ def check_port_is_free(host: str, port: int) -> None:
             ) from None
 
 
+def _http_options(config: ServeConfig) -> dict[str, Any]:
+    options: dict[str, Any] = {"host": config.host, "port": config.port}
+    if config.tls is not None:
+        options |= {"ssl_certfile": config.tls.certificate, "ssl_keyfile": config.tls.key}
+    return options
+
+
+def _check_certificate(tls: TlsConfig) -> None:
+    """Serve's proxy would start over and over with one that cannot be used."""
+    import ssl
+
+    try:
+        # Without a password: a key that wants one would be asked for it at the terminal.
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(tls.certificate, tls.key, password="")
+    except (OSError, ssl.SSLError) as error:
+        raise UserError(
+            f"tls.certificate={tls.certificate!r} and tls.key={tls.key!r} cannot be used ({error}); give a PEM "
+            "certificate and its own key, without a password"
+        ) from None
+
+
 def tracing_environment(config: TracingConfig) -> dict[str, str]:
     """What must be in the environment of a cluster's processes when it starts: Serve's own `tracing_config` does not
     reach its proxy (Ray 2.60), where a trace begins.
@@ -179,20 +202,26 @@ def _absolute(folder: str) -> str:
     return str(Path(folder).expanduser().absolute())
 
 
-def _check_address_is_free(host: str, port: int) -> None:
+def _check_address_is_free(config: ServeConfig) -> None:
     """For this application: the port of this machine, or the route `/` of the Serve that the cluster has already."""
     import ray
     from ray.serve.context import _get_global_client  # starts Ray where it is not up
 
     client: Any = _get_global_client(raise_if_no_controller_running=False) if ray.is_initialized() else None
     if client is None:
-        check_port_is_free(host, port)
+        check_port_is_free(config.host, config.port)
         return
     running = client.http_config
-    if (running.host, running.port) != (host, port):  # the address of a running Serve cannot be changed
+    # neither the address of a running Serve nor its certificate can be changed
+    if (running.host, running.port) != (config.host, config.port):
         raise UserError(
             f"Ray Serve runs on this cluster already and listens on {running.host}:{running.port}; "
             f"set host={running.host} port={running.port}, or stop it with `serve shutdown`"
+        )
+    if running.ssl_certfile != (config.tls and config.tls.certificate):
+        raise UserError(
+            f"Ray Serve runs on this cluster already, with tls.certificate={running.ssl_certfile!r}; set that, or stop "
+            "it with `serve shutdown`"
         )
     for name, application in client.get_serve_details()["applications"].items():
         if name == APPLICATION or application["route_prefix"] == "/":  # Serve would replace the first, refuse the other
@@ -238,7 +267,8 @@ def _wait_until_healthy(url: str, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while True:
         try:
-            if httpx.get(f"{url}/healthz", timeout=5, trust_env=False).status_code == 200:
+            # Nothing is said to whoever it is, and the certificate may be for another name than the host's address.
+            if httpx.get(f"{url}/healthz", timeout=5, trust_env=False, verify=False).status_code == 200:
                 return
         except httpx.HTTPError:
             pass  # the proxy learns of the application a moment after it runs

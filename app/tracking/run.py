@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.atomic import write_text
-from app.config.tracking import TrackingConfig, masked
+from app.config.tracking import TrackingConfig
+from app.errors import masked
 from app.tracking.store import open_store, reason_of, sqlite_file, told_as_mistakes, tracking_uri
 
 if TYPE_CHECKING:

@@ -10,8 +10,7 @@ from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 from app.atomic import make_folder
-from app.config.tracking import masked
-from app.errors import UserError
+from app.errors import UserError, masked
 
 if TYPE_CHECKING:  # importing it takes more than a second
     from mlflow.tracking import MlflowClient

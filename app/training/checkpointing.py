@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from app.errors import UserError
+from app.foreign_json import read_json
 
 if TYPE_CHECKING:  # Ray's processes that only look which checkpoints there are do without torch, and its seconds
     from torch import Tensor
@@ -55,9 +56,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     from safetensors.torch import load_file
 
     try:
-        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        for name, expected in state["files"].items():
-            if _fingerprint(folder / name) != expected:
+        state = read_json(folder / STATE_FILE)
+        for name in (_WEIGHTS, _MOMENTS):
+            if not (folder / name).is_file() or _fingerprint(folder / name) != state["files"][name]:
                 raise ValueError(f"{name} is not what was written")
         return Checkpoint(
             step=state["step"],
@@ -65,7 +66,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             moments=load_file(folder / _MOMENTS),
             state={name: value for name, value in state.items() if name not in ("step", "files")},
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(
             f"checkpoint {str(folder)!r} is damaged ({error}); remove that folder to go on from the one before it"
         ) from None

@@ -212,3 +212,12 @@ def test_a_dataset_of_the_hub_gives_its_training_files(files: Path, tmp_path: Pa
     assert one == other and name == "someone/recipes/data/train-00000.parquet"
     assert pq.read_table(path).to_pylist() == ROWS
     assert "'someone/absent': no such file, and the Hugging Face hub delivered no dataset of that name" in absent
+
+
+def test_a_gzip_bomb_is_given_up_before_it_fills_the_disk(tmp_path: Path) -> None:
+    bomb, spool = tmp_path / "a.jsonl.gz", tmp_path / "spool"
+    bomb.write_bytes(gzip.compress(b" " * 200_000_000))
+    with pytest.raises(UserError, match="more than 200 times larger"):
+        as_json(SourceFile(str(bomb), bomb), spool)
+    written = sum(file.stat().st_size for file in spool.rglob("*") if file.is_file())
+    assert written <= 201 * bomb.stat().st_size + 2**20

@@ -122,11 +122,7 @@ def test_a_taken_port_is_left_to_who_has_it() -> None:
 
 
 def test_the_command_ends_its_nodes_when_it_is_told_to_end(program: list[str], calls: Path, tmp_path: Path) -> None:
-    ray = tmp_path / "bin/ray"
-    ray.parent.mkdir()
-    ray.write_text(f'#!/bin/sh\nexec {" ".join(program)} "$@"\n')
-    ray.chmod(0o755)
-    code = f"import app.local_cluster as c; c._ray_program = lambda: {str(ray)!r}; from app.cli import main; main()"
+    code = f"import app.local_cluster as c; c.RAY = {program!r}; from app.cli import main; main()"
     command = [sys.executable, "-c", code, "cluster", "up", "--nodes", "2", "--cpus", "1"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=tmp_path)

@@ -9,8 +9,7 @@ import pytest
 from mlflow_process import mlflow_server
 
 from app.config import TrackingConfig, TrainConfig, load_config
-from app.config.tracking import masked
-from app.errors import UserError
+from app.errors import UserError, masked
 from app.tracking.run import RUN_FILE, TrackedRun, check_tracking, flattened, open_tracker, tracked_run
 from app.tracking.store import open_store, tracking_uri
 
