@@ -4,7 +4,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import get_args
+from typing import Any, get_args
 
 from ray.util import metrics
 
@@ -16,9 +16,9 @@ _TELL_EVERY_S = 5.0
 class SweepMetrics:
     def __init__(self, sweep: str) -> None:
         self._tags = {"sweep": sweep}
-        self._trials = metrics.Gauge("pacos_sweep_trials", "Trials by their state.", ("sweep", "state"))
-        self._best = metrics.Gauge("pacos_sweep_best_loss", "Lowest held-out loss of a trial, in nats.", ("sweep",))
-        self._tokens = metrics.Gauge("pacos_sweep_tokens", "Tokens that all trials have trained on.", ("sweep",))
+        self._trials = _gauge("trials", "Trials by their state.", ("sweep", "state"))
+        self._best = _gauge("best_loss", "Lowest held-out loss of a trial, in nats.", ("sweep",))
+        self._tokens = _gauge("tokens", "Tokens that all trials have trained on.", ("sweep",))
 
     def set(self, records: Sequence[TrialRecord]) -> None:
         counts = Counter(record.state for record in records)
@@ -46,3 +46,7 @@ def told_to_prometheus(sweep: str, records: Callable[[], Sequence[TrialRecord]])
     finally:
         ending.set()
         thread.join()
+
+
+def _gauge(name: str, text: str, tags: tuple[str, ...]) -> Any:
+    return metrics.Gauge(f"pacos_sweep_{name}", description=text, tag_keys=tags)

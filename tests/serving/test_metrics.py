@@ -7,36 +7,13 @@ import pytest
 
 from app.serving import metrics
 from app.serving.messages import Piece, PromptInfo, Refusal, Started
-from app.serving.metrics import CacheMetrics, GeneratorMetrics
-
-
-class Recorded:
-    """Stands for any of Ray's metrics; keeps what it is told."""
-
-    seen: dict[str, list[tuple[float, dict[str, str]]]] = {}
-
-    def __init__(self, name: str, **about: Any) -> None:
-        assert about["description"]
-        self._values = self.seen.setdefault(name.removeprefix("pacos_"), [])
-        self._tags = set(about["tag_keys"])
-
-    def observe(self, value: float = 1.0, tags: dict[str, str] | None = None) -> None:
-        assert set(tags or {}) == self._tags
-        self._values.append((value, tags or {}))
-
-    inc = set = observe
+from app.serving.metrics import CacheMetrics, GeneratorMetrics, RetrieverMetrics
+from tests.recorded_metrics import Seen, recorded, values
 
 
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[float, dict[str, str]]]]:
-    monkeypatch.setattr(Recorded, "seen", {})
-    kinds = SimpleNamespace(Counter=Recorded, Gauge=Recorded, Histogram=Recorded)
-    monkeypatch.setattr(metrics, "metrics", kinds)
-    return Recorded.seen
-
-
-def values(seen: dict, name: str) -> list[float]:
-    return [value for value, _ in seen[name]]
+def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
+    return recorded(monkeypatch, metrics)
 
 
 def test_a_request_is_timed_from_its_beginning_to_each_token(seen) -> None:
@@ -92,3 +69,22 @@ def test_the_caches_results_are_counted(seen) -> None:
     for result in ("hit", "miss", "hit"):
         cache.count(result)
     assert [tags["result"] for _, tags in seen["response_cache_requests"]] == ["hit", "miss", "hit"]
+
+
+def test_a_caches_failures_are_counted_once_and_its_state_is_the_last_one(seen) -> None:
+    cache = CacheMetrics()
+    for num_bytes, errors, is_out in ((100, 0, False), (100, 2, True), (300, 2, False), (300, 3, True)):
+        cache.set_state(num_bytes=num_bytes, errors=errors, is_out=is_out)
+    assert values(seen, "response_cache_errors") == [2, 1]
+    assert values(seen, "response_cache_backend_out") == [0, 1, 0, 1]
+    assert values(seen, "response_cache_bytes") == [100, 100, 300, 300]
+
+
+def test_searches_are_timed_by_how_they_searched(seen) -> None:
+    retriever = RetrieverMetrics()
+    retriever.searched(0.02, mode="dense")
+    retriever.set_documents(7)
+    retriever.set_copy(version=12, lag_s=0.5)
+    assert seen["retriever_search_seconds"] == [(0.02, {"mode": "dense"})]
+    assert values(seen, "retriever_documents") == [7]
+    assert values(seen, "retriever_version") == [12] and values(seen, "retriever_lag_seconds") == [0.5]
