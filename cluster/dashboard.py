@@ -47,9 +47,8 @@ def _rate(metric: str, by: str) -> str:
 
 
 def _of_runs(metric: str) -> str:
-    """Of the chosen runs that go on; a pack has gauges of those that have ended as well."""
-    running = "max by (run) (ray_pacos_train_running) == 1"
-    return f'max by (run) (ray_pacos_train_{metric}{{run=~"$run"}}) and on (run) ({running})'
+    """Of the chosen ones that go on."""
+    return f'max by (run) (ray_pacos_train_{metric}{{run=~"$run"}})'
 
 
 _TRAINING = (

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from app.gauges import LastingGauge
+
 Seen = dict[str, list[tuple[float, dict[str, str]]]]
 """Values and their tags in order, by a metric's name without `pacos_`."""
 
@@ -27,6 +29,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> Seen:
 
     kinds = SimpleNamespace(Counter=Recorded, Gauge=Recorded, Histogram=Recorded)
     monkeypatch.setattr(module, "metrics", kinds)
+    monkeypatch.setattr(LastingGauge, "repeat", lambda gauge: None)  # what is told anew, and nothing else
     return seen
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray.serve import metrics
 
+from app.gauges import LastingGauge
 from app.serving.messages import Piece, Refusal, Started
 
 if TYPE_CHECKING:
@@ -127,8 +128,10 @@ class CacheMetrics:
         text = "Requests by what the response cache had: `hit`, `semantic`, `miss`, or `uncached`: not to be cached."
         self._requests = _counter("response_cache_requests", text, ("result",))
         self._errors = _counter("response_cache_errors", "Lookups and writes that the backend failed.", ())
-        self._bytes = _gauge("response_cache_bytes", "Memory of the answers kept in this replica; 0 with Redis.", ())
-        self._is_out = _gauge("response_cache_backend_out", "1 while the backend fails and is left alone, else 0.", ())
+        text = "Memory of the answers kept in this replica; 0 with Redis."
+        self._bytes = LastingGauge(_gauge("response_cache_bytes", text, ()))
+        text = "1 while the backend fails and is left alone, else 0."
+        self._is_out = LastingGauge(_gauge("response_cache_backend_out", text, ()))
         self._counted = 0
 
     def count(self, result: str) -> None:
@@ -148,7 +151,7 @@ class RetrieverMetrics:
 
     def __init__(self) -> None:
         self._search = _histogram("retriever_search_seconds", _SEARCH_S, "Of a search, reranking included.", ("mode",))
-        self._documents = _gauge("retriever_documents", "Documents that are searched.", ())
+        self._documents = LastingGauge(_gauge("retriever_documents", "Documents that are searched.", ()))
         self._version = _gauge("retriever_version", "Number of the last change that is searched.", ())
         self._lag = _gauge("retriever_lag_seconds", "Since when there may be changes that are not searched yet.", ())
 

@@ -1,7 +1,7 @@
 """What Prometheus sees of a run while it goes, from whoever records it: the driver, or the pack that the run is in.
 
-Ray exports it at that process' node, with `ray_` in front. A gauge is there as long as the process, a counter as long
-as the node.
+Ray exports it at that process' node, with `ray_` in front. Gauges are there while the run goes on, and a few seconds
+longer; a counter is as long as the node.
 """
 
 import time
@@ -10,6 +10,7 @@ from typing import Any, Literal
 from ray.util import metrics
 
 from app.errors import Diverged
+from app.gauges import LastingGauge
 
 Outcome = Literal["finished", "stopped", "diverged", "failed"]
 
@@ -33,7 +34,7 @@ class RunMetrics:
         self._tags = {"run": run}
         self._gauges = {name: _gauge(name, text) for name, text in _GAUGES.items()}
         self._rate = _gauge("tokens_per_second", "Of the last step, padding left out.")
-        self._running = _gauge("running", "1 from the run's start to its end, then 0.")
+        self._running = _gauge("running", "1 while the run goes on.")
         self._reported = _gauge("reported_timestamp_seconds", "When the run last reported a step or an evaluation.")
         self._tokens = _counter("tokens", "Tokens trained on, padding left out.", ("run",))
         self._ended = _counter(
@@ -64,7 +65,8 @@ class RunMetrics:
         """The first word counts."""
         if self._is_running:
             self._is_running = False
-            self._running.set(0.0, tags=self._tags)
+            for gauge in (*self._gauges.values(), self._rate, self._running, self._reported):
+                gauge.drop(tags=self._tags)
             self._ended.inc(tags={**self._tags, "outcome": outcome})
 
     def end_by(self, error: BaseException | None) -> None:
@@ -77,8 +79,8 @@ class RunMetrics:
             self.end("failed")
 
 
-def _gauge(name: str, text: str) -> Any:
-    return metrics.Gauge(f"pacos_train_{name}", description=text, tag_keys=_RUN)
+def _gauge(name: str, text: str) -> LastingGauge:
+    return LastingGauge(metrics.Gauge(f"pacos_train_{name}", description=text, tag_keys=_RUN))
 
 
 def _counter(name: str, text: str, tags: tuple[str, ...]) -> Any:

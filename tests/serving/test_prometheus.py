@@ -60,22 +60,21 @@ def ask(ray_cluster, server, model_dir, free_port, tmp_path_factory) -> Iterator
 
 
 @pytest.fixture(scope="module")
-def told(ray_cluster) -> None:
-    """What a run's and a sweep's driver tell; this process is such a driver."""
+def told(ray_cluster: None) -> Iterator[None]:
+    """What a run's and a sweep's driver tell; this process is such a driver. The run makes no step after its first."""
     from app.errors import Diverged
     from app.training.metrics import RunMetrics
-    from tune.metrics import SweepMetrics
+    from tune.metrics import told_to_prometheus
 
     row = {
         "step": 1, "loss": 2.5, "eval_loss": 2.4, "learning_rate": 1e-3, "gradient_norm": 0.7, "workers": 1,
         "peak_worker_bytes": 10**9, "tokens": 512, "step_s": 0.5,
     }  # fmt: skip
-    going_on = RunMetrics("goes-on")
-    going_on.__enter__()
-    going_on.add(row)
     with pytest.raises(Diverged), RunMetrics("diverges"):
         raise Diverged("the loss is nan at step 3")
-    SweepMetrics("ranks").set([])
+    with told_to_prometheus("ranks", list), RunMetrics("goes-on") as run:
+        run.add(row)
+        yield
 
 
 def asked_now(promql: str) -> str:
