@@ -31,7 +31,7 @@ format: .venv/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-manifests: .venv/.runtime  ## what follows from serve_config.yaml and cluster/kubernetes/raycluster.yaml
+manifests: .venv/.runtime  ## what follows from other files: manifests, the Grafana dashboard
 	$(BIN)/python -m cluster.generate
 
 clean:

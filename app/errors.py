@@ -19,5 +19,9 @@ class UserError(Exception):
         super().__init__(masked(message))
 
 
+class Diverged(UserError):
+    """A loss or a gradient is no number any more; the message says which, and what to set."""
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C, after what was under way has been saved; the message says what, and how to go on."""

@@ -1,8 +1,9 @@
-"""Writes the manifests that follow from others: `python -m cluster.generate`.
+"""Writes what follows from other files: `python -m cluster.generate`.
 
 `kubernetes/raycluster.yaml` says what a cluster is, `/serve_config.yaml` what is served. The clusters of the jobs and
 of the service are the first with other numbers, and what is served there is the second with the address that containers
-need, so that neither is kept twice by hand. A test compares the files with what this makes.
+need, so that neither is kept twice by hand. `dashboard.py` says what the Grafana dashboard shows, and for Kubernetes
+both it and the alerts of `monitoring/alerts.yaml` become resources. A test compares the files with what this makes.
 """
 
 import copy
@@ -11,9 +12,12 @@ from typing import Any
 
 import yaml
 
+from cluster.dashboard import dashboard_text
+
 REPOSITORY = Path(__file__).parent.parent
 RAY_CLUSTER = REPOSITORY / "cluster/kubernetes/raycluster.yaml"
 SERVE_CONFIG = REPOSITORY / "serve_config.yaml"
+ALERTS = REPOSITORY / "cluster/monitoring/alerts.yaml"
 SHARED = "/srv/pacos"
 CONFIGS = "/opt/pacos/configs"
 
@@ -23,13 +27,18 @@ Manifest = dict[str, Any]
 def manifests() -> dict[Path, str]:
     """Every generated file with its text."""
     cluster, served = _read(RAY_CLUSTER), _read(SERVE_CONFIG)
-    kubernetes, docker = REPOSITORY / "cluster/kubernetes", REPOSITORY / "cluster/docker"
+    folder = REPOSITORY / "cluster"
+    kubernetes, docker, monitoring = folder / "kubernetes", folder / "docker", folder / "monitoring"
     from_both = "kubernetes/raycluster.yaml and /serve_config.yaml"
     return {
         kubernetes / "rayjob-train.yaml": _text(train_job(cluster), source="kubernetes/raycluster.yaml"),
         kubernetes / "rayjob-sweep.yaml": _text(sweep_job(cluster), source="kubernetes/raycluster.yaml"),
         kubernetes / "rayservice.yaml": _text(service(cluster, served), source=from_both),
         docker / "serve_config.yaml": _text(on_all_interfaces(served), source="/serve_config.yaml"),
+        monitoring / "dashboard.json": dashboard_text(),
+        monitoring / "kubernetes.yaml": _text(
+            *monitored(cluster, _read(ALERTS)), source="dashboard.py and monitoring/alerts.yaml"
+        ),
     }
 
 
@@ -78,6 +87,27 @@ def on_all_interfaces(served: Manifest) -> Manifest:
     return served | {"http_options": served["http_options"] | {"host": "0.0.0.0"}}
 
 
+def monitored(cluster: Manifest, alerts: Manifest) -> list[Manifest]:
+    """For the Prometheus operator: what it scrapes, and its alerts; for Grafana's sidecar the dashboard."""
+
+    def resource(kind: str, **content: Any) -> Manifest:
+        of_core = kind == "ConfigMap"
+        metadata: Manifest = {"name": "pacos", "namespace": cluster["metadata"]["namespace"]}
+        if of_core:
+            metadata["labels"] = {"grafana_dashboard": "1"}
+        return {
+            "apiVersion": "v1" if of_core else "monitoring.coreos.com/v1", "kind": kind, "metadata": metadata, **content
+        }  # fmt: skip
+
+    endpoint = {"port": "metrics", "relabelings": [{"action": "replace", "targetLabel": "job", "replacement": "ray"}]}
+    nodes = {"selector": {"matchLabels": {"ray.io/is-ray-node": "yes"}}, "podMetricsEndpoints": [endpoint]}
+    return [
+        resource("PodMonitor", spec=nodes),
+        resource("PrometheusRule", spec=alerts),
+        resource("ConfigMap", data={"pacos.json": dashboard_text()}),
+    ]
+
+
 def _job(cluster: Manifest, *, name: str, entrypoint: str, least: dict[str, int]) -> Manifest:
     spec = _cluster_spec(cluster, least=least)
     del spec["gcsFaultToleranceOptions"]  # KubeRay starts a job's cluster anew, it does not go on with an old one
@@ -124,8 +154,9 @@ def _dump(values: Any) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=120)
 
 
-def _text(values: Manifest, *, source: str) -> str:
-    return f"# Generated from {source} by `python -m cluster.generate`; change those.\n{_dump(values)}"
+def _text(*documents: Manifest, source: str) -> str:
+    texts = "---\n".join(map(_dump, documents))
+    return f"# Generated from {source} by `python -m cluster.generate`; change those.\n{texts}"
 
 
 def _read(file: Path) -> Manifest:

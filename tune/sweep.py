@@ -97,6 +97,7 @@ def sweep(
     from contextlib import nullcontext
 
     from tune.driver import Watch
+    from tune.metrics import told_to_prometheus
 
     output = Path(config.output)
     tracker = open_tracker(config.tracking, output=config.output)
@@ -109,6 +110,7 @@ def sweep(
                 tracker, name=output.name, output=output, settings=settings, resume=resume, warn=warn
             ) as tracked,
             watched(watch.records) if watched else nullcontext(),
+            told_to_prometheus(output.name, watch.records),
         ):
             parent = tracked.run_id if tracked is not None else None
             uri = "none" if tracker is None else tracker.uri

@@ -29,6 +29,9 @@ class BackendUnavailable(Exception):
 class Backend(Protocol):
     """Each operation ends within the backend's own deadline: with a result, or with BackendUnavailable."""
 
+    num_bytes: int
+    """What this process' memory holds of it."""
+
     async def get(self, key: str) -> str | None: ...
 
     async def put(self, key: str, value: str, *, ttl_s: float) -> None: ...
@@ -92,6 +95,8 @@ class RedisBackend:
     Every operation has `timeout_s`, connecting included. After a failure the server is left alone for `pause_s`, so
     that an outage does not cost each request its timeout.
     """
+
+    num_bytes = 0
 
     def __init__(self, url: str, *, timeout_s: float, pause_s: float = _PAUSE_S, clock: Clock = time.monotonic) -> None:
         self._client, self._errors = _client(url, timeout_s)

@@ -29,9 +29,15 @@ class ResponseCache:
     def __init__(self, backend: Backend, ttl_s: float) -> None:
         self.errors = 0
         """Lookups and writes that the backend could not serve."""
+        self.is_out = False
+        """Whether the last of them was one."""
         self._backend = backend
         self._ttl_s = ttl_s
-        self._is_out = False
+
+    @property
+    def num_bytes(self) -> int:
+        """What this process' memory holds."""
+        return self._backend.num_bytes
 
     async def get(self, key: str) -> dict[str, Any] | None:
         return _parse(await self._try_get(key))
@@ -64,14 +70,14 @@ class ResponseCache:
 
     def _note_outage(self, error: BackendUnavailable) -> None:
         self.errors += 1
-        if not self._is_out:  # once per outage, not once per request
+        if not self.is_out:  # once per outage, not once per request
             log.warning("response cache: %s; answers are computed anew until it is back", error)
-        self._is_out = True
+        self.is_out = True
 
     def _note_success(self) -> None:
-        if self._is_out:
+        if self.is_out:
             log.warning("response cache: back after %d failed operations in all", self.errors)
-        self._is_out = False
+        self.is_out = False
 
 
 def _parse(text: str | None) -> dict[str, Any] | None:

@@ -205,7 +205,7 @@ class Engine:
         self._computed += num_computed
         events = []
         for sequence, choice in zip(sampling, choices, strict=True):
-            event = sequence.append(choice, self._token_bytes)
+            event = sequence.append(choice, self._token_bytes, step=self._steps)
             self._generated += event.token is not None
             events.append(event)
             if event.finish_reason:

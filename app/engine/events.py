@@ -42,6 +42,8 @@ class Event:
     top_logprobs: tuple[tuple[int, float], ...] = ()
     stop: int | str | None = None
     """The stop token or text that ended the answer."""
+    step: int = 0
+    """The engine's, counted from 1; all answers of a step share its number."""
 
 
 def _context_length_exceeded(prompt_length: int, context_length: int) -> ContextLengthExceeded:

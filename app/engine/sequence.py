@@ -62,10 +62,11 @@ class Sequence:
     def has_computed_prompt(self) -> bool:
         return self.num_cached >= self.prompt_length
 
-    def append(self, choice: Choice, token_bytes: SequenceOf[bytes] | None) -> Event:
-        """Take a sampled token; returns what to report. `token_bytes` are the vocabulary's, where texts may stop it."""
+    def append(self, choice: Choice, token_bytes: SequenceOf[bytes] | None, *, step: int) -> Event:
+        """Take a token that `step` sampled; returns what to report. `token_bytes` are the vocabulary's, where texts may
+        stop it."""
         if choice.token in self.sampling.ends:
-            return Event(self.request_id, None, "stop", self.index, stop=choice.token)
+            return Event(self.request_id, None, "stop", self.index, stop=choice.token, step=step)
         self.ids.append(choice.token)
         reason: FinishReason | None = "length" if len(self.ids) >= self.max_length else None
         stop = None
@@ -73,7 +74,7 @@ class Sequence:
             assert token_bytes is not None  # looked at when the request came
             stop = self._stop_text(token_bytes[choice.token])
             reason = "stop" if stop is not None else reason
-        return Event(self.request_id, choice.token, reason, self.index, choice.logprob, choice.top_logprobs, stop)
+        return Event(self.request_id, choice.token, reason, self.index, choice.logprob, choice.top_logprobs, stop, step)
 
     def _stop_text(self, new: bytes) -> str | None:
         text = self.tail + new

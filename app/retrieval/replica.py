@@ -52,6 +52,16 @@ class Follower:
         replica = self._replica
         return "" if replica is None else f"{replica.library}-{replica.version}"
 
+    @property
+    def num_changes(self) -> int:
+        """The number of the last change that is searched."""
+        return 0 if self._replica is None else self._replica.version
+
+    @property
+    def num_documents(self) -> int:
+        """How many are searched."""
+        return 0 if self._replica is None else self._replica.chunks.num_documents
+
     def search(self, query: str, *, top_k: int, mode: SearchMode = "hybrid") -> list[Passage]:
         """As `search_passages`. There must have been a `catch_up`."""
         replica = self._replica

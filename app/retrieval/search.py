@@ -72,6 +72,11 @@ class Searcher:
         """Another one for other documents."""
         return self.manifest.documents_sha256
 
+    @property
+    def num_documents(self) -> int:
+        """How many are searched."""
+        return self.manifest.documents
+
     def search(self, query: str, *, top_k: int, mode: SearchMode = "hybrid") -> list[Passage]:
         """As `search_passages`."""
         return search_passages(query, self.embedder, self._vectors, self._chunks, top_k=top_k, mode=mode)

@@ -116,6 +116,10 @@ class Chunks:
         )
         return [number for (number,) in rows]
 
+    @property
+    def num_documents(self) -> int:
+        return self._rows("SELECT count(*) FROM documents", [])[0][0]
+
     def ids(self) -> list[int]:
         return [number for (number,) in self._rows("SELECT id FROM chunks", [])]
 

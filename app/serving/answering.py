@@ -33,7 +33,6 @@ from app.serving.messages import (
     Retrieved,
     Started,
 )
-from app.serving.metrics import CacheMetrics
 from app.serving.request_log import note
 
 logger = logging.getLogger("ray.serve")
@@ -68,7 +67,6 @@ class Answering:
         self._cache = AnswerCache(config.cache)
         self._limiter = limiter
         self._flights = SingleFlight()
-        self._metrics = CacheMetrics()
         self._models: dict[str, ModelInfo] = {}
         self._models_until = 0.0
         self._refresh: asyncio.Task[None] | None = None
@@ -111,36 +109,36 @@ class Answering:
     async def _completed(self, request: GenerateRequest) -> tuple[Completion, CacheResult]:
         key = await self._key(request)
         if key is None:
-            self._metrics.count("uncached")
+            self._cache.count("uncached")
             return await self._computed(key, request), "miss"
         if cached := await self._cache.get(key):
-            self._metrics.count(cached[1])
+            self._cache.count(cached[1])
             return cached
         flight = self._flights.result(f"whole {key.exact}", lambda: self._computed(key, request))
         completion, is_anothers = await flight
         result: CacheResult = "hit" if is_anothers else "miss"
-        self._metrics.count(result)
+        self._cache.count(result)
         return completion, result
 
     async def stream(self, request: GenerateRequest) -> AsyncGenerator[Started | Piece, None]:
         """`Started`, then pieces, within `request_timeout_s` altogether. A cached answer is streamed as one piece."""
         key = await self._key(request)
         if key is None:
-            self._metrics.count("uncached")
+            self._cache.count("uncached")
             async with aclosing(self._streamed(key, request)) as items:
                 async for item in items:
                     yield item
             return
         if cached := await self._cache.get(key):
             completion, result = cached
-            self._metrics.count(result)
+            self._cache.count(result)
             for piece in _replay(completion, result):
                 yield piece
             return
         async with aclosing(self._flights.stream(key.exact, lambda: self._streamed(key, request))) as shared:
             async for item, is_anothers in shared:
                 if isinstance(item, Started):
-                    self._metrics.count("hit" if is_anothers else "miss")
+                    self._cache.count("hit" if is_anothers else "miss")
                 yield replace(item, cache="hit") if is_anothers and isinstance(item, Started) else item
 
     async def _computed(self, key: AnswerKey | None, request: GenerateRequest) -> Completion:

@@ -16,6 +16,7 @@ from app.caching.wording import canonical, is_about_words
 from app.config import CacheConfig
 from app.data.records import Message
 from app.serving.messages import CacheResult, ChatPrompt, Completion, GenerateRequest
+from app.serving.metrics import CacheMetrics
 
 logger = logging.getLogger("ray.serve")
 
@@ -34,9 +35,11 @@ class AnswerCache:
 
     def __init__(self, config: CacheConfig) -> None:
         self._config = config
+        self._metrics = CacheMetrics()
         self._responses = ResponseCache(make_backend(config.backend), config.ttl_s)
         self._wordings = _wordings(self._responses, config) if config.semantic else None
         self._writes: set[asyncio.Task[None]] = set()
+        self._tell_state()
 
     def takes(self, request: GenerateRequest) -> bool:
         """Whether its answer may be kept: without a seed the next one may differ."""
@@ -55,7 +58,17 @@ class AnswerCache:
         wordings = cache_key(model_hash, tenant=tenant, wordings=True, **canonical_request.identity())
         return AnswerKey(exact, wordings, question)
 
+    def count(self, result: str) -> None:
+        """A request, by what there was for it: a `CacheResult`, or `uncached`."""
+        self._metrics.count(result)
+
     async def get(self, key: AnswerKey) -> tuple[Completion, CacheResult] | None:
+        try:
+            return await self._found(key)
+        finally:
+            self._tell_state()
+
+    async def _found(self, key: AnswerKey) -> tuple[Completion, CacheResult] | None:
         if completion := _read(await self._responses.get(key.exact)):
             return completion, "hit"
         if self._wordings is None or key.wordings is None:
@@ -70,9 +83,17 @@ class AnswerCache:
             self._in_background(self._wordings.put(key.wordings, key.question, answer_key=key.exact))
 
     def _in_background(self, write: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(write)
+        task = asyncio.get_running_loop().create_task(self._written(write))
         self._writes.add(task)  # the loop itself keeps only a weak reference
         task.add_done_callback(self._writes.discard)
+
+    async def _written(self, write: Coroutine[Any, Any, None]) -> None:
+        await write
+        self._tell_state()
+
+    def _tell_state(self) -> None:
+        kept = self._responses
+        self._metrics.set_state(num_bytes=kept.num_bytes, errors=kept.errors, is_out=kept.is_out)
 
 
 def _wordings(responses: ResponseCache, config: CacheConfig) -> Wordings:

@@ -18,6 +18,7 @@ from app.retrieval.reading import File, Unreadable, read_file
 from app.retrieval.snapshots import Snapshots
 from app.retrieval.store import stored_documents
 from app.serving.messages import Refusal
+from app.serving.metrics import DocumentsMetrics
 
 logger = logging.getLogger("ray.serve")
 
@@ -45,6 +46,7 @@ class DocumentsDeployment:
         self._snapshots = Snapshots(self._library, kind=config.vectors, threads=config.threads)
         self._uploading = ThreadPoolExecutor(_UPLOADS_AT_ONCE, "upload")
         self._num_uploads = 0
+        self._metrics = DocumentsMetrics()
         self._ending = threading.Event()
         threading.Thread(target=self._keep_snapshots, name="snapshots", daemon=True).start()
 
@@ -126,6 +128,7 @@ class DocumentsDeployment:
     def _keep_snapshots(self) -> None:
         while not self._ending.wait(_LOOK_EVERY_S):
             try:
+                self._metrics.set_version(self._library.version)
                 self._snapshots.write_if_due()
             except Exception:  # searches go on over the changes, and the next attempt may succeed
                 logger.exception("a snapshot of the documents' vectors could not be written")

@@ -144,6 +144,8 @@ class Piece:
     finish_reason: FinishReason | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
     """Of its tokens, where the request asked for them."""
+    step: int | None = None
+    """The engine's step that made the last of them; none for an answer that was kept."""
 
     def followed_by(self, later: "Piece") -> "Piece":
         """Both as one; `later` is of the same choice."""
@@ -153,6 +155,7 @@ class Piece:
             self.num_tokens + later.num_tokens,
             later.finish_reason,
             (*self.logprobs, *later.logprobs),
+            later.step,
         )
 
 

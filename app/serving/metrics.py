@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray.serve import metrics
 
+from app.gauges import LastingGauge
 from app.serving.messages import Piece, Refusal, Started
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ _FIRST_TOKEN_S = [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.
 _BETWEEN_TOKENS_S = [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80]
 _REQUEST_S = [0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920]
 _TOKENS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000]
+_SEARCH_S = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
 _MODEL = ("model_name",)
 
 _COUNTS: dict[str, tuple[str, str]] = {
@@ -120,23 +122,68 @@ class RequestWatch:
 
 
 class CacheMetrics:
-    """Of one ingress replica: where answers came from."""
+    """Of one ingress replica: where answers came from, and how its cache does."""
 
     def __init__(self) -> None:
         text = "Requests by what the response cache had: `hit`, `semantic`, `miss`, or `uncached`: not to be cached."
         self._requests = _counter("response_cache_requests", text, ("result",))
+        self._errors = _counter("response_cache_errors", "Lookups and writes that the backend failed.", ())
+        text = "Memory of the answers kept in this replica; 0 with Redis."
+        self._bytes = LastingGauge(_gauge("response_cache_bytes", text, ()))
+        text = "1 while the backend fails and is left alone, else 0."
+        self._is_out = LastingGauge(_gauge("response_cache_backend_out", text, ()))
+        self._counted = 0
 
     def count(self, result: str) -> None:
         self._requests.inc(tags={"result": result})
+
+    def set_state(self, *, num_bytes: int, errors: int, is_out: bool) -> None:
+        """`errors` is their number so far."""
+        self._bytes.set(num_bytes)
+        self._is_out.set(float(is_out))
+        if errors > self._counted:
+            self._errors.inc(errors - self._counted)
+        self._counted = errors
+
+
+class RetrieverMetrics:
+    """Of one retriever replica."""
+
+    def __init__(self) -> None:
+        self._search = _histogram("retriever_search_seconds", _SEARCH_S, "Of a search, reranking included.", ("mode",))
+        self._documents = LastingGauge(_gauge("retriever_documents", "Documents that are searched.", ()))
+        self._version = _gauge("retriever_version", "Number of the last change that is searched.", ())
+        self._lag = _gauge("retriever_lag_seconds", "Since when there may be changes that are not searched yet.", ())
+
+    def searched(self, seconds: float, *, mode: str) -> None:
+        self._search.observe(seconds, tags={"mode": mode})
+
+    def set_documents(self, number: int) -> None:
+        self._documents.set(number)
+
+    def set_copy(self, *, version: int, lag_s: float) -> None:
+        """Of a copy of the documents that are uploaded."""
+        self._version.set(version)
+        self._lag.set(lag_s)
+
+
+class DocumentsMetrics:
+    """Of the one replica that writes documents."""
+
+    def __init__(self) -> None:
+        self._version = _gauge("documents_version", "Number of the last change; a retriever's may be behind.", ())
+
+    def set_version(self, version: int) -> None:
+        self._version.set(version)
 
 
 def _counter(name: str, text: str, tags: tuple[str, ...]) -> Any:
     return metrics.Counter(f"pacos_{name}", description=text, tag_keys=tags)
 
 
-def _gauge(name: str, text: str) -> Any:
-    return metrics.Gauge(f"pacos_{name}", description=text, tag_keys=_MODEL)
+def _gauge(name: str, text: str, tags: tuple[str, ...] = _MODEL) -> Any:
+    return metrics.Gauge(f"pacos_{name}", description=text, tag_keys=tags)
 
 
-def _histogram(name: str, boundaries: Sequence[float], text: str) -> Any:
-    return metrics.Histogram(f"pacos_{name}", description=text, boundaries=list(boundaries), tag_keys=_MODEL)
+def _histogram(name: str, boundaries: Sequence[float], text: str, tags: tuple[str, ...] = _MODEL) -> Any:
+    return metrics.Histogram(f"pacos_{name}", description=text, boundaries=list(boundaries), tag_keys=tags)

@@ -14,6 +14,7 @@ from app.config import RetrieverConfig
 from app.config.base import SearchMode
 from app.errors import UserError
 from app.serving.messages import Embeddings, Refusal, Retrieved
+from app.serving.metrics import RetrieverMetrics
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -45,18 +46,22 @@ class RetrieverDeployment:
         self._loading = threading.Lock()
         self._following: _Following | None = None
         self._searcher: Searcher | Follower | None = None
+        self._metrics = RetrieverMetrics()
         self._reranker = None if config.reranker is None else _loaded_reranker(config.reranker)
         if documents is not None:
             self._searcher = self._follow(documents)
         elif config.index is not None:
             self._searcher = _opened(Path(config.index))
             self._embedder = self._searcher.embedder if config.embedder is None else None
+            self._metrics.set_documents(self._searcher.num_documents)
 
     async def search(self, question: str, top_k: int, mode: SearchMode | None = None) -> Retrieved | Refusal:
         if self._searcher is None:
             return NO_INDEX
         version = self._searcher.version  # before the search: what it finds may be newer, never older
-        passages = await asyncio.to_thread(self._found, question, top_k, mode or self._config.search)
+        mode, started = mode or self._config.search, time.perf_counter()
+        passages = await asyncio.to_thread(self._found, question, top_k, mode)
+        self._metrics.searched(time.perf_counter() - started, mode=mode)
         return Retrieved(tuple(asdict(passage) for passage in passages), version)
 
     def _found(self, question: str, top_k: int, mode: SearchMode) -> "list[Passage]":
@@ -103,7 +108,7 @@ class RetrieverDeployment:
         self._embedder = Embedder(embedder_of(self._config))
         follower = Follower(_RemoteLibrary(documents), self._embedder)
         self._ending = threading.Event()
-        self._following = _Following(follower, self._ending)
+        self._following = _Following(follower, self._ending, self._metrics)
         self._following.start()
         self._following.first.wait()
         self.check_health()
@@ -122,22 +127,26 @@ class RetrieverDeployment:
 class _Following(threading.Thread):
     """Keeps a copy up with its library until `ending`."""
 
-    def __init__(self, follower: "Follower", ending: threading.Event) -> None:
+    def __init__(self, follower: "Follower", ending: threading.Event, metrics: RetrieverMetrics) -> None:
         super().__init__(name="documents", daemon=True)
         self.first = threading.Event()
         """There is a whole copy, or a mistake."""
         self.mistake: UserError | None = None
         self._follower = follower
         self._ending = ending
+        self._metrics = metrics
 
     def run(self) -> None:
         failing = False
+        had_all_at = time.monotonic()
         while True:
             started = time.monotonic()
             try:
-                self._follower.catch_up()
+                if self._follower.catch_up():
+                    self._metrics.set_documents(self._follower.num_documents)
                 self.first.set()
                 failing = False
+                had_all_at = started
             except UserError as error:
                 self.mistake = error
                 self.first.set()
@@ -146,6 +155,7 @@ class _Following(threading.Thread):
                 if not failing:
                     logger.warning(f"documents: no changes to be had ({type(error).__name__}: {error}); trying on")
                 failing = True
+            self._metrics.set_copy(version=self._follower.num_changes, lag_s=time.monotonic() - had_all_at)
             if self._ending.wait(max(0.0, FOLLOW_EVERY_S - (time.monotonic() - started))):
                 return
 

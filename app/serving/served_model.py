@@ -119,7 +119,7 @@ class ServedModel:
         reason = "stop" if event.finish_reason and answer.text.stopped else event.finish_reason
         if not (new or reason):
             return Piece(index, "", 0)
-        piece = Piece(index, new, answer.num_tokens, reason, tuple(answer.logprobs))
+        piece = Piece(index, new, answer.num_tokens, reason, tuple(answer.logprobs), event.step)
         answer.num_tokens, answer.logprobs = 0, []
         return piece
 

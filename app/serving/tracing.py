@@ -34,6 +34,8 @@ class GenerationSpan:
     """`generate`, from the request to its last token, and in it `prefill`, until the first token, and `decode`.
 
     `prefill` includes the wait for a place in the batch. Attributes have OpenTelemetry's names for generative models.
+    `decode` has an event `step` for each of the engine's steps that brought text, with its number: requests that were
+    computed together have numbers in common.
     """
 
     def __init__(self, request: GenerateRequest) -> None:
@@ -61,6 +63,8 @@ class GenerationSpan:
             self._stage = self._begin("decode")
         else:
             self._num_tokens += item.num_tokens
+            if item.step is not None:
+                self._stage.add_event("step", {"pacos.engine.step": item.step, "pacos.tokens": item.num_tokens})
             if item.finish_reason is not None:
                 self._reasons[item.index] = item.finish_reason
 

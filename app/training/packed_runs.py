@@ -244,6 +244,7 @@ class PackedRuns:
 
     def _fail(self, run: _Run, error: Exception) -> None:
         run.allowed = -1  # no further: the step may be half made, and its rows are used up
+        run.recording.told.end_by(error)
         self._tell(run, error)
 
     def _tell(self, run: _Run, result: Metrics | Exception, *, is_over: bool = False) -> None:

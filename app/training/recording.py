@@ -1,4 +1,5 @@
-"""What is kept of a run while it goes and at its end: metrics, plots, report, cost, and the MLflow run.
+"""What is kept of a run while it goes and at its end: metrics, plots, report, cost, and the MLflow run; and what
+Prometheus sees of it.
 
 Both jobs, fine-tuning and pretraining, record alike. Does not know what they train.
 """
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from app.atomic import write_text
 from app.config.schema import PretrainConfig, TrainConfig
@@ -22,6 +23,9 @@ from app.training.loop import Metrics
 from app.training.report import Report, write_report
 from app.training.run_log import RunLog, open_run
 from app.training.samples import read_samples
+
+if TYPE_CHECKING:
+    from app.training.metrics import RunMetrics
 
 OnMetrics = Callable[[Metrics], None]
 
@@ -50,6 +54,8 @@ def recorded(
     Raises:
         UserError: another run holds the folder, its state does not fit `resume`, or MLflow does not answer.
     """
+    from app.training.metrics import RunMetrics
+
     output = Path(config.output)
     with locked(output):
         tracker = open_tracker(config.tracking, output=config.output)  # first: it may fail, and no folder is begun
@@ -60,10 +66,13 @@ def recorded(
         name = config.tracking.run_name or output.name
         settings = config.model_dump(mode="json")
         try:
-            with tracked_run(
-                tracker, name=name, output=output, settings=settings, resume=resume, warn=warn, parent=parent
-            ) as run:
-                yield Recording(title, output, settings, log, hours, run, on_metrics)
+            with (
+                tracked_run(
+                    tracker, name=name, output=output, settings=settings, resume=resume, warn=warn, parent=parent
+                ) as run,
+                RunMetrics(name) as told,
+            ):
+                yield Recording(title, output, settings, log, hours, run, told, on_metrics)
         finally:
             hours.end()
 
@@ -76,12 +85,14 @@ class Recording:
     log: RunLog
     hours: WorkerHours
     run: TrackedRun | None
+    told: "RunMetrics"
     on_metrics: OnMetrics
 
     def add(self, metrics: Metrics) -> None:
         """Take what rank 0 reports; MLflow gets it from a thread of its own."""
         self.hours.count(metrics.get("workers"))
         self.log.add(metrics)
+        self.told.add(metrics)
         if self.run is not None:
             self.run.log({key: value for key, value in metrics.items() if key != "step"}, step=metrics["step"])
         self.on_metrics(metrics)
@@ -111,6 +122,7 @@ class Recording:
         if self.run is not None:
             names = ("config.json", "result.json", "report.html", "loss.png", "samples.json", "metrics.jsonl")
             self.run.keep(*(self.output / name for name in names))
+        self.told.end("finished")
         return summary
 
     def _in_mlflow(

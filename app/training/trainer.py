@@ -20,7 +20,7 @@ from app import console
 from app.config.base import Precision
 from app.config.schema import AnyWorkersConfig, WorkerResources
 from app.data.batches import Batch
-from app.errors import Interrupted, UserError
+from app.errors import Diverged, Interrupted, UserError
 from app.methods.delta import load_trained
 from app.models.decoder import Decoder
 from app.models.precision import resolve_precision
@@ -68,7 +68,7 @@ def run_on_workers(
     for workers that read `worker_batches`. `output`'s lock is held.
 
     Raises:
-        UserError: a worker failed for a reason that the user can mend.
+        UserError: a worker failed for a reason that the user can mend; Diverged, where the loss is no number.
         Interrupted: a signal came, and the workers have saved.
         KeyboardInterrupt: a second one came.
         TrainingFailedError: workers failed for another reason, more than `max_failures` times.
@@ -150,7 +150,9 @@ def _ending(error: Exception, output: Path) -> BaseException | None:
         return Interrupted(
             f"stopped after step {cause.step} of {cause.total_steps}, which is saved; --resume goes on from there"
         )
-    if isinstance(cause, UserError | FloatingPointError):
+    if isinstance(cause, FloatingPointError):
+        return Diverged(str(cause))
+    if isinstance(cause, UserError):
         return UserError(str(cause))
     if isinstance(cause, OSError):
         return UserError(f"{str(output / 'ray')!r}: Ray Train's own records cannot be written: {cause}")

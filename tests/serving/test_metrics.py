@@ -1,42 +1,24 @@
 """What is counted of requests and engines, without Ray; tests/serving/test_http.py reads it where Prometheus would."""
 
+import asyncio
+import threading
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from app.serving import metrics
-from app.serving.messages import Piece, PromptInfo, Refusal, Started
-from app.serving.metrics import CacheMetrics, GeneratorMetrics
-
-
-class Recorded:
-    """Stands for any of Ray's metrics; keeps what it is told."""
-
-    seen: dict[str, list[tuple[float, dict[str, str]]]] = {}
-
-    def __init__(self, name: str, **about: Any) -> None:
-        assert about["description"]
-        self._values = self.seen.setdefault(name.removeprefix("pacos_"), [])
-        self._tags = set(about["tag_keys"])
-
-    def observe(self, value: float = 1.0, tags: dict[str, str] | None = None) -> None:
-        assert set(tags or {}) == self._tags
-        self._values.append((value, tags or {}))
-
-    inc = set = observe
+from app.config import CacheConfig, validate
+from app.local_cluster import free_port
+from app.serving import metrics, retriever
+from app.serving.cache import AnswerCache, AnswerKey
+from app.serving.messages import Choice, Completion, Piece, PromptInfo, Refusal, Started
+from app.serving.metrics import CacheMetrics, GeneratorMetrics, RetrieverMetrics
+from tests.recorded_metrics import Seen, recorded, values
 
 
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[float, dict[str, str]]]]:
-    monkeypatch.setattr(Recorded, "seen", {})
-    kinds = SimpleNamespace(Counter=Recorded, Gauge=Recorded, Histogram=Recorded)
-    monkeypatch.setattr(metrics, "metrics", kinds)
-    return Recorded.seen
-
-
-def values(seen: dict, name: str) -> list[float]:
-    return [value for value, _ in seen[name]]
+def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
+    return recorded(monkeypatch, metrics)
 
 
 def test_a_request_is_timed_from_its_beginning_to_each_token(seen) -> None:
@@ -92,3 +74,63 @@ def test_the_caches_results_are_counted(seen) -> None:
     for result in ("hit", "miss", "hit"):
         cache.count(result)
     assert [tags["result"] for _, tags in seen["response_cache_requests"]] == ["hit", "miss", "hit"]
+
+
+def test_a_caches_failures_are_counted_once_and_its_state_is_the_last_one(seen) -> None:
+    cache = CacheMetrics()
+    for num_bytes, errors, is_out in ((100, 0, False), (100, 2, True), (300, 2, False), (300, 3, True)):
+        cache.set_state(num_bytes=num_bytes, errors=errors, is_out=is_out)
+    assert values(seen, "response_cache_errors") == [2, 1]
+    assert values(seen, "response_cache_backend_out") == [0, 1, 0, 1]
+    assert values(seen, "response_cache_bytes") == [100, 100, 300, 300]
+
+
+def test_searches_are_timed_by_how_they_searched(seen) -> None:
+    replica = RetrieverMetrics()
+    replica.searched(0.02, mode="dense")
+    replica.set_documents(7)
+    replica.set_copy(version=12, lag_s=0.5)
+    assert seen["retriever_search_seconds"] == [(0.02, {"mode": "dense"})]
+    assert values(seen, "retriever_documents") == [7]
+    assert values(seen, "retriever_version") == [12] and values(seen, "retriever_lag_seconds") == [0.5]
+
+
+def test_a_cache_tells_what_it_holds_and_that_its_redis_is_away(seen) -> None:
+    completion = Completion("hash", (PromptInfo(3),), (Choice("eats hay", "stop", 2),))
+
+    async def use(config: CacheConfig) -> None:
+        cache = AnswerCache(config)
+        cache.put(AnswerKey("key"), completion)
+        await asyncio.gather(*cache._writes)
+        await cache.get(AnswerKey("key"))
+
+    asyncio.run(use(CacheConfig()))
+    assert values(seen, "response_cache_bytes")[0] == 0 < values(seen, "response_cache_bytes")[-1]
+    assert set(values(seen, "response_cache_backend_out")) == {0}
+    asyncio.run(use(validate(CacheConfig, {"backend": {"type": "redis", "url": f"redis://127.0.0.1:{free_port()}/0"}})))
+    assert values(seen, "response_cache_bytes")[-1] == 0
+    assert values(seen, "response_cache_backend_out")[-2:] == [1, 1]
+    assert sum(values(seen, "response_cache_errors")) == 2  # the write, and the lookup while Redis is left alone
+
+
+def test_a_copy_falls_behind_while_its_library_is_away(seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retriever, "FOLLOW_EVERY_S", 0.01)
+    answers, ending = iter([True, False]), threading.Event()
+
+    class Follower:
+        num_documents, num_changes = 3, 5
+
+        def catch_up(self) -> bool:
+            for is_new in answers:
+                return is_new
+            if max(values(seen, "retriever_lag_seconds")) > 0.2:
+                ending.set()
+            raise ConnectionError("the library is away")
+
+    following = retriever._Following(Follower(), ending, RetrieverMetrics())  # type: ignore[arg-type]
+    following.start()
+    following.join(30)
+    assert not following.is_alive()
+    lags = values(seen, "retriever_lag_seconds")
+    assert max(lags[:2]) < 0.2 < lags[-1] and lags[2:] == sorted(lags[2:])
+    assert values(seen, "retriever_documents") == [3] and set(values(seen, "retriever_version")) == {5}

@@ -59,7 +59,7 @@ def client(process, free_port):
         yield client
 
 
-def test_a_request_is_one_trace_from_the_proxy_to_the_engine(client, traced):
+def test_a_request_is_one_trace_from_the_proxy_to_the_engines_steps(client, traced):
     body = {"model": "pacos", "prompt": "traced", "max_tokens": 5, "temperature": 1.0}
     headers = {"traceparent": f"00-{TRACE}-{ROOT}-01"}  # sampled, whatever sampling_ratio is
     assert client.post("/v1/completions", json=body, headers=headers).status_code == 200
@@ -87,6 +87,9 @@ def test_a_request_is_one_trace_from_the_proxy_to_the_engine(client, traced):
     (generate,) = [span for span in mine().values() if span.name == "generate"]
     attributes = {attribute.key: attribute.value for attribute in generate.attributes}
     assert attributes["gen_ai.usage.output_tokens"].int_value == 5
+    (decode,) = [span for span in mine().values() if span.name == "decode"]
+    steps = [event.attributes[0].value.int_value for event in decode.events if event.name == "step"]
+    assert steps and steps == sorted(set(steps)) and steps[-1] - steps[0] == 4, "a token a step, alone"
 
 
 def test_what_was_accepted_is_finished_and_what_comes_is_refused_until_it_ends(client, process):

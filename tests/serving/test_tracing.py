@@ -35,7 +35,7 @@ def by_name(exporter: InMemorySpanExporter) -> dict[str, ReadableSpan]:
 
 def test_a_generation_is_a_span_with_its_two_stages(exporter) -> None:
     span = GenerationSpan(REQUEST)
-    for item in (Started("hash", (PromptInfo(7),)), Piece(0, "a", 1), Piece(0, "bc", 2, "stop")):
+    for item in (Started("hash", (PromptInfo(7),)), Piece(0, "a", 1, step=41), Piece(0, "bc", 2, "stop", step=43)):
         span.see(item)
     span.end()
     spans = by_name(exporter)
@@ -48,6 +48,10 @@ def test_a_generation_is_a_span_with_its_two_stages(exporter) -> None:
     assert whole.parent is not None, "within the request's"
     for stage in (spans["prefill"], spans["decode"]):
         assert stage.parent is not None and stage.parent.span_id == whole.context.span_id
+    events = [(event.name, dict(event.attributes or {})) for event in spans["decode"].events]
+    assert events == [
+        ("step", {"pacos.engine.step": 41, "pacos.tokens": 1}), ("step", {"pacos.engine.step": 43, "pacos.tokens": 2})
+    ]  # fmt: skip
     assert spans["prefill"].end_time <= spans["decode"].start_time  # type: ignore[operator]
     assert "secret" not in whole.to_json()
 

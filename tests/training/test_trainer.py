@@ -6,7 +6,7 @@ from ray.train import ControllerError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
 from app.atomic import told_if_unwritable
-from app.errors import Interrupted, UserError
+from app.errors import Diverged, Interrupted, UserError
 from app.training.ending import EndRun
 from app.training.interruption import Stopped
 from app.training.run_log import RunLog
@@ -39,7 +39,7 @@ def test_any_other_error_is_left_to_be_retried() -> None:
     ("cause", "kind", "part"),
     [
         (UserError("no such folder"), UserError, "no such folder"),
-        (FloatingPointError("the loss is nan"), UserError, "the loss is nan"),
+        (FloatingPointError("the loss is nan"), Diverged, "the loss is nan"),
         (OSError(28, "No space left on device"), UserError, "'/run/ray': Ray Train's own records cannot be written"),
         (Stopped(3, 9), Interrupted, "stopped after step 3 of 9, which is saved"),
     ],
