@@ -46,7 +46,7 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel]
     subprocess.run(command, check=True, capture_output=True)
     (packages,) = folder.glob("lib/python*/site-packages")
-    # A line in a .pth file adds a folder, but does not follow that folder's own .pth files: no editable pacos comes along.
+    # A .pth file adds a folder and does not read that folder's own .pth files: no editable pacos comes along.
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     for path in packages.rglob("*"):
         path.chmod(0o555 if path.is_dir() else 0o444)
@@ -60,19 +60,13 @@ def elsewhere(tmp_path: Path) -> Path:
     return folder
 
 
-def run(environment: Path, cwd: Path, program: str, *args: str, timeout_s: float = 300) -> str:
+def run(environment: Path, cwd: Path, program: str, *args: str) -> str:
     """What it prints; nothing of this process's Python and Ray reaches it, and its cache is in `cwd`."""
     hidden = ("PYTHONPATH", "RAY_ADDRESS", "VIRTUAL_ENV")
     variables = {name: value for name, value in os.environ.items() if name not in hidden}
     variables |= {"XDG_CACHE_HOME": str(cwd / "cache"), "COLUMNS": "200", "PYTHONDONTWRITEBYTECODE": "1"}
-    result = subprocess.run(
-        [environment / "bin" / program, *args],
-        cwd=cwd,
-        env=variables,
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-    )
+    command = [environment / "bin" / program, *args]
+    result = subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
