@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test check format manifests clean
+.PHONY: quickstart test check format manifests generated docs clean
 
 quickstart: .venv/.runtime  ## the main job on what the repository carries
 	$(BIN)/pacos quickstart
@@ -22,6 +22,13 @@ format: .venv/.dev
 
 manifests: .venv/.runtime  ## what follows from serve_config.yaml and cluster/kubernetes/raycluster.yaml
 	$(BIN)/python -m cluster.generate
+
+generated: manifests .venv/.dev  ## whatever is committed and follows from something else that is
+	$(BIN)/python -m app.config.reference > docs/configuration.md
+	$(BIN)/python -m benchmarks.report
+
+docs: .venv/.dev  ## the book, into build/site
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf .venv build dist *.egg-info
