@@ -16,7 +16,7 @@ RESULTS, REPORT = FOLDER / "results", FOLDER / "REPORT.md"
 
 HEAD = """# Benchmark report
 
-Every figure that is committed in [results](results/), made into tables by `python -m benchmarks.report`. Each section
+Every figure that is committed in `benchmarks/results/`, made into tables by `python -m benchmarks.report`. Each section
 names the machine, the versions, and the command that measures it again. Most were measured on small shared machines
 whose speed changes within minutes: ratios from one file hold, absolute rates of two files are not comparable. What the
 figures mean, and what was learnt from them, is in the documents that each section links."""
