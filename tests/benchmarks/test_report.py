@@ -61,6 +61,15 @@ def test_what_the_sweep_benchmark_writes_has_a_section(tmp_path: Path) -> None:
     assert "packed over alone: 2 times" in text and "1.0e-05" in text
 
 
+def test_the_readme_claims_what_was_measured() -> None:
+    readme = (RESULTS.parents[1] / "README.md").read_text()
+    bars = {name: json.loads((RESULTS / f"{name}.json").read_text())["bars"] for name in ("generation", "training")}
+    vllm = [bar["measured"] for bar in bars["generation"] if (bar["ours"], bar["peer"]) == ("pacos_bf16", "vllm_bf16")]
+    assert f"on two CPU cores {min(vllm):.2f} to {max(vllm):.2f} times its rate in bf16" in readme
+    speed = [bar["measured"] for bar in bars["training"] if bar["name"].startswith("tokens/s over")]
+    assert f"{max(speed):.0f} times `Trainer`'s tokens a second as it comes, {min(speed):.1f} times once" in readme
+
+
 def test_numbers_have_three_digits_that_say_something() -> None:
     assert [number(value) for value in (1234.5, 854.49, 56.66, 0.08856, 2.0, 0)] == [
         "1,234",

@@ -124,7 +124,7 @@ def _check_options(sources: Sequence[Path], words: Sequence[str], *, adding: str
 def check_submitted(words: Sequence[str], command: Command) -> None:
     """`ray job submit … -- COMMAND`: our part of it."""
     rest = tuple(words[list(words).index("--") + 1 :]) if "--" in words else ()
-    if rest and rest[-1] != ELLIPSIS or len(rest) > 1:
+    if set(rest) - {ELLIPSIS}:
         assert check(Command(command.where, rest, is_whole=command.is_whole)), f"{command}: what is submitted?"
 
 
