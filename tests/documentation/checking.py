@@ -34,11 +34,12 @@ def check(command: Command) -> bool:
     Raises:
         AssertionError: the program would refuse it.
     """
+    words = [command.words[0].removeprefix(".venv/bin/"), *command.words[1:]]
     for beginning, checker in CHECKERS.items():
         parts = beginning.split()
-        if list(command.words[: len(parts)]) == parts:
+        if words[: len(parts)] == parts:
             try:
-                checker(command.words[len(parts) :], command)
+                checker(words[len(parts) :], command)
             except Exception as error:
                 raise AssertionError(f"{command}: {error}") from error
             return True
@@ -104,15 +105,23 @@ def check_module(words: Sequence[str], command: Command) -> None:
         check_pacos(["sweep", *words[1:]], command)
         return
     if words[0] == "pytest":
-        _check_options([REPOSITORY / "tests/conftest.py"], words[1:], adding="addoption")
-        files = [word for word in words if word.endswith(".py")]
-        assert all((REPOSITORY / file).is_file() for file in files), f"not all of {files} are there"
+        _check_pytest(words[1:])
         return
     spec = importlib.util.find_spec(words[0])
     assert spec and spec.origin, f"there is no module {words[0]}"
     package = [Path(folder, "__main__.py") for folder in spec.submodule_search_locations or ()]
     assert all(file.is_file() for file in package), f"{words[0]} is a package that cannot be run"
-    _check_options(package or [Path(spec.origin)], words[1:])
+    if words[0].startswith("tests."):  # hands what it is given to pytest
+        _check_pytest(words[1:])
+    else:
+        _check_options(package or [Path(spec.origin)], words[1:])
+
+
+def _check_pytest(words: Sequence[str]) -> None:
+    """Files are there, and long options are among those that the suite adds; short ones are pytest's."""
+    _check_options([REPOSITORY / "tests/conftest.py"], [word for word in words if word[:2] == "--"], adding="addoption")
+    files = [word for word in words if word.endswith(".py")]
+    assert all((REPOSITORY / file).is_file() for file in files), f"not all of {files} are there"
 
 
 def _check_options(sources: Sequence[Path], words: Sequence[str], *, adding: str = "add_argument") -> None:
