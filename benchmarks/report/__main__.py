@@ -58,7 +58,8 @@ def _bar_name(bar: dict[str, Any]) -> str:
 
 def _section(name: str, result: dict[str, Any]) -> str:
     section = SECTIONS.get(name) or Section(name, any_result, explained_in="")
-    source = f"[results/{name}.json](results/{name}.json), by `python -m {section.module or f'benchmarks.{name}'}`."
+    module = section.module or f"benchmarks.{name.partition('-')[0]}"
+    source = f"[results/{name}.json](results/{name}.json), by `python -m {module}`."
     if section.explained_in:
         source += f" Explained in [docs/{section.explained_in}](../docs/{section.explained_in})."
     plots = [f"![{section.title}]({plot})" for plot in section.plots]

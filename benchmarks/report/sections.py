@@ -20,7 +20,7 @@ class Section:
     plots: tuple[str, ...] = ()
     """As seen from benchmarks/."""
     module: str = ""
-    """What measures it, where that has not the result's name."""
+    """What measures it, where that is not named as the result is, or as its name begins before a dash."""
 
 
 PEERS_OF = {"pacos_bf16": ("vllm_bf16",), "pacos_int8": ("ctranslate2_int8", "vllm_bf16", "transformers_fp32"),

@@ -108,13 +108,13 @@ def check_module(words: Sequence[str], command: Command) -> None:
         _check_pytest(words[1:])
         return
     spec = importlib.util.find_spec(words[0])
-    assert spec and spec.origin, f"there is no module {words[0]}"
+    assert spec, f"there is no module {words[0]}"
     package = [Path(folder, "__main__.py") for folder in spec.submodule_search_locations or ()]
     assert all(file.is_file() for file in package), f"{words[0]} is a package that cannot be run"
     if words[0].startswith("tests."):  # hands what it is given to pytest
         _check_pytest(words[1:])
     else:
-        _check_options(package or [Path(spec.origin)], words[1:])
+        _check_options(package or [Path(str(spec.origin))], words[1:])
 
 
 def _check_pytest(words: Sequence[str]) -> None:
@@ -153,7 +153,7 @@ def check_pip(words: Sequence[str], command: Command) -> None:
 
 
 def check_export(words: Sequence[str], command: Command) -> None:
-    assert re.match(r"[A-Z_]+=", words[0]), f"{command}: no variable is set"
+    assert re.match(r"[A-Za-z_]\w*=", words[0]), f"{command}: no variable is set"
 
 
 def check_source(words: Sequence[str], command: Command) -> None:

@@ -53,7 +53,8 @@ def wrong_names(text: str) -> list[str]:
     for span in CODE.findall(text):
         source = SOURCE.match(span)
         if source and span not in NOT_OURS:
-            files = [name for name in tracked() if f"/{name}".endswith(f"/{source[1]}")]
+            path = source[1].removeprefix("../")
+            files = [name for name in tracked() if f"/{name}".endswith(f"/{path}")]
             if not files:
                 found.append(f"{span}: no such file")
             elif source[2] and not any(_defines(name, source[2]) for name in files):
