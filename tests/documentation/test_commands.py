@@ -26,8 +26,8 @@ RUN_BY = {
     r"serve (deploy .*|status)": "tests/test_cluster.py::test_serve_deploy_answers_as_transformers_does",
     r"docker build .*--target cpu .*": ".github/workflows/ci.yaml",
 }
-"""Commands that are run as they stand, or with other values, by continuous integration or by a test, of which the beginning
-of the name is enough."""
+"""Commands that are run, as they stand or with other values, by continuous integration or by a test, of whose name the
+beginning is enough."""
 
 
 def runner(command: Command) -> str | None:
