@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OFFLINE := --redact --no-validate --no-update-check
 
-.PHONY: quickstart test chaos check secrets audit format manifests clean
+.PHONY: quickstart test chaos check secrets audit format manifests generated docs clean
 
 quickstart: .venv/.runtime  ## the main job on what the repository carries
 	$(BIN)/pacos quickstart
@@ -33,6 +33,13 @@ format: .venv/.dev
 
 manifests: .venv/.runtime  ## what follows from other files: manifests, the Grafana dashboard
 	$(BIN)/python -m cluster.generate
+
+generated: manifests .venv/.dev  ## whatever is committed and follows from something else that is
+	$(BIN)/python -m app.config.reference > docs/configuration.md
+	$(BIN)/python -m benchmarks.report
+
+docs: .venv/.dev  ## the book, into build/site
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf .venv build dist *.egg-info

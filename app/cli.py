@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from app import __version__
 from app.errors import UserError
 
 cli = typer.Typer(
@@ -37,6 +38,21 @@ DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Tell memory, steps, tokens and time, from a trial of three steps; train not.")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in `output`.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@cli.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """What stands before a command."""
 
 
 @cli.command()

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from app import commands, console
+from app.assets import carried_file
 from app.config import (
     ApplicationConfig,
     AskConfig,
@@ -30,6 +31,7 @@ _MARKER = "made-by-quickstart.txt"
 
 def quickstart(config: QuickstartConfig, *, address: str | None) -> None:
     """Prepare, train, evaluate before and after, index, serve and ask; then up until Ctrl-C at a terminal."""
+    config = _with_carried_files(config)
     training = _checked(config)
     output = Path(config.output)
     shutil.rmtree(output, ignore_errors=True)
@@ -68,15 +70,18 @@ def quickstart(config: QuickstartConfig, *, address: str | None) -> None:
                 commands.wait_for_interrupt()
 
 
+def _with_carried_files(config: QuickstartConfig) -> QuickstartConfig:
+    """Outside of the project's folder the examples are those that the package carries."""
+    fields = ("instructions", "documents", "train")
+    return config.model_copy(update={field: carried_file(getattr(config, field)) for field in fields})
+
+
 def _checked(config: QuickstartConfig) -> TrainConfig:
     """The training settings. What would fail minutes from now fails at once, before anything is replaced."""
-    for field, path in (
-        ("instructions", config.instructions),
-        ("documents", config.documents),
-        ("train", config.train),
-    ):
+    for field in ("instructions", "documents", "train"):
+        path = getattr(config, field)
         if not Path(path).exists():
-            raise UserError(f"{field}={path!r} does not exist; run this in the project's folder, or name the path")
+            raise UserError(f"{field}={path!r} does not exist, neither here nor in what pacos carries; name the path")
     output = Path(config.output)
     if output.exists() and not (output / _MARKER).exists():
         raise UserError(f"output={config.output!r} exists and is not a quickstart's; name another folder")

@@ -1,5 +1,6 @@
-"""The models that the package carries, and where a model given by name lies on disk."""
+"""The models and examples that the package carries, and where a model given by name lies on disk."""
 
+import sysconfig
 from pathlib import Path
 
 from app.errors import UserError
@@ -23,6 +24,12 @@ def model_folder(name: str, *, embedded: Path = EMBEDDED_BASE) -> Path:
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"model={name!r}: no such folder")
     return _from_hub(name)
+
+
+def carried_file(path: str) -> str:
+    """`path`; where there is none, the one of that name in the project's checkout or in what pip installed with us."""
+    carried = (ASSETS.parents[1], Path(sysconfig.get_path("data"), "share/pacos"))
+    return next((str(file) for root in (Path(), *carried) if (file := root / path).exists()), path)
 
 
 def _from_hub(name: str) -> Path:

@@ -17,6 +17,8 @@ from check_jsonschema.builtin_schemas import get_builtin_schema
 from packaging.specifiers import SpecifierSet
 from ray_start import options, ray_starts
 
+import app
+
 REPOSITORY = Path(__file__).parents[2]
 FOLDER = REPOSITORY / "cluster/docker"
 DOCKERFILE = FOLDER / "Dockerfile"
@@ -185,9 +187,9 @@ def is_pinned(image: str) -> bool:
 def test_images_are_pinned_and_ours_have_the_projects_version() -> None:
     assert all(is_pinned(service["image"]) for service in SERVICES.values())
     assert not any(map(is_pinned, ("redis", "redis:latest", "redis:8", "redis:8.4")))
-    files = [*(REPOSITORY / "cluster").glob("*.yaml"), *(REPOSITORY / "cluster").glob("*/*.yaml")]
+    files = [*(REPOSITORY / "cluster").rglob("*.yaml"), DOCKERFILE, *(REPOSITORY / "docs").glob("*.md")]
     tags = {tag for file in files for tag in re.findall(r"registry\.example\.com/pacos:([\w.-]+)", file.read_text())}
-    assert tags == {f"{PROJECT['version']}-cpu", f"{PROJECT['version']}-gpu"}
+    assert tags == {f"{app.__version__}-cpu", f"{app.__version__}-gpu"}
 
 
 def secrets_written_down(services: dict[str, Any]) -> list[str]:
