@@ -71,8 +71,8 @@ class Result:
     """When those requests arrived."""
     replica_s: float = 0.0
     """Of all that were there or starting."""
-    busy: float = 0.0
-    """Mean share of the time in which a ready replica computed."""
+    use: float = 0.0
+    """Mean share of the places in a ready replica's batch that were taken."""
     proxy_use: float = 0.0
     ingress_use: float = 0.0
     series: list[tuple[float, int, int, int, int, int]] = field(default_factory=list)
@@ -160,8 +160,7 @@ class Cluster:
         result.in_flight = result.arrived - result.answered - result.refused
         result.first_token_at, result.first_token_s = np.array(self._first or np.empty((0, 2))).T
         result.answer_s = np.array(self._answer_s)
-        ready_s = sum(max(0.0, seconds - replica.ready_at) for replica in self._ready) + self._gone_s
-        result.busy = (self._gone_busy_s + sum(r.busy_s for r in self._ready)) / max(ready_s, 1e-9)
+        result.use = self._use_s / max(1, self._ready_s)
         result.tokens = self._gone_tokens + sum(replica.tokens for replica in self._replicas)
         for servers, name in ((self._proxies, "proxy_use"), (self._ingresses, "ingress_use")):
             for server in servers:
@@ -282,8 +281,7 @@ class Cluster:
 
     # --- replicas come and go ---
 
-    _gone_s = _gone_busy_s = 0.0
-    _gone_tokens = 0
+    _use_s, _ready_s, _gone_tokens = 0.0, 0, 0
 
     def _tick(self, _: None, now: float) -> None:
         result, autoscaler = self.result, self.setup.autoscaler
@@ -291,6 +289,8 @@ class Cluster:
             self._ready = [r for r in self._replicas if r.ready_at <= now and not r.stopping] or self._ready
             self._scale(autoscaler.tick(self._ready, now), now)
         result.replica_s += len(self._replicas)
+        self._ready_s += len(self._ready)
+        self._use_s += sum(replica.use for replica in self._ready)
         result.events += self._event_rate
         waiting = sum(len(replica.waiting) for replica in self._replicas) + len(self._at_door)
         target = len(self._ready) if autoscaler is None else autoscaler.target
@@ -312,8 +312,6 @@ class Cluster:
     def _remove(self, replica: Replica, now: float) -> None:
         self._replicas.remove(replica)
         self._event_rate -= self._event_rates.pop(replica)
-        self._gone_s += max(0.0, now - replica.ready_at)
-        self._gone_busy_s += replica.busy_s
         self._gone_tokens += replica.tokens
 
     # --- the loop's own ---

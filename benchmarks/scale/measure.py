@@ -7,6 +7,8 @@
 * control: processor time a second of Serve's controller, Ray's GCS and raylet, with more and more idle replicas that
   report to the autoscaling policy as generators do; and how long a replica takes to start.
 * data: `pacos prepare` with one CPU and with two, bound to as many cores; the source once (strong) and twice (weak).
+* documents: adding documents of two pages one by one, their bytes on the disk, a copy that follows; and searching
+  vectors that no file holds yet. Needs no Ray.
 * training: LoRA on the embedded base with one worker and with two, of one thread each; as many records a step
   (strong) and twice as many (weak).
 
@@ -35,10 +37,12 @@ from app.atomic import write_text
 from benchmarks.machine import describe
 
 CLIENTS, REQUESTS, TOKENS = 16, 96, 64
-REPLICAS = (4, 12, 24)
+REPLICAS = (2, 8)
 IDLE_S = 20.0
 STEPS, WARM_UP_STEPS, BATCH = 24, 8, 16
-PARTS = ("path", "control", "data", "training")
+PARTS = ("path", "control", "documents", "data", "training")
+DOCUMENTS, PAGE_CHARACTERS = 400, 3000
+LIVE_VECTORS, WIDTH = (1_000, 10_000, 50_000, 100_000), 512
 PROCESSES = {
     "proxy": "ray::ProxyActor",
     "ingress": "ray::ServeReplica:pacos:ingress",
@@ -212,6 +216,67 @@ def control(_: argparse.Namespace, setting: str) -> dict[str, Any]:
     return {name: round(value, 4) for name, value in {**found, "start_s": start_s}.items()}
 
 
+def documents(arguments: argparse.Namespace, _: str) -> dict[str, Any]:
+    import numpy as np
+
+    from app.config.documents import ChunkingConfig
+    from app.retrieval.chunking import Document
+    from app.retrieval.embedding import Embedder
+    from app.retrieval.index import LiveVectors
+    from app.retrieval.library import Library
+    from app.retrieval.replica import Follower
+
+    rows = json.loads(arguments.source.read_text(encoding="utf-8"))
+    text = "\n\n".join(row["output"] for row in rows)
+    embedder = Embedder("embedded")
+    embedder.embed(["warm"])
+    with tempfile.TemporaryDirectory() as folder:
+        library = Library(Path(folder), embedder=embedder, chunking=ChunkingConfig())
+        started = time.process_time()
+        for number in range(DOCUMENTS):
+            part = text[number * PAGE_CHARACTERS :][:PAGE_CHARACTERS]
+            document = Document(f"{number}.txt", part)
+            library.add([library.prepared(document, kind="text", num_bytes=len(part.encode()))])
+        write_s = time.process_time() - started
+        passages = sum(record.num_chunks for record in library.records(limit=DOCUMENTS)[0])
+        num_bytes = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+        follower = Follower(_Here(library), embedder)
+        started = time.process_time()
+        while follower.catch_up():
+            pass
+        follow_s = time.process_time() - started
+    found = {
+        "write_cpu_ms": 1000 * write_s / DOCUMENTS,
+        "follow_cpu_ms": 1000 * follow_s / DOCUMENTS,
+        "passages_a_document": passages / DOCUMENTS,
+        "bytes_a_passage": num_bytes / passages,
+    }
+    random = np.random.default_rng(0)
+    for count in LIVE_VECTORS:
+        vectors = random.standard_normal((count, WIDTH), dtype=np.float32)
+        live = LiveVectors.empty(WIDTH).changed(gone=(), ids=range(count), vectors=vectors)
+        times = []
+        for query in random.standard_normal((15, WIDTH), dtype=np.float32):
+            started = time.thread_time()
+            live.search(query, top_k=200)
+            times.append(time.thread_time() - started)
+        found[f"live_{count}_ms"] = 1000 * statistics.median(times)
+    return {name: round(value, 3) for name, value in found.items()}
+
+
+class _Here:
+    """A library in this process, as a copy asks it."""
+
+    def __init__(self, library: Any) -> None:
+        self._library = library
+
+    def changes(self, since: int, vectors_since: int) -> Any:
+        return self._library.changes(since, vectors_since=vectors_since, max_bytes=2**22)
+
+    def snapshot_piece(self, version: int, offset: int) -> bytes | None:
+        return None
+
+
 def data(arguments: argparse.Namespace, setting: str) -> dict[str, Any]:
     cpus, copies = (int(number) for number in setting.split("x"))
     os.sched_setaffinity(0, set(range(cpus)))
@@ -286,12 +351,13 @@ def slopes(rows: Rows) -> dict[str, Any]:
 SETTINGS = {
     "path": ("",),
     "control": tuple(str(count) for count in REPLICAS),
+    "documents": ("",),
     "data": ("1x1", "2x1", "2x2"),
     "training": (f"1x{BATCH}", f"2x{BATCH}", f"2x{2 * BATCH}"),
 }
 """data: CPUs x copies of the source; training: workers x records a step."""
-TURNS = {"path": path, "control": control, "data": data, "training": training}
-SUMMARIES = {"path": medians, "control": slopes, "data": medians, "training": medians}
+TURNS = {"path": path, "control": control, "documents": documents, "data": data, "training": training}
+SUMMARIES = {"path": medians, "control": slopes, "documents": medians, "data": medians, "training": medians}
 
 if __name__ == "__main__":
     main()

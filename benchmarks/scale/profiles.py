@@ -94,7 +94,7 @@ def cpu() -> Profile:
     )
 
 
-def h200(*, gather_s: float = 0.0, max_batch_size: int = 256) -> Profile:
+def h200(*, gather_s: float = 0.0, max_step_tokens: int = 512) -> Profile:
     """GPT-2 124M in bf16 on an H200."""
     record = recorded("gpu-generation")["results"]
     graphs, eager = record["bf16"], record["bf16 without graphs"]
@@ -106,7 +106,7 @@ def h200(*, gather_s: float = 0.0, max_batch_size: int = 256) -> Profile:
     return Profile(
         "GPT-2 124M, one H200",
         StepTime(decoding, reading, prompt_s / (batch * prompt)),
-        EngineLimits(max_batch_size=max_batch_size, max_queue=512, gather_s=gather_s),
+        EngineLimits(256, max_queue=512, max_step_tokens=max_step_tokens, gather_s=gather_s),
         start_s=30.0,
         sources={
             "step_time.decoding": "gpu-generation.json, bf16, batch 1 and 256; between them a line",
@@ -127,7 +127,7 @@ CONTEXT = 384
 """Tokens that an answer has before it on average: a prompt and half of an answer of `CHAT`."""
 
 
-def h200_large() -> Profile:
+def h200_large(*, max_batch_size: int = 256) -> Profile:
     """A decoder of 7e9 parameters on an H200, by memory bandwidth from what GPT-2 124M reaches of it. Not measured."""
     record = recorded("gpu-generation")
     bandwidth, graphs = record["bandwidth"], record["results"]["bf16"]
@@ -139,7 +139,7 @@ def h200_large() -> Profile:
     return Profile(
         "7e9 parameters, one H200 (extrapolated)",
         StepTime(tuple(points), tuple(points), 2 * LARGE_PARAMETERS / (PROMPT_FLOPS_SHARE * FLOPS)),
-        EngineLimits(max_batch_size=256, max_queue=512),
+        EngineLimits(max_batch_size, max_queue=512),
         start_s=60.0,
         sources={
             "step_time": "bytes a step reads / bandwidth / the share of it that GPT-2 124M reaches at batch 1 and 256 "

@@ -87,7 +87,6 @@ class Replica:
         self.queued_tokens = 0
         self.decoding = 0
         self.version = 0
-        self.busy_s = 0.0
         self.tokens = 0
         self._limits = limits
         self._decoding_s, self._reading_s = step_time.tables(limits.max_batch_size)
@@ -138,7 +137,6 @@ class Replica:
     def advance(self, now: float) -> tuple[list[Request], list[Request], float | None]:
         """The end of what was being computed: (first token computed, ended, when this is to be called next)."""
         self.steps += self._steps
-        self.busy_s += self._steps * self._each_s
         self.tokens += self._steps * self.decoding + len(self._read_now)
         ended = []
         while self._finishes and self._finishes[0][0] <= self.steps:

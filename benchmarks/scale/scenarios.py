@@ -165,7 +165,7 @@ def row_of(result: Result) -> dict[str, Any]:
         "first_token_p50_s": result.quantile(0.5, since=since),
         "first_token_p99_s": result.quantile(0.99, since=since),
         "answer_p99_s": float(np.quantile(result.answer_s, 0.99)) if len(result.answer_s) else math.nan,
-        "busy": result.busy,
+        "use": result.use,
         "proxy_use": result.proxy_use,
         "ingress_use": result.ingress_use,
     }
@@ -175,18 +175,36 @@ def row_of(result: Result) -> dict[str, Any]:
 
 
 def day() -> dict[str, Any]:
-    """A day whose load goes from a tenth of four replicas' to nine tenths, with the shipped settings."""
+    """A day whose load goes from a tenth of four replicas' to nine tenths, with the shipped settings, and with more
+    slack; and its two busiest hours with four replicas all the time."""
     profile = cpu()
     peak = 0.9 * 4 * capacity(profile, CHAT)
 
     def rate(t: float) -> float:
         return peak * (1 / 9 + 8 / 9 * (0.5 - 0.5 * math.cos(2 * math.pi * t / DAY_S)) ** 2)
 
-    return {
-        "autoscaled": _scaled(profile, rate, DAY_S, replicas=1, config=shipped()),
-        "fixed": _scaled(profile, rate, DAY_S, replicas=4, config=None),
-        "peak_per_s": peak,
+    noon = DAY_S / 2 - 3600
+    found = {
+        "shipped": _scaled(profile, rate, DAY_S, replicas=1, config=shipped()),
+        "slack 0.5": _scaled(profile, rate, DAY_S, replicas=1, config=shipped(policy_kwargs={"slack": 0.5})),
+        "four replicas, two busiest hours": _scaled(profile, lambda t: rate(noon + t), 7200, replicas=4, config=None),
     }
+    for run in found.values():
+        run["peak_per_s"] = peak
+    return found
+
+
+def steady_loads() -> list[dict[str, Any]]:
+    """An hour of a load that does not change: how often replicas are added or taken away."""
+    profile, hour_s = cpu(), 3600
+    rows = []
+    for slack in (0.25, 0.4, 0.5):
+        for load in (0.6, 1.0, 1.4, 1.8, 2.2, 2.6):
+            config = shipped(policy_kwargs={"slack": slack})
+            rate = steady(load * capacity(profile, CHAT))
+            run = _scaled(profile, rate, hour_s, replicas=math.ceil(load), config=config)
+            rows.append({"slack": slack, "load": load} | {name: run[name] for name in ("changes", "replica_hours")})
+    return rows
 
 
 CROWD_AT, RISE_S, CROWD_S, AFTER_S = 300.0, 60.0, 600.0, 1500.0
@@ -204,13 +222,16 @@ def crowd_rate(base: float) -> Rate:
 def crowd() -> dict[str, Any]:
     """Ten times as many requests within a minute, for ten minutes; then as before. Up to 100 replicas."""
     new_node_s = 180.0
+    large = h200_large(max_batch_size=64)
+    queued = {"policy_kwargs": {"target_queued_tokens": 32768}}
     runs: list[tuple[str, Profile, dict[str, Any]]] = [
-        ("shipped", cpu(), {}),
-        ("on nodes that must start first", replace(cpu(), start_s=new_node_s), {}),
-        ("target_queued_tokens 32768", cpu(), {"policy_kwargs": {"target_queued_tokens": 32768}}),
-        ("target_use 0.6", cpu(), {"policy_kwargs": {"target_use": 0.6}}),
-        ("large: shipped", h200_large(), {}),
-        ("large: target_queued_tokens 65536", h200_large(), {"policy_kwargs": {"target_queued_tokens": 65536}}),
+        ("CPU, shipped", cpu(), {}),
+        ("CPU, target_queued_tokens 32768", cpu(), queued),
+        ("CPU, on nodes that must start first", replace(cpu(), start_s=new_node_s), {}),
+        ("large, shipped", large, {}),
+        ("large, target_queued_tokens 32768", large, queued),
+        ("large, batches of 256", h200_large(), {}),
+        ("large, batches of 256, target_use 0.35", h200_large(), {"policy_kwargs": {"target_use": 0.35}}),
     ]
     found = {}
     for name, profile, changes in runs:
@@ -219,6 +240,7 @@ def crowd() -> dict[str, Any]:
         seconds = CROWD_AT + CROWD_S + AFTER_S
         found[name] = _scaled(profile, crowd_rate(base), seconds, replicas=2, config=config)
         found[name] |= {"needed": 10 * base / capacity(profile, CHAT), "start_s": profile.start_s}
+        found[name] |= {"base_per_s": base, "name": profile.name}
     return found
 
 
@@ -269,15 +291,17 @@ def target() -> list[dict[str, Any]]:
 
 
 def gathering() -> list[dict[str, Any]]:
-    """What it would bring on a GPU to gather prompts: a step that reads one is not replayed."""
+    """A step that reads a prompt is not replayed on a GPU, and takes several times as long: what it would bring if
+    prompts waited for each other, and if a step could read more of them."""
     rows = []
-    for gather_s in (0.0, 0.02, 0.05, 0.1, 0.2):
-        profile = h200(gather_s=gather_s)
-        most = capacity(profile, CHAT)
-        result = Cluster(of(profile), lengths=CHAT, seed=SEED).run(lambda _: 0.5 * capacity(h200(), CHAT), 30)
-        rows.append(
-            {"gather_s": gather_s, "capacity_per_s": most, "tokens_per_s": most * CHAT.mean[1], **row_of(result)}
-        )
+    for step_tokens in (512, 4096):
+        for gather_s in (0.0, 0.1):
+            profile = h200(gather_s=gather_s, max_step_tokens=step_tokens)
+            most = capacity(profile, CHAT)
+            half = steady(0.5 * capacity(h200(), CHAT))
+            result = Cluster(of(profile), lengths=CHAT, seed=SEED).run(half, 30)
+            row = {"max_step_tokens": step_tokens, "gather_s": gather_s, "most_tokens_per_s": most * CHAT.mean[1]}
+            rows.append(row | {name: result.quantile(q) for name, q in (("p50_s", 0.5), ("p99_s", 0.99))})
     return rows
 
 
@@ -312,6 +336,7 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
     "validation": validation,
     "sizes": sizes,
     "day": day,
+    "steady": steady_loads,
     "crowd": crowd,
     "target": target,
     "gathering": gathering,
