@@ -62,8 +62,9 @@ class Result:
     """Whose last event was delivered within the run."""
     in_flight: int = 0
     tokens: int = 0
-    """Of answers, as they were computed."""
+    """That were computed."""
     delivered_tokens: int = 0
+    """Of answers that have come to their end."""
     events: float = 0.0
     first_token_s: np.ndarray = field(default_factory=lambda: np.empty(0))
     answer_s: np.ndarray = field(default_factory=lambda: np.empty(0))
@@ -76,7 +77,7 @@ class Result:
     proxy_use: float = 0.0
     ingress_use: float = 0.0
     series: list[tuple[float, int, int, int, int, int]] = field(default_factory=list)
-    """Each second: time, target, ready replicas, waiting requests, arrived so far, refused so far."""
+    """Each second: time, target, ready replicas, waiting requests; refused and tokens delivered so far."""
 
     def quantile(self, share: float, *, since: float = 0.0, until: float = inf) -> float:
         """Of the time to the first token, of requests that arrived then."""
@@ -94,9 +95,9 @@ class _Server:
     def wait(self, now: float, events_per_s: float, work_s: float) -> float:
         """Seconds until `work_s` more are done; `events_per_s` come to it beside them."""
         passed, flow = now - self._seen_at, events_per_s * self._cost.event_s
-        self._backlog_s = max(0.0, self._backlog_s + (flow - 1.0) * passed) + work_s
-        self._seen_at = now
-        self.busy_s += work_s + flow * passed
+        left_s = max(0.0, self._backlog_s + (flow - 1.0) * passed)
+        self.busy_s += self._backlog_s + flow * passed - left_s
+        self._backlog_s, self._seen_at = left_s + work_s, now
         return self._backlog_s
 
     def request(self, now: float, events_per_s: float) -> float:
@@ -294,7 +295,7 @@ class Cluster:
         result.events += self._event_rate
         waiting = sum(len(replica.waiting) for replica in self._replicas) + len(self._at_door)
         target = len(self._ready) if autoscaler is None else autoscaler.target
-        result.series.append((now, target, len(self._ready), waiting, result.arrived, result.refused))
+        result.series.append((now, target, len(self._ready), waiting, result.refused, result.delivered_tokens))
         self._at(now + 1.0, self._tick, None)
 
     def _scale(self, target: int, now: float) -> None:

@@ -51,11 +51,11 @@ def capacity(profile: Profile, lengths: Uniform) -> float:
 
 
 @cache
-def events_per_request(profile: Profile, lengths: Uniform) -> float:
-    """Of a stream between its first and its last, at `LOAD`."""
+def streams(profile: Profile, lengths: Uniform) -> tuple[float, float]:
+    """(events between the first and the last of each, seconds that each is open), at `LOAD`."""
     rate = LOAD * capacity(profile, lengths)
-    result = Cluster(of(profile, replicas=3), lengths=lengths, seed=SEED).run(lambda _: 3 * rate, 3000 / rate)
-    return result.events / result.arrived
+    result = Cluster(of(profile, replicas=3), lengths=lengths, seed=SEED).run(steady(3 * rate), 3000 / rate)
+    return result.events / result.arrived, float(result.answer_s.mean())
 
 
 # --- against what was measured ---
@@ -126,7 +126,7 @@ def _sizes(profile: Profile, lengths: Uniform, most: int) -> Iterator[dict[str, 
     each = LOAD * capacity(profile, lengths)
     proxy, ingress = path_costs()
     for replicas in (size for size in SIZES if size <= most):
-        seconds = float(np.clip(60_000 / (each * replicas), 30, 120))
+        seconds = float(np.clip(30_000 / (each * replicas), 40, 120))
         enough = path_for(profile, lengths, each * replicas, replicas)
         paths = {"enough": enough}
         if replicas <= 10:
@@ -143,7 +143,7 @@ def steady(per_s: float) -> Rate:
 
 def path_for(profile: Profile, lengths: Uniform, requests_per_s: float, replicas: int) -> tuple[int, int]:
     """(proxies, ingresses) that stay below `PATH_USE`, and hold the requests that are open at once."""
-    events = events_per_request(profile, lengths)
+    events, _ = streams(profile, lengths)
     needs = [math.ceil(requests_per_s * work(cost, events) / PATH_USE) for cost in path_costs()]
     return needs[0], max(needs[1], math.ceil(replicas * profile.limits.max_batch_size / 1000))
 
@@ -154,14 +154,14 @@ def work(cost: PathCost, events: float) -> float:
 
 
 def row_of(result: Result) -> dict[str, Any]:
-    """Of the time after the first quarter, in which the batches fill."""
-    since = result.seconds / 4
+    """Of the second half: in the first the batches fill."""
+    since = result.seconds / 2
+    first, last = result.series[len(result.series) // 2], result.series[-1]
     return {
         "seconds": result.seconds,
         "asked_per_s": result.arrived / result.seconds,
         "refused": result.refused / max(1, result.arrived),
-        "tokens_per_s": result.tokens / result.seconds,
-        "delivered_per_s": result.delivered_tokens / result.seconds,
+        "delivered_per_s": (last[5] - first[5]) / max(1.0, last[0] - first[0]),
         "first_token_p50_s": result.quantile(0.5, since=since),
         "first_token_p99_s": result.quantile(0.99, since=since),
         "answer_p99_s": float(np.quantile(result.answer_s, 0.99)) if len(result.answer_s) else math.nan,
@@ -259,7 +259,7 @@ def _scaled(profile: Profile, rate: Rate, seconds: float, *, replicas: int, conf
         "changes": sum(a != b for a, b in zip(targets, targets[1:], strict=False)),
         "turns": turns(targets),
         "series": [
-            {"t": row[0], "target": row[1], "ready": row[2], "waiting": row[3], "refused": row[5], "rate": rate(row[0])}
+            {"t": row[0], "target": row[1], "ready": row[2], "waiting": row[3], "refused": row[4], "rate": rate(row[0])}
             for row in result.series[::every]
         ],
     }
@@ -286,7 +286,7 @@ def target() -> list[dict[str, Any]]:
                 )
                 result = Cluster(setup, lengths=CHAT, seed=SEED).run_closed(500, math.inf, requests=5000)
                 row = {"profile": profile.name, "replicas": replicas, "proxies": proxies, "ingresses": ingresses}
-                rows.append(row | row_of(result))
+                rows.append(row | row_of(result) | {"delivered_per_s": result.delivered_tokens / result.seconds})
     return rows
 
 
@@ -315,15 +315,17 @@ def bottlenecks() -> list[dict[str, Any]]:
     rows = []
     for profile, lengths in ((cpu(), SHORT), (cpu(), CHAT), (h200(), CHAT), (h200_large(), CHAT)):
         requests = LOAD * capacity(profile, lengths)
-        events = events_per_request(profile, lengths)
+        events, open_s = streams(profile, lengths)
         rows.append(
             {
                 "profile": profile.name,
                 "answer_tokens": lengths.mean[1],
                 "requests_per_s": requests,
                 "events_per_request": events,
+                "open_s": open_s,
                 "one proxy": 1 / (requests * work(proxy, events)),
                 "four ingresses": 4 / (requests * work(ingress, events)),
+                "open at an ingress that is busy": open_s / work(ingress, events),
                 "limiter": 1 / (requests * limiter_request_s()),
                 "controller": (1 - control["controller_cpu_alone"]) / control["controller_cpu_a_replica"],
                 "gcs": (1 - control["gcs_cpu_alone"]) / control["gcs_cpu_a_replica"],
