@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from math import inf
+from typing import TypeVar
 
 import numpy as np
 
@@ -25,6 +26,7 @@ MAX_ONGOING, MAX_QUEUED = 1000, 1000
 """Of an ingress, and at each proxy: `application.py`'s."""
 Lengths = Callable[[np.random.Generator, int], tuple[np.ndarray, np.ndarray]]
 """Prompt and answer tokens of so many requests."""
+Thing = TypeVar("Thing")
 Rate = Callable[[float], float]
 """Requests a second at a time."""
 
@@ -92,7 +94,7 @@ class _Server:
         self._cost = cost
         self._backlog_s = self._seen_at = self.busy_s = 0.0
 
-    def wait(self, now: float, events_per_s: float, work_s: float) -> float:
+    def wait(self, now: float, events_per_s: float, work_s: float = 0.0) -> float:
         """Seconds until `work_s` more are done; `events_per_s` come to it beside them."""
         passed, flow = now - self._seen_at, events_per_s * self._cost.event_s
         left_s = max(0.0, self._backlog_s + (flow - 1.0) * passed)
@@ -121,7 +123,9 @@ class Cluster:
         self._open = 0
         self._at_door: deque[Request] = deque()
         self._draws: Iterator[float] = iter(())
-        self._closed_loop = 0
+        self._to_ask = 0.0
+        """By clients that wait for an answer first."""
+        self._use_s, self._ready_s, self._gone_tokens = 0.0, 0, 0
         self._first: list[tuple[float, float]] = []
         self._answer_s: list[float] = []
         self.result = Result(0.0)
@@ -133,12 +137,11 @@ class Cluster:
     def run_closed(self, clients: int, seconds: float, *, requests: float = inf) -> Result:
         """Each client asks again once it is answered, `requests` in all."""
         prompts, news = self._lengths(self._random, clients)
-        self._closed_loop = clients
-        self._asked, self._most = clients, requests
+        self._to_ask = requests - clients
         begun = (Request(int(p), int(n), 0.0) for p, n in zip(prompts, news, strict=True))
-        return self._run(begun, seconds)
+        return self._run(begun, seconds, most=requests)
 
-    def _run(self, arrivals: Iterator[Request], seconds: float) -> Result:
+    def _run(self, arrivals: Iterator[Request], seconds: float, *, most: float = inf) -> Result:
         self._at(1.0, self._tick, None)
         arrival = next(arrivals, None)
         result, events, now = self.result, self._events, 0.0
@@ -154,30 +157,36 @@ class Cluster:
                 break
             now, _, function, argument = heappop(events)
             function(argument, now)
-            if self._closed_loop and result.answered + result.refused >= self._most:
+            if result.answered + result.refused >= most:
                 seconds = now
                 break
+        self._finish(seconds)
+        return result
+
+    def _finish(self, seconds: float) -> None:
+        result = self.result
         result.seconds = seconds
         result.in_flight = result.arrived - result.answered - result.refused
         result.first_token_at, result.first_token_s = np.array(self._first or np.empty((0, 2))).T
         result.answer_s = np.array(self._answer_s)
         result.use = self._use_s / max(1, self._ready_s)
         result.tokens = self._gone_tokens + sum(replica.tokens for replica in self._replicas)
-        for servers, name in ((self._proxies, "proxy_use"), (self._ingresses, "ingress_use")):
-            for server in servers:
-                server.wait(seconds, self._event_rate / len(servers), 0.0)
-            setattr(result, name, sum(server.busy_s for server in servers) / len(servers) / seconds)
-        return result
+        result.proxy_use = self._use(self._proxies, seconds)
+        result.ingress_use = self._use(self._ingresses, seconds)
+
+    def _use(self, servers: list[_Server], seconds: float) -> float:
+        """The mean share of `seconds` that they were busy."""
+        for server in servers:
+            server.wait(seconds, self._event_rate / len(servers))
+        return sum(server.busy_s for server in servers) / len(servers) / seconds
 
     # --- a request's way ---
 
     def _arrivals(self, rate: Rate, seconds: float) -> Iterator[Request]:
-        """A Poisson process whose rate changes each second."""
-        slice_s = 1.0
-        for number in range(round(seconds / slice_s)):
-            start = number * slice_s
-            count = int(self._random.poisson(rate(start) * slice_s))
-            times = np.sort(self._random.uniform(start, start + slice_s, count))
+        """A Poisson process whose rate changes each second, of whole seconds."""
+        for second in range(round(seconds)):
+            count = int(self._random.poisson(rate(float(second))))
+            times = np.sort(self._random.uniform(second, second + 1, count))
             prompts, news = self._lengths(self._random, count)
             for at, prompt, new in zip(times.tolist(), prompts.tolist(), news.tolist(), strict=True):
                 yield Request(prompt, new, at)
@@ -195,7 +204,7 @@ class Cluster:
     def _enter(self, request: Request, now: float) -> None:
         self._open += 1
         proxy, ingress = self._one_of(self._proxies), self._one_of(self._ingresses)
-        request.server = (proxy, ingress)
+        request.path = (proxy, ingress)
         delay = proxy.request(now, self._event_rate / len(self._proxies))
         delay += ingress.request(now, self._event_rate / len(self._ingresses))
         if delay > 0:
@@ -231,12 +240,12 @@ class Cluster:
         if begun or ended:
             self._flow(replica)
             for request in begun:
-                request.delay = self._delivery_s(request, now)
-                self._first.append((request.arrived, now + request.delay - request.arrived))
+                delay = self._delivery_s(request, now)
+                self._first.append((request.arrived, now + delay - request.arrived))
             for request in ended:
-                request.delay = self._delivery_s(request, now)
-                if request.delay > 0:
-                    self._at(now + request.delay, self._answered, request)
+                delay = self._delivery_s(request, now)
+                if delay > 0:
+                    self._at(now + delay, self._answered, request)
                 else:
                     self._answered(request, now)
         if replica.stopping and not replica.ongoing:
@@ -253,10 +262,9 @@ class Cluster:
 
     def _delivery_s(self, request: Request, now: float) -> float:
         """How long an event takes back to the client."""
-        proxy, ingress = request.server  # type: ignore[misc]
-        return proxy.wait(now, self._event_rate / len(self._proxies), 0.0) + ingress.wait(
-            now, self._event_rate / len(self._ingresses), 0.0
-        )
+        proxy, ingress = request.path
+        there = proxy.wait(now, self._event_rate / len(self._proxies))
+        return there + ingress.wait(now, self._event_rate / len(self._ingresses))
 
     def _answered(self, request: Request, now: float) -> None:
         self.result.answered += 1
@@ -270,8 +278,8 @@ class Cluster:
         self._again(now)
 
     def _again(self, now: float) -> None:
-        if self._closed_loop and self._asked < self._most:
-            self._asked += 1
+        if self._to_ask > 0:
+            self._to_ask -= 1
             prompts, news = self._lengths(self._random, 1)
             self._arrive(Request(int(prompts[0]), int(news[0]), now), now)
 
@@ -282,12 +290,10 @@ class Cluster:
 
     # --- replicas come and go ---
 
-    _use_s, _ready_s, _gone_tokens = 0.0, 0, 0
-
     def _tick(self, _: None, now: float) -> None:
         result, autoscaler = self.result, self.setup.autoscaler
         if autoscaler is not None:
-            self._ready = [r for r in self._replicas if r.ready_at <= now and not r.stopping] or self._ready
+            self._ready = [r for r in self._replicas if r.ready_at <= now and not r.stopping]
             self._scale(autoscaler.tick(self._ready, now), now)
         result.replica_s += len(self._replicas)
         self._ready_s += len(self._ready)
@@ -306,7 +312,7 @@ class Cluster:
             self._event_rates[replica] = 0.0
         for replica in there[target:]:  # the newest first, as those that still start
             replica.stopping = True
-            self._ready = [other for other in self._ready if other is not replica] or self._ready
+            self._ready = [other for other in self._ready if other is not replica]
             if not replica.ongoing:
                 self._remove(replica, now)
 
@@ -320,7 +326,7 @@ class Cluster:
     def _at(self, at: float, function: Callable, argument: object) -> None:
         heappush(self._events, (at, next(self._number), function, argument))
 
-    def _one_of(self, things: list) -> object:
+    def _one_of(self, things: list[Thing]) -> Thing:
         if len(things) == 1:
             return things[0]
         draw = next(self._draws, None)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from heapq import heappop, heappush
-from math import ceil, inf
+from math import ceil
 
 BLOCK_SIZE = 16
 """Of the KV cache, as in `app.engine.blocks`."""
@@ -50,19 +50,15 @@ def interpolated(points: Sequence[tuple[int, float]], x: float) -> float:
 
 
 class Request:
-    __slots__ = ("prompt", "new", "arrived", "first_at", "ended_at", "delay", "server")
+    __slots__ = ("prompt", "new", "arrived", "path")
 
     def __init__(self, prompt: int, new: int, arrived: float) -> None:
         self.prompt = prompt
         """Tokens; so is the next."""
         self.new = new
         self.arrived = arrived
-        self.first_at = inf
-        """When its first token was computed; delivered `delay` later."""
-        self.ended_at = inf
-        self.delay = 0.0
-        self.server: object = None
-        """What carries its tokens; the cluster's business."""
+        self.path: tuple = ()
+        """The processes that carry its tokens; the cluster's business."""
 
 
 @dataclass(frozen=True)
@@ -144,15 +140,12 @@ class Replica:
         self.decoding -= len(ended)
         begun, self._read_now = self._read_now, []
         for request in begun:
-            request.first_at = now
             if request.new == 1:
                 ended.append(request)
             else:
                 self.decoding += 1
                 self._count += 1
                 heappush(self._finishes, (self.steps + request.new - 1, self._count, request))
-        for request in ended:
-            request.ended_at = now
         self._steps = 0
         return begun, ended, self._begin(now)
 
