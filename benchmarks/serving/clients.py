@@ -31,11 +31,13 @@ class Answer:
         return self.status == 200 and not self.error
 
 
-async def closed_loop(url: str, bodies: Sequence[dict[str, Any]], *, num_clients: int) -> list[Answer]:
+async def closed_loop(
+    url: str, bodies: Sequence[dict[str, Any]], *, num_clients: int, key: str | None = None
+) -> list[Answer]:
     """All `bodies`, in order, by clients of which each sends its next request when its last has been answered."""
     left = iter(bodies)
     answers: list[Answer] = []
-    async with _session() as session:
+    async with _session(key) as session:
 
         async def client() -> None:
             for body in left:
@@ -104,9 +106,12 @@ async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[str]:
             yield line[6:].decode().strip()
 
 
-def _session() -> aiohttp.ClientSession:
+def _session(key: str | None = None) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=TIMEOUT_S), read_bufsize=2**20
+        headers=None if key is None else {"Authorization": f"Bearer {key}"},
+        connector=aiohttp.TCPConnector(limit=0),
+        timeout=aiohttp.ClientTimeout(total=TIMEOUT_S),
+        read_bufsize=2**20,
     )
 
 

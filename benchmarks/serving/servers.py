@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,12 +16,12 @@ START_WITHIN_S = 300
 
 
 @contextmanager
-def pacos(model: str, *, threads: int, batch_size: int, log: Path) -> Iterator[str]:
-    """`pacos serve`; yields the URL."""
+def pacos(model: str, *, threads: int, batch_size: int, log: Path, settings: Sequence[str] = ()) -> Iterator[str]:
+    """`pacos serve` with `settings` beside the others; yields the URL."""
     port = _free_port()
     command = [
         sys.executable, "-m", "app.cli", "serve", f"port={port}", f"generator.model={model}",
-        f"generator.threads={threads}", f"generator.max_batch_size={batch_size}",
+        f"generator.threads={threads}", f"generator.max_batch_size={batch_size}", *settings,
     ]  # fmt: skip
     with _running(command, port=port, log=log) as url:
         yield url
