@@ -21,9 +21,11 @@ check: .venv/.dev secrets  ## lint, format, types, import contract, secrets
 	$(BIN)/lint-imports
 
 secrets: .venv/.dev  ## keys and passwords in what git has or would take; needs no network
-	git ls-files -z --cached --others --exclude-standard | xargs -0 $(BIN)/kingfisher scan $(OFFLINE)
+	@if git rev-parse --git-dir >/dev/null 2>&1; \
+	then git ls-files -z --cached --others --exclude-standard | xargs -0 $(BIN)/kingfisher scan $(OFFLINE); \
+	else $(BIN)/kingfisher scan . --exclude .venv --exclude runs $(OFFLINE); fi
 
-audit: secrets .venv/.audit  ## the same in git's history; known flaws in what is pinned, by pypi.org, which must answer
+audit: secrets .venv/.audit  ## the same in git's history; known flaws in what is pinned, as PyPI knows them
 	$(BIN)/kingfisher scan . --branch HEAD $(OFFLINE)
 	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict --progress-spinner off
 
