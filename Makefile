@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test check format manifests clean
+.PHONY: quickstart test chaos check format manifests clean
 
 quickstart: .venv/.runtime  ## the main job on what the repository carries
 	$(BIN)/pacos quickstart
 
 test: .venv/.dev  ## all tests that run without a GPU
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder --durations=25
+
+chaos: .venv/.dev  ## faults on a cluster of hosts of their own, and docs/chaos.md's table of what was seen
+	$(BIN)/python -m tests.chaos
+	$(BIN)/python -m tests.chaos.table
 
 check: .venv/.dev  ## lint, format, types, import contract
 	$(BIN)/ruff check .
