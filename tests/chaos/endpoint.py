@@ -39,6 +39,7 @@ class Endpoint:
         for deployment in application["deployments"]:
             number = REPLICAS[deployment["name"]]
             deployment["autoscaling_config"] |= {"min_replicas": number, "max_replicas": number}
+            deployment["max_replicas_per_node"] = 1
         self._values = values
 
     @property

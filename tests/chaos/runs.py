@@ -43,10 +43,8 @@ class Watched:
         """How many were computed, thrown away and computed again."""
         return sum(max(0, before - now) + 1 for (_, before), (_, now) in self._pairs() if now <= before)
 
-    def seconds_without_a_new_step(self, since: float) -> float:
-        """From then until there was one that had not been there before."""
-        best = max((step for moment, step in self.seen if moment <= since), default=0)
-        return next(moment for moment, step in self.seen if moment > since and step > best) - since
+    def seconds_to_pass(self, step: int, *, since: float) -> float:
+        return next(moment for moment, newest in self.seen if moment > since and newest > step) - since
 
     def _pairs(self) -> zip:
         return zip(self.seen, self.seen[1:], strict=False)

@@ -41,6 +41,7 @@ def served(one_cluster: Cluster, registry: tuple[str, list[str]], model: Path) -
     uri, (first, second) = registry
     deltas = {"live": "models:/served@production", "first": first, "second": second}
     documents = one_cluster.shared / "small/documents"
+    documents.mkdir()
     with Endpoint(one_cluster, model, deltas=deltas, documents=documents, tracking=uri) as endpoint:
         yield endpoint
 

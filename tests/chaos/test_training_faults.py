@@ -11,6 +11,7 @@ from tests.chaos.hosts import fill
 from tests.chaos.runs import Watched, checkpoints_of, steps_of
 
 STEPS, SAVE_EVERY, LOST_AFTER = 120, 10, 25
+SWEPT_STEPS = 100
 
 
 def train_command(data: Path, model: Path, output: Path, *more: str) -> list[str]:
@@ -29,13 +30,13 @@ def test_a_training_node_is_killed(cluster: Cluster, data: Path, model: Path, re
         assert len(set(cluster.places_of("RayTrainWorker"))) == 3, "each worker has a host of its own"
         committed = checkpoints_of(run)
         cluster.workers[2].kill()
-        killed_at = time.monotonic()
+        killed_at, reached = time.monotonic(), watched.step
         assert job.wait(400) == 0, (cluster.head.disk / "train.log").read_text()
     assert steps_of(run) == list(range(1, STEPS + 1))
     for step, losses in watched.losses.items():
         assert losses == pytest.approx([losses[0]] * len(losses), abs=1e-4), f"step {step} came out otherwise"
     kept = set(committed) <= set(checkpoints_of(run))
-    again, seconds = watched.steps_again(), watched.seconds_without_a_new_step(killed_at)
+    again, seconds = watched.steps_again(), watched.seconds_to_pass(reached, since=killed_at)
     assert kept and again <= SAVE_EVERY + 1
     record(
         "a worker node is killed while training on 3 nodes",
@@ -62,14 +63,15 @@ def test_a_node_is_killed_while_data_is_prepared(cluster: Cluster, many_records:
     began = time.monotonic()
     job = cluster.submitted(*command(output), log="prepare.log")
     wait_for(lambda: list(output.parent.rglob("*.parquet")), what="a shard", within_s=300)
-    host = cluster.workers[0]
-    host.kill()
+    cluster.workers[0].kill()
+    num_done = len(list(output.parent.rglob("*.parquet")))
     assert job.wait(400) == 0, (cluster.head.disk / "prepare.log").read_text()
     later_s = time.monotonic() - began - usual_s
     same = hashes(output) == hashes(undisturbed)
-    assert same and len(hashes(output)) > 20
+    assert same and num_done < len(hashes(output)) / 2, "it was killed in the midst of it"
     record(
-        "a worker node is killed while data is prepared", "its tasks run elsewhere; the shards are the same",
+        "a worker node is killed while data is prepared", "its tasks run elsewhere; the shards are the same "
+        "as without the fault; seconds: how much longer it took",
         seconds=max(0.0, later_s), met=same and later_s < 60,
     )  # fmt: skip
 
@@ -77,31 +79,41 @@ def test_a_node_is_killed_while_data_is_prepared(cluster: Cluster, many_records:
 def test_a_node_is_killed_in_a_sweep(cluster: Cluster, data: Path, model: Path, record) -> None:
     output = cluster.shared / "sweep-killed"
     job = cluster.submitted(
-        "-m", "tune.sweep", f"output={output}", f"train.data={data}", f"train.model={model}", "train.max_steps=60",
+        "-m", "tune.sweep", f"output={output}", f"train.data={data}", f"train.model={model}", f"train.max_steps={SWEPT_STEPS}",
         "train.epochs=20", "train.eval_every=6", "train.save_every=6", "train.batch_size=8", "train.precision=fp32",
         "train.workers.cpus=2", "train.workers.threads=1", "space.method.rank=[1,2,3,4]", "search.type=grid",
         "scheduler.type=none", "finals.trials=0", "pack_size=2", "tracking.uri=none", log="sweep.log",
     )  # fmt: skip
 
-    def steps() -> int:
-        return sum(len(file.read_text().splitlines()) for file in output.glob("trials/*/metrics.jsonl"))
+    def rows() -> dict[str, int]:
+        """Of each trial, one of step 0 and one of each step."""
+        return {file.parent.name: len(file.read_text().splitlines()) for file in output.glob("trials/*/metrics.jsonl")}
 
-    wait_for(lambda: steps() >= 40, what="trials under way", within_s=400)
-    host = cluster.host_at(cluster.places_of("_PackActor")[0])
-    host.kill()
-    killed_at, before = time.monotonic(), steps()
-    wait_for(lambda: steps() > before + 10 or job.poll() is not None, what="a trial that goes on", within_s=300)
+    wait_for(lambda: len(rows()) == 4 and min(rows().values()) > 8, what="four trials under way", within_s=400)
+    before = rows()
+    lowest = dict(before)
+    cluster.host_at(cluster.places_of("_PackActor")[0]).kill()
+    killed_at = time.monotonic()
+
+    def all_go_on() -> bool:
+        now = rows()
+        for name, number in now.items():
+            lowest[name] = min(lowest[name], number)
+        return all(number > before[name] or number == SWEPT_STEPS + 1 for name, number in now.items())
+
+    wait_for(all_go_on, what="trials that go on", within_s=400)
+    seconds = time.monotonic() - killed_at
     assert job.wait(500) == 0, (cluster.head.disk / "sweep.log").read_text()
-    ended_s = time.monotonic() - killed_at
+    again = sum(before[name] - lowest[name] for name in before)
     printed = (cluster.head.disk / "sweep.log").read_text()
     assert "4 finished, 0 stopped, 0 failed" in printed, printed
     for file in output.glob("trials/*/metrics.jsonl"):
-        rows = [json.loads(line)["step"] for line in file.read_text().splitlines()]
-        assert sorted(set(rows)) == list(range(max(rows) + 1)), file
+        steps = [json.loads(line)["step"] for line in file.read_text().splitlines()]
+        assert steps == list(range(SWEPT_STEPS + 1)), file
     record(
         "a worker node with a pack of trials is killed in a sweep",
         "its trials go on in another pack; 4 of 4 finished, none of their steps is missing",
-        seconds=ended_s, met=ended_s < 60,
+        steps_again=again, seconds=seconds, met=seconds < 60,
     )  # fmt: skip
 
 
@@ -117,12 +129,12 @@ def test_the_disk_is_full_while_training(cluster: Cluster, data: Path, model: Pa
     filler.unlink()
     committed, reached = checkpoints_of(run), watched.step
     printed = (cluster.head.disk / "full.log").read_text()
-    assert status != 0 and "No space left on device" in printed and "--resume" in printed, printed
+    assert status != 0 and "No space left on device" in printed, printed
     again = reached - max(committed)
     began = time.monotonic()
     with Watched(run) as watched:
         cluster.submit(*train_command(data, model, run, "tracking.uri=none", "--resume"))
-        seconds = watched.seconds_without_a_new_step(began)
+    seconds = watched.seconds_to_pass(reached, since=began)
     kept = set(committed) <= set(checkpoints_of(run))
     assert kept and steps_of(run) == list(range(1, STEPS + 1))
     record(

@@ -5,14 +5,15 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 import httpx
 
-TRIES, NOT_AGAIN_WITHIN_S = 6, 2.0
-WAIT_S = 60.0
-"""For an answer; to connect takes a tenth of it at most."""
+TRIES = 6
+WAIT_S, CONNECT_WITHIN_S = 20.0, 3.0
+"""For an answer. A host without power does not even close its connections."""
 
 
 @dataclass
@@ -45,8 +46,8 @@ class Asked:
 class Traffic:
     """Within the block, `clients` ask one after the other for whole answers, `body(number)` each time.
 
-    A balancer as plain as they come: the nodes in turn, those left out for `NOT_AGAIN_WITHIN_S` that broke the last
-    request, and each request tried `TRIES` times at most.
+    A balancer as plain as they come: the nodes in turn, without those that broke a request and whose /healthz has not
+    answered since; and each request tried `TRIES` times at most.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Traffic:
         self.asked: list[Asked] = []
         self._urls, self._body, self._path, self._clients = list(urls), body, path, clients
         self._turn, self._numbers = itertools.count(), itertools.count(time.time_ns() % 10**9)
-        self._avoided: dict[str, float] = {}
+        self._left_out: set[str] = set()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
 
@@ -66,7 +67,7 @@ class Traffic:
 
     def __exit__(self, *error: object) -> None:
         self._stop.set()
-        self._thread.join(WAIT_S * 3)
+        self._thread.join(WAIT_S * TRIES)
         assert not self._thread.is_alive(), "a request was left without an answer"
 
     def go_on(self, seconds: float) -> None:
@@ -91,9 +92,18 @@ class Traffic:
         }
 
     async def _run(self) -> None:
-        timeout = httpx.Timeout(WAIT_S, connect=WAIT_S / 10)
+        timeout = httpx.Timeout(WAIT_S, connect=CONNECT_WITHIN_S)
         async with httpx.AsyncClient(timeout=timeout, trust_env=False) as client:
-            await asyncio.gather(*(self._ask_on(client) for _ in range(self._clients)))
+            await asyncio.gather(self._look_again(client), *(self._ask_on(client) for _ in range(self._clients)))
+
+    async def _look_again(self, client: httpx.AsyncClient) -> None:
+        """Take nodes in that answer again."""
+        while not self._stop.is_set():
+            for url in list(self._left_out):
+                with suppress(httpx.TransportError):
+                    if (await client.get(f"{url}/healthz", timeout=CONNECT_WITHIN_S)).is_success:
+                        self._left_out.discard(url)
+            await asyncio.sleep(0.5)
 
     async def _ask_on(self, client: httpx.AsyncClient) -> None:
         while not self._stop.is_set():
@@ -110,12 +120,11 @@ class Traffic:
                 if asked.is_answered:
                     asked.text = response.json()["choices"][0]["text"]
                     break
-                self._avoided[url] = time.monotonic() + NOT_AGAIN_WITHIN_S
+                self._left_out.add(url)
                 await asyncio.sleep(0.2)
             asked.ended = time.monotonic()
             self.asked.append(asked)
 
     def _next_url(self) -> str:
-        now = time.monotonic()
-        good = [url for url in self._urls if self._avoided.get(url, 0.0) < now] or self._urls
+        good = [url for url in self._urls if url not in self._left_out] or self._urls
         return good[next(self._turn) % len(good)]
