@@ -36,14 +36,12 @@ class Cluster:
         self.dashboard = f"http://{self.head.address}:{DASHBOARD_PORT}"
         self.cache_redis = f"redis://{self.redis.address}:{CACHE_REDIS_PORT}/0"
         self._token = token
-        self._cable_cuts: list[Host] = []
 
     def start(self) -> None:
         for port in (GCS_REDIS_PORT, CACHE_REDIS_PORT):
             self.start_redis(port)
         self.start_head()
-        for worker in self.workers:
-            self.start_worker(worker)
+        self.start_workers(self.workers)
 
     def mend(self) -> None:
         """What a test has broken is whole again: every host up, with its Ray node."""
@@ -57,10 +55,7 @@ class Cluster:
         if not self.head.processes("gcs_server"):
             self.head.end_processes()
             self.start_head()
-        for worker in self.workers:
-            if not worker.processes("raylet/raylet"):
-                worker.end_processes()
-                self.start_worker(worker)
+        self.start_workers([worker for worker in self.workers if not worker.processes("raylet/raylet")])
         self.wait_for_nodes([self.head, *self.workers])
 
     def start_redis(self, port: int) -> None:
@@ -80,14 +75,23 @@ class Cluster:
              f"--dashboard-host={self.head.address}", f"--dashboard-port={DASHBOARD_PORT}", *self._node(self.head)],
             log="ray.log", RAY_REDIS_ADDRESS=f"{self.redis.address}:{GCS_REDIS_PORT}",
         )  # fmt: skip
-        self._wait_until_healthy(self.head)
+        wait_for(lambda: _answers(_health(self.head)), what="the head", within_s=START_WITHIN_S)
         wait_for(self._takes_jobs, what="the head's job agent", within_s=START_WITHIN_S)
 
-    def start_worker(self, worker: Host) -> None:
-        self.worker_process(worker)
-        self._wait_until_healthy(worker)
+    def start_workers(self, workers: Sequence[Host]) -> None:
+        """Again and again, as a supervisor would: Ray gives a node up whose own agents take 15 s to start."""
+        running = {worker: self._start_worker(worker) for worker in workers}
 
-    def worker_process(self, worker: Host) -> subprocess.Popen[bytes]:
+        def all_healthy() -> bool:
+            for worker, process in running.items():
+                if process.poll() is not None:
+                    running[worker] = self._start_worker(worker)
+            return all(_answers(_health(worker)) for worker in workers)
+
+        wait_for(all_healthy, what=" ".join(worker.name for worker in workers), within_s=START_WITHIN_S)
+
+    def _start_worker(self, worker: Host) -> subprocess.Popen[bytes]:
+        worker.end_processes()  # what a node that was given up has left
         command = ["ray", "start", "--block", f"--address={self.gcs}", f"--num-cpus={CPUS}", *self._node(worker)]
         return worker.start(command, log="ray.log")
 
@@ -136,14 +140,6 @@ class Cluster:
             f"--dashboard-agent-listen-port={AGENT_PORT}", "--disable-usage-stats",
         ]  # fmt: skip
 
-    def _wait_until_healthy(self, host: Host) -> None:
-        url = f"http://{host.address}:{AGENT_PORT}/api/healthz"
-        try:
-            wait_for(lambda: _answers(url), what=host.name, within_s=START_WITHIN_S)
-        except TimeoutError as error:
-            last = (host.disk / "ray.log").read_text(errors="replace").splitlines()[-15:]
-            raise TimeoutError("\n".join([str(error), *last])) from None
-
     def _takes_jobs(self) -> bool:
         try:
             return isinstance(self.asked("/api/jobs/"), list)
@@ -182,6 +178,10 @@ def wait_for(condition: Callable[[], object], *, what: str, within_s: float = 12
         if time.monotonic() - began > within_s:
             raise TimeoutError(f"{what}: not within {within_s:.0f} s")
         time.sleep(0.2)
+
+
+def _health(host: Host) -> str:
+    return f"http://{host.address}:{AGENT_PORT}/api/healthz"
 
 
 def _answers(url: str) -> bool:

@@ -37,6 +37,7 @@ for path; do
     [ "$path" = "$shared" ] && mount --rbind "$path" "$place" || mount -o bind,ro "$path" "$place"
 done
 mount --rbind "$disk" /tmp
+mount --bind "$disk/hosts" /etc/hosts
 mount -t tmpfs none /dev/shm
 mount -o remount,bind,ro /
 ip link set lo up
@@ -52,6 +53,8 @@ class Host:
     disk: Path
     """What lies in its /tmp, seen from here."""
     shared: Path
+    names: dict[str, str]
+    """By address, of all hosts: this one's /etc/hosts."""
     environment: dict[str, str]
     number: int
     in_namespaces: bool
@@ -63,6 +66,8 @@ class Host:
         """With the disk that it had before, if it had one."""
         self.disk.mkdir(parents=True, exist_ok=True)
         (self.disk / "home").mkdir(exist_ok=True)
+        known = {"127.0.0.1": "localhost", **self.names}
+        (self.disk / "hosts").write_text("".join(f"{address} {name}\n" for address, name in known.items()))
         if not self.in_namespaces:
             return
         paths = dict.fromkeys([self.shared, REPOSITORY, Path(sys.prefix), Path(sys.base_prefix)])
@@ -79,7 +84,11 @@ class Host:
         self._init = int(Path(f"/proc/{self._unshare.pid}/task/{self._unshare.pid}/children").read_text())
         _ip(f"link add {self._link} type veth peer name eth0 netns {self._init}")
         _ip(f"link set {self._link} master bridge up")
-        for command in (f"addr add {self.address}/24 dev eth0", "link set eth0 up"):
+        network = self.address.rpartition(".")[0]
+        # The way out leads nowhere, but Ray asks the kernel by which address it would go there.
+        for command in (
+            f"addr add {self.address}/24 dev eth0", "link set eth0 up", f"route add default via {network}.254"
+        ):  # fmt: skip
             subprocess.run([*self._enter("--net"), "ip", *command.split()], check=True)
         subprocess.run([*self._enter("--uts"), "hostname", self.name], check=True)
 
@@ -189,9 +198,10 @@ def hosts(names: Sequence[str], folder: Path, *, environment: Mapping[str, str])
     (shared / "small").mkdir(parents=True)
     network = "10.77.0" if in_namespaces else "127.77.0"
     disks = folder if in_namespaces else Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # short: sockets are in it
+    addresses = {f"{network}.{number}": name for number, name in enumerate(names, 1)}
     made = {
-        name: Host(name, f"{network}.{number}", disks / name, shared, dict(environment), number, in_namespaces)
-        for number, name in enumerate(names, 1)
+        name: Host(name, address, disks / name, shared, addresses, dict(environment), number, in_namespaces)
+        for number, (address, name) in enumerate(addresses.items(), 1)
     }
     with ExitStack() as stack:
         if in_namespaces:

@@ -79,8 +79,9 @@ def test_a_node_is_killed_while_data_is_prepared(cluster: Cluster, many_records:
 def test_a_node_is_killed_in_a_sweep(cluster: Cluster, data: Path, model: Path, record) -> None:
     output = cluster.shared / "sweep-killed"
     job = cluster.submitted(
-        "-m", "tune.sweep", f"output={output}", f"train.data={data}", f"train.model={model}", f"train.max_steps={SWEPT_STEPS}",
-        "train.epochs=20", "train.eval_every=6", "train.save_every=6", "train.batch_size=8", "train.precision=fp32",
+        "-m", "tune.sweep", f"output={output}", f"train.data={data}", f"train.model={model}",
+        f"train.max_steps={SWEPT_STEPS}", "train.epochs=20",
+        "train.eval_every=6", "train.save_every=6", "train.batch_size=8", "train.precision=fp32",
         "train.workers.cpus=2", "train.workers.threads=1", "space.method.rank=[1,2,3,4]", "search.type=grid",
         "scheduler.type=none", "finals.trials=0", "pack_size=2", "tracking.uri=none", log="sweep.log",
     )  # fmt: skip
