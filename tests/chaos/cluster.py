@@ -23,6 +23,8 @@ GCS_PORT, DASHBOARD_PORT, AGENT_PORT, SERVE_PORT = 6379, 8265, 52365, 8000
 GCS_REDIS_PORT, CACHE_REDIS_PORT = 6379, 6380
 OBJECT_STORE_BYTES = 150_000_000
 START_WITHIN_S = 240.0
+NOTICES_SOONER = {"RAY_health_check_timeout_ms": "5000", "RAY_health_check_failure_threshold": "4"}
+"""The head's environment, as docs/cluster.md advises."""
 
 
 class Cluster:
@@ -73,7 +75,7 @@ class Cluster:
         self.head.start(
             ["ray", "start", "--head", "--block", "--num-cpus=0", f"--port={GCS_PORT}",
              f"--dashboard-host={self.head.address}", f"--dashboard-port={DASHBOARD_PORT}", *self._node(self.head)],
-            log="ray.log", RAY_REDIS_ADDRESS=f"{self.redis.address}:{GCS_REDIS_PORT}",
+            log="ray.log", RAY_REDIS_ADDRESS=f"{self.redis.address}:{GCS_REDIS_PORT}", **NOTICES_SOONER,
         )  # fmt: skip
         wait_for(lambda: _answers(_health(self.head)), what="the head", within_s=START_WITHIN_S)
         wait_for(self._takes_jobs, what="the head's job agent", within_s=START_WITHIN_S)

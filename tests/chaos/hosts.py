@@ -37,7 +37,7 @@ for path; do
     [ "$path" = "$shared" ] && mount --rbind "$path" "$place" || mount -o bind,ro "$path" "$place"
 done
 mount --rbind "$disk" /tmp
-mount --bind "$disk/hosts" /etc/hosts
+mount --bind /tmp/hosts /etc/hosts
 mount -t tmpfs none /dev/shm
 mount -o remount,bind,ro /
 ip link set lo up
@@ -129,9 +129,12 @@ class Host:
         """The power goes: no process is asked, and the address is not there any more. `boot` brings it back."""
         self.usual_speed()
         if self._unshare is not None:
-            _signal(self._init, signal.SIGKILL)
+            if self._init:
+                _signal(self._init, signal.SIGKILL)
+            else:  # it did not boot
+                self._unshare.kill()
             self._unshare.wait()
-            self._unshare = None
+            self._unshare, self._init = None, 0
         while self.end_processes():
             time.sleep(0.05)
 

@@ -6,9 +6,16 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
-from app.config import PromoteConfig, StoreConfig
-from app.tracking.registry import promote
+from app.config import PromoteConfig, StoreConfig, TrackingConfig
+from app.config.methods import LoraConfig
+from app.data.tokenization import load_tokenizer
+from app.methods import apply_method
+from app.methods.delta import Delta, write_delta
+from app.models.checkpoints import load_decoder, weights_hash
+from app.tracking.registry import promote, register
+from app.tracking.run import open_tracker, tracked_run
 from tests.chaos.cluster import CACHE_REDIS_PORT, Cluster, wait_for
 from tests.chaos.endpoint import Endpoint, completion
 from tests.chaos.hosts import fill
@@ -19,20 +26,34 @@ AWAY_S = 20.0
 
 
 @pytest.fixture(scope="module")
-def registry(one_cluster: Cluster, data: Path, model: Path) -> tuple[str, list[str]]:
+def registry(one_cluster: Cluster, model: Path) -> tuple[str, list[str]]:
     """Of MLflow: its URI; two versions of `served` are in it, the first of which is promoted. And their folders."""
-    uri = f"sqlite:///{one_cluster.shared}/mlflow.db"
+    tracking = TrackingConfig(uri=f"sqlite:///{one_cluster.shared}/mlflow.db")
     folders = []
-    for version in (1, 2):
-        run = one_cluster.shared / f"version-{version}"
-        one_cluster.submit(
-            "jobs/train.py", f"data={data}", f"model={model}", f"output={run}", "max_steps=4", "batch_size=12",
-            "method.rank=4", "optimizer.learning_rate=0.03", f"seed={version}", "workers.count=3", "workers.cpus=2",
-            "workers.threads=1", "register_as=served", f"tracking.uri={uri}",
-        )  # fmt: skip
-        folders.append(f"{run}/delta")
-    promote(PromoteConfig(name="served", version=1, tracking=StoreConfig(uri=uri)))
-    return uri, folders
+    for seed in (1, 2):
+        output = one_cluster.shared / f"version-{seed}"
+        tracker = open_tracker(tracking, output=str(output))
+        with tracked_run(tracker, name="served", output=output, settings={}, resume=False, warn=pytest.fail) as run:
+            random_delta(output / "delta", model, seed=seed)
+            assert run is not None and run.keep(output / "delta")
+            register(run.client, run.run_id, "served", delta_folder=output / "delta", figures={})
+        folders.append(f"{output}/delta")
+    promote(PromoteConfig(name="served", version=1, tracking=StoreConfig(uri=tracking.uri)))
+    return tracking.uri, folders
+
+
+def random_delta(folder: Path, base: Path, *, seed: int) -> None:
+    model, method, draw = load_decoder(base), LoraConfig(rank=2), torch.Generator().manual_seed(seed)
+    apply_method(model, method)
+    weights = {
+        name: parameter.detach() + 0.5 * torch.randn(parameter.shape, generator=draw)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    tokenizer = load_tokenizer(base).fingerprint()
+    folder.mkdir(parents=True)
+    metadata = {"base": str(base), "base_hash": weights_hash(base), "tokenizer_hash": tokenizer}
+    write_delta(folder, Delta(method, weights, metadata))
 
 
 @pytest.fixture(scope="module")
