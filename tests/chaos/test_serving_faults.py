@@ -119,49 +119,6 @@ def test_the_head_is_killed_and_comes_back(cluster: Cluster, endpoint: Endpoint,
     )  # fmt: skip
 
 
-@pytest.mark.usefixtures("needs_namespaces")
-def test_a_link_is_cut_and_comes_back(cluster: Cluster, endpoint: Endpoint, record) -> None:
-    host = cluster.host_at(endpoint.place("generator"))
-    with Traffic(endpoint.urls, completion("pacos")) as traffic:
-        traffic.go_on(5)
-        host.cut()
-        cut_at = time.monotonic()
-        time.sleep(AWAY_S)
-        host.heal()
-        traffic.go_on(40)
-    figures = traffic.figures(cut_at)
-    stayed = host.address in cluster.nodes() and bool(host.processes("raylet/raylet"))
-    record(
-        f"a worker node's link is cut for {AWAY_S:.0f} s",
-        "the node stays in the cluster" if stayed else "the node was given up, and is started again",
-        **figures, met=goal(figures),
-    )  # fmt: skip
-    assert figures["lost"] == 0
-
-
-@pytest.mark.usefixtures("needs_namespaces")
-def test_a_slow_node(cluster: Cluster, endpoint: Endpoint, record) -> None:
-    host = cluster.host_at(endpoint.place("generator"))
-    with Traffic(endpoint.urls, completion("pacos")) as traffic:
-        traffic.go_on(15)
-        host.slow(share=0.2, rate="2mbit")
-        slow_at = time.monotonic()
-        traffic.go_on(40)
-        usual_at = time.monotonic()
-        host.usual_speed()
-        traffic.go_on(15)
-    before = sorted(asked.seconds for asked in traffic.asked if asked.ended < slow_at)
-    while_slow = sorted(asked.seconds for asked in traffic.asked if slow_at < asked.began and asked.ended < usual_at)
-    figures = traffic.figures(slow_at)
-    figures["seconds"] = max(0.0, figures["seconds"] - (usual_at - slow_at))
-    record(
-        "a worker node with a generator has a fifth of its CPU and 2 Mbit/s, for 40 s",
-        f"answers take {while_slow[len(while_slow) // 2]:.1f} s (median; before {before[len(before) // 2]:.1f} s)",
-        **figures, met=goal(figures),
-    )  # fmt: skip
-    assert figures["lost"] == 0
-
-
 def test_the_redis_of_the_cache_is_killed(cluster: Cluster, endpoint: Endpoint, record) -> None:
     def body(number: int) -> dict:
         return completion("pacos")(number % 4)  # so that most are in the cache
@@ -261,3 +218,46 @@ def test_the_disk_of_the_documents_is_full(cluster: Cluster, endpoint: Endpoint,
         "accepted is there",
         lost=0, seconds=seconds, met=kept and seconds < 60,
     )  # fmt: skip
+
+
+@pytest.mark.usefixtures("needs_namespaces")
+def test_a_link_is_cut_and_comes_back(cluster: Cluster, endpoint: Endpoint, record) -> None:
+    host = cluster.host_at(endpoint.place("generator"))
+    with Traffic(endpoint.urls, completion("pacos")) as traffic:
+        traffic.go_on(5)
+        host.cut()
+        cut_at = time.monotonic()
+        time.sleep(AWAY_S)
+        host.heal()
+        traffic.go_on(40)
+    figures = traffic.figures(cut_at)
+    stayed = host.address in cluster.nodes() and bool(host.processes("raylet/raylet"))
+    record(
+        f"a worker node's link is cut for {AWAY_S:.0f} s",
+        "the node stays in the cluster" if stayed else "the node was given up, and is started again",
+        **figures, met=goal(figures),
+    )  # fmt: skip
+    assert figures["lost"] == 0
+
+
+@pytest.mark.usefixtures("needs_namespaces")
+def test_a_slow_node(cluster: Cluster, endpoint: Endpoint, record) -> None:
+    host = cluster.host_at(endpoint.place("generator"))
+    with Traffic(endpoint.urls, completion("pacos")) as traffic:
+        traffic.go_on(15)
+        host.slow(share=0.2, rate="2mbit")
+        slow_at = time.monotonic()
+        traffic.go_on(40)
+        usual_at = time.monotonic()
+        host.usual_speed()
+        traffic.go_on(15)
+    before = sorted(asked.seconds for asked in traffic.asked if asked.ended < slow_at)
+    while_slow = sorted(asked.seconds for asked in traffic.asked if slow_at < asked.began and asked.ended < usual_at)
+    figures = traffic.figures(slow_at)
+    figures["seconds"] = max(0.0, figures["seconds"] - (usual_at - slow_at))
+    record(
+        "a worker node with a generator has a fifth of its CPU and 2 Mbit/s, for 40 s",
+        f"answers take {while_slow[len(while_slow) // 2]:.1f} s (median; before {before[len(before) // 2]:.1f} s)",
+        **figures, met=goal(figures),
+    )  # fmt: skip
+    assert figures["lost"] == 0
