@@ -187,8 +187,7 @@ def test_the_disk_of_the_documents_is_full(cluster: Cluster, endpoint: Endpoint,
 
     def upload(number: int) -> httpx.Response:
         text = f"Document {number}. " + "An adult alpaca eats two kilograms of hay each day. " * 200
-        asked = {"documents": [{"name": f"{number}.txt", "text": text}]}
-        return httpx.post(f"{url}/v1/documents", json=asked, timeout=60)
+        return httpx.post(f"{url}/v1/documents", json={"name": f"{number}.txt", "text": text}, timeout=60)
 
     accepted = [number for number in range(5) if upload(number).is_success]
     assert len(accepted) == 5
