@@ -161,7 +161,7 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         "RAY_worker_niceness": "0",
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
-        "RAY_gcs_rpc_server_reconnect_timeout_s": "600",  # as KubeRay has it: so long nodes wait for a head that is gone
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "600",  # as KubeRay has it: nodes wait for a head
     }
     with hosts(("head", "redis", *WORKERS), folder, environment=environment) as machines:
         made = Cluster(machines, token)
