@@ -170,7 +170,7 @@ def test_fifty_rolling_updates(cluster: Cluster, endpoint: Endpoint, registry: t
                 ended = [asked for asked in list(traffic.asked) if asked.began > began][-10:]
                 return len(ended) == 10 and {asked.text for asked in ended} == {expected}
 
-            longest_s = max(longest_s, wait_for(all_new, what=f"version {version} everywhere", within_s=60))
+            longest_s = max(longest_s, wait_for(all_new, what=f"version {version} everywhere", within_s=300))
     figures = traffic.figures(0.0) | {"seconds": longest_s}
     texts = {asked.text for asked in traffic.asked}
     assert figures["lost"] == figures["broken"] == 0 and texts == set(versions.values())
@@ -215,7 +215,7 @@ def test_the_disk_of_the_documents_is_full(cluster: Cluster, endpoint: Endpoint,
         "the disk of the documents is full",
         f"{len(refused)} of {len(refused) + len(accepted)} uploads are refused ({codes}); searches go on; what was "
         "accepted is there",
-        lost=0, seconds=seconds, met=kept and seconds < 60,
+        seconds=seconds, met=kept and seconds < 60,
     )  # fmt: skip
 
 
