@@ -1,7 +1,7 @@
 """Hosts: parts of this machine that share no more with each other than machines do. Knows nothing of Ray.
 
 A host has a network namespace with an address on a bridge, its own processes, /tmp and /dev/shm; the storage that all
-share is at one path, everything else read-only. Its first process waits for the end of its input, which this process
+share is at one path, the root's file system read-only. Its first process waits for the end of its input, which this process
 holds: when one ends, the other does, and the kernel ends what else runs there.
 
 Where namespaces are not allowed (`IN_NAMESPACES` is not set), a host is a group of processes with an address of the
@@ -126,10 +126,12 @@ class Host:
         return [pid for pid in _pids() if _read(pid, "cmdline").startswith(beginning)]
 
     def kill(self) -> None:
-        """The power goes: no process is asked, and the address is not there any more. `boot` brings it back."""
+        """The power goes: no process is asked, and no connection is closed, as the kernel would do for processes that
+        are killed: the link goes first. `boot` brings the host back."""
         self.usual_speed()
         if self._unshare is not None:
             if self._init:
+                subprocess.run(["ip", "link", "del", self._link])
                 _signal(self._init, signal.SIGKILL)
             else:  # it did not boot
                 self._unshare.kill()

@@ -88,7 +88,8 @@ def test_a_node_is_killed_in_a_sweep(cluster: Cluster, data: Path, model: Path, 
 
     def rows() -> dict[str, int]:
         """Of each trial, one of step 0 and one of each step."""
-        return {file.parent.name: len(file.read_text().splitlines()) for file in output.glob("trials/*/metrics.jsonl")}
+        files = output.glob("trials/*/run/metrics.jsonl")
+        return {file.parts[-3]: len(file.read_text().splitlines()) for file in files}
 
     wait_for(lambda: len(rows()) == 4 and min(rows().values()) > 8, what="four trials under way", within_s=400)
     before = rows()
@@ -108,7 +109,7 @@ def test_a_node_is_killed_in_a_sweep(cluster: Cluster, data: Path, model: Path, 
     again = sum(before[name] - lowest[name] for name in before)
     printed = (cluster.head.disk / "sweep.log").read_text()
     assert "4 finished, 0 stopped, 0 failed" in printed, printed
-    for file in output.glob("trials/*/metrics.jsonl"):
+    for file in output.glob("trials/*/run/metrics.jsonl"):
         steps = [json.loads(line)["step"] for line in file.read_text().splitlines()]
         assert steps == list(range(SWEPT_STEPS + 1)), file
     record(
