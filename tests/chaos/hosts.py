@@ -1,8 +1,8 @@
 """Hosts: parts of this machine that share no more with each other than machines do. Knows nothing of Ray.
 
 A host has a network namespace with an address on a bridge, its own processes, /tmp and /dev/shm; the storage that all
-share is at one path, the root's file system read-only. Its first process waits for the end of its input, which this process
-holds: when one ends, the other does, and the kernel ends what else runs there.
+share is at one path, the root's file system read-only. Its first process waits for the end of its input, which this
+process holds: when one ends, the other does, and the kernel ends what else runs there.
 
 Where namespaces are not allowed (`IN_NAMESPACES` is not set), a host is a group of processes with an address of the
 loopback device and a folder of its own, and a link cannot be cut.
