@@ -11,8 +11,10 @@ quickstart: .venv/.runtime  ## the main job on what the repository carries
 test: .venv/.dev  ## all tests that run without a GPU
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder --durations=25
 
-chaos: .venv/.dev  ## what is killed, cut off or overloaded, and whole sweeps: half an hour
+chaos: .venv/.dev  ## faults on one machine, whole sweeps; on hosts of their own, with docs/chaos.md's table of what was seen
 	$(BIN)/python -m pytest -m chaos --durations=25
+	$(BIN)/python -m tests.chaos
+	$(BIN)/python -m tests.chaos.table
 
 check: .venv/.dev secrets  ## lint, format, types, import contract, secrets
 	$(BIN)/ruff check .

@@ -45,6 +45,10 @@ class NoText(Exception):
     """A document without anything to find."""
 
 
+class DiskFull(Exception):
+    """There is no room for the change, which was not made."""
+
+
 @dataclass(frozen=True)
 class Record:
     """What is told of a document."""
@@ -83,7 +87,7 @@ class Library:
     """From any thread; changes are made one after the other.
 
     Raises:
-        UserError: the folder is missing, or holds a library of another format or a damaged one.
+        UserError: the folder is missing, holds a library of another format or a damaged one, or has no room.
     """
 
     def __init__(self, folder: Path, *, embedder: Embedder, chunking: ChunkingConfig) -> None:
@@ -96,6 +100,8 @@ class Library:
         try:
             self._writer, self._reader = self.connection(), self.connection()
             self._open()
+        except DiskFull:
+            raise UserError(f"retriever.documents={str(folder)!r}: the disk is full; make room") from None
         except sqlite3.DatabaseError as error:
             file = str(folder / FILE)
             raise UserError(f"{file!r} is damaged ({error}); put a copy of it back, or move it away") from None
@@ -131,6 +137,7 @@ class Library:
 
         Raises:
             NameTaken: by one that is there, or twice.
+            DiskFull: as every change may.
         """
         with self._transaction():
             return [self._insert(prepared) for prepared in documents]
@@ -330,8 +337,13 @@ class Library:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        with self._writing, transaction(self._writer, "IMMEDIATE"):
-            yield
+        try:
+            with self._writing, transaction(self._writer, "IMMEDIATE"):
+                yield
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+                raise DiskFull(str(error)) from None
+            raise
 
 
 def as_vectors(blobs: Sequence[bytes], width: int) -> np.ndarray:

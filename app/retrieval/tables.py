@@ -67,10 +67,11 @@ def transaction(connection: sqlite3.Connection, kind: str) -> Iterator[None]:
     connection.execute(f"BEGIN {kind}")
     try:
         yield
+        connection.execute("COMMIT")
     except BaseException:
-        connection.execute("ROLLBACK")
+        if connection.in_transaction:  # SQLite itself ends some, of a full disk or a broken one
+            connection.execute("ROLLBACK")
         raise
-    connection.execute("COMMIT")
 
 
 def create(connection: sqlite3.Connection, script: str) -> None:

@@ -13,7 +13,7 @@ from app.config import RetrieverConfig
 from app.retrieval.changes import Changes
 from app.retrieval.embedding import Embedder
 from app.retrieval.folder import DOCUMENTS, read_manifest
-from app.retrieval.library import Library, NameTaken, NoText, Prepared, Record
+from app.retrieval.library import DiskFull, Library, NameTaken, NoText, Prepared, Record
 from app.retrieval.reading import File, Unreadable, read_file
 from app.retrieval.snapshots import Snapshots
 from app.retrieval.store import stored_documents
@@ -26,6 +26,11 @@ NO_LIBRARY = Refusal(
     404,
     "this server takes no documents; serve it with retriever.documents=FOLDER, a folder for them",
     code="documents_not_configured",
+)
+_DISK_FULL = Refusal(
+    507,
+    "the disk of the documents is full, and nothing was changed; whoever runs the server has to make room",
+    code="disk_full",
 )
 _UPLOADS_AT_ONCE = 4
 _MOST_UPLOADS = 32
@@ -60,7 +65,11 @@ class DocumentsDeployment:
         return await self._upload(lambda: self._replaced(key, file))
 
     async def remove(self, key: str) -> None | Refusal:
-        return None if await asyncio.to_thread(self._library.remove, key) else no_document(key)
+        try:
+            return None if await asyncio.to_thread(self._library.remove, key) else no_document(key)
+        except DiskFull:  # SQLite writes down what goes, too
+            logger.exception("a change of the documents was refused")
+            return _DISK_FULL
 
     async def record(self, key: str) -> Record | Refusal:
         return await asyncio.to_thread(self._library.record, key) or no_document(key)
@@ -98,6 +107,9 @@ class DocumentsDeployment:
         except NameTaken as error:
             message = f"{error}; replace it with PUT /v1/documents/ID, or give another name"
             return Refusal(409, message, code="document_exists", param="name")
+        except DiskFull:
+            logger.exception("a change of the documents was refused")
+            return _DISK_FULL
         finally:
             self._num_uploads -= 1
 

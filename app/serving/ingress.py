@@ -59,6 +59,7 @@ _ERRORS: dict[int | str, dict] = {
         429: "The queue is full, or the key's limit used up; see Retry-After",
         503: "The server cannot answer just now",
         504: "The answer took longer than request_timeout_s",
+        507: "The documents' disk is full",
     }.items()
 }
 _ASKED: dict[int | str, dict] = {status: _ERRORS[status] for status in (401, 429, 503, 504)}

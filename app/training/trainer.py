@@ -80,6 +80,10 @@ def run_on_workers(
     from app.training.ending import EndRun
 
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # else the dashboard's Train tab stays empty
+    if workers.least < workers.most:
+        # When a node is lost Ray Train counts on its room until the cluster has given it up, and waits for that, by
+        # default a minute at a time. What is there is had at once.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     channel = Channel()
     trainer = TorchTrainer(
         _on_shared_storage(function),

@@ -14,7 +14,7 @@ from app.errors import UserError
 from app.retrieval.changes import Changes
 from app.retrieval.chunking import Document
 from app.retrieval.embedding import Embedder
-from app.retrieval.library import FILE, Library, NameTaken, NoText, Prepared
+from app.retrieval.library import FILE, DiskFull, Library, NameTaken, NoText, Prepared
 
 CHUNKING = ChunkingConfig(chunk_words=12, overlap_words=3)
 
@@ -156,6 +156,21 @@ def test_a_folder_that_is_not_there_and_a_damaged_file_are_told(tmp_path: Path, 
     (tmp_path / FILE).write_bytes(b"not a database" * 1000)
     with pytest.raises(UserError, match=r"library\.sqlite' is damaged .*put a copy"):
         Library(tmp_path, embedder=embedder, chunking=CHUNKING)
+
+
+def test_a_full_disk_refuses_changes_keeps_what_is_there_and_takes_more_when_there_is_room(library: Library) -> None:
+    first = add(library, "first.md", "A llama guards the herd.")
+    before = library.version
+    (pages,) = library._writer.execute("PRAGMA page_count").fetchone()
+    library._writer.execute(f"PRAGMA max_page_count = {pages}")
+    long = "An adult alpaca eats two kilograms of hay each day. " * 500
+    for _ in range(2):
+        with pytest.raises(DiskFull, match="full"):
+            add(library, "second.md", long)
+    assert library.version == before and library.record(first) is not None
+    library._writer.execute("PRAGMA max_page_count = 100000")
+    add(library, "second.md", long)
+    assert [record.name for record in library.records(limit=9)[0]] == ["second.md", "first.md"]
 
 
 def test_threads_that_write_at_once_make_changes_one_after_the_other(library: Library) -> None:

@@ -1,5 +1,6 @@
 """`/v1/documents` over HTTP, in this process: the routes, and what searches find after each change."""
 
+import asyncio
 import json
 import time
 
@@ -8,7 +9,9 @@ import pytest
 from hand_made_pdf import make_pdf
 from local_application import served_here
 
-from app.config import ApplicationConfig, validate
+from app.config import ApplicationConfig, RetrieverConfig, validate
+from app.retrieval.reading import File
+from app.serving.documents import DocumentsDeployment
 
 MAX_BYTES = 200_000
 
@@ -255,3 +258,17 @@ def test_a_server_without_a_folder_for_documents_says_how_to_give_it_one(model_d
         assert "retriever.documents=FOLDER" in refused.json()["error"]["message"]
         search = httpx.post(f"{url}/v1/search", json={"query": "hay"}, trust_env=False)
         assert search.status_code == 404 and search.json()["error"]["code"] == "retrieval_not_configured"
+
+
+def test_a_full_disk_is_told_and_what_is_there_stays(tmp_path):
+    documents = DocumentsDeployment(RetrieverConfig(documents=str(tmp_path)))
+
+    def file(name, text):
+        return File(name, text.encode(), "text", "")
+
+    (first,) = asyncio.run(documents.add([file("first.txt", "A llama guards the herd.")]))
+    writer = documents._library._writer
+    writer.execute(f"PRAGMA max_page_count = {writer.execute('PRAGMA page_count').fetchone()[0]}")
+    refused = asyncio.run(documents.add([file("second.txt", "An adult alpaca eats hay each day. " * 2000)]))
+    assert (refused.status, refused.code) == (507, "disk_full")
+    assert asyncio.run(documents.records(10, None)) == ([first], False)
