@@ -35,9 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest goes first: no process is left with it while the others are done."""
-    own_ray, slow = (
-        {item.path for item in items if item.get_closest_marker(marker)} for marker in ("own_ray", "slow")
-    )
+    own_ray, slow = ({item.path for item in items if item.get_closest_marker(marker)} for marker in ("own_ray", "slow"))
     items.sort(key=lambda item: (not _shares_ray(item.path), item.path not in own_ray, item.path not in slow))
 
 

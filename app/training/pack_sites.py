@@ -12,6 +12,9 @@ from torch.autograd.function import once_differentiable
 from app.methods.lora import LoraLinear
 from app.methods.over_base import updated
 
+_Parts = list[tuple[int, float | None]]
+"""Tokens, one member's after another's, and the scale of its update; None where it has none."""
+
 
 class Site(nn.Module):
     """A layer of the base, and what each member makes of it for its own tokens."""
@@ -59,7 +62,12 @@ class _LinearAndLowRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, parts: list[tuple[int, float | None]], *weights: Tensor
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        parts: list[tuple[int, float | None]],
+        *weights: Tensor,
     ) -> Tensor:
         y = F.linear(x, weight, bias)
         lows = []

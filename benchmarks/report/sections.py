@@ -137,6 +137,10 @@ def sweeps(result: Result) -> str:
     )
 
 
+def scale(result: Result) -> str:
+    return "Simulated from measured times, with tables for each question; nothing of it is side by side with others."
+
+
 def kv_cache(result: Result) -> str:
     runs = {(run["precision"], run["batch"], run["cache"]): run["tokens_per_s"] for run in result["runs"]}
     rows = []
@@ -284,6 +288,18 @@ SECTIONS = {
     "data": Section("Preparing data beside datasets.map", data, "data.md#how-fast"),
     "serving": Section("Serving beside FastAPI and transformers", serving, "serving.md#under-load"),
     "sweeps": Section("A sweep's trials, packed and one after another", sweeps, "sweeps.md"),
+    "sweeps-gpt2": Section(
+        "The same over GPT-2 124M, with random weights", sweeps, "sweeps.md", module="benchmarks.sweeps"
+    ),
+    "scale": Section(
+        "One replica to a thousand",
+        scale,
+        "scale.md",
+        ("../docs/images/scale-sizes.png", "../docs/images/scale-load.png"),
+    ),
+    "scale-measured": Section(
+        "What a request, a token and a document cost", any_result, "scale.md", module="benchmarks.scale.measure"
+    ),
     "techniques": Section("Fourteen techniques", techniques, "techniques.md", ("../docs/images/techniques.png",)),
     "kv_cache": Section(
         "The engine with its cache and without",
