@@ -143,7 +143,10 @@ def damage(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], None]:
         copies = [
             file
             for file in tmp_path_factory.getbasetemp().rglob("delta.safetensors")
-            if file.parent != delta and file.read_bytes() == content
+            if file.parent != delta
+            and file.is_file()
+            and file.stat().st_size == len(content)
+            and file.read_bytes() == content
         ]
         assert copies
         for file in copies:
