@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from app.config.base import Precision
@@ -26,7 +25,7 @@ from app.methods import apply_method
 from app.methods.delta import load_trained
 from app.methods.lora import DoraLinear
 from app.methods.over_base import shared_copy
-from app.models.attention import RowAttention, document_lengths
+from app.models.attention import RowAttention
 from app.models.decoder import Decoder
 from app.models.kernels import cross_entropy
 from app.models.kernels.cross_entropy import fused_cross_entropy
@@ -37,13 +36,11 @@ from app.training.checkpointing import Checkpoint
 from app.training.loop import Metrics, Plan, check_finite, held_out_metrics, training_attention
 from app.training.optimizer import PlainOptimizer
 from app.training.pack_sites import Site
+from app.training.pieces import Piece, pieces_of
 from app.training.precision import autocast, store_frozen
 from app.training.schedule import learning_rate
 
 PASS_TOKENS = 2048
-_FILLED_TO = 32
-"""Pieces are filled to a multiple of this, by a document that is in no loss: for each size of a product oneDNN makes a
-program, in milliseconds, and keeps the last 1,024, of some 300 KB each."""
 _PACKED = {"lora", "adapter", "prefix", "prompt"}
 
 
@@ -67,61 +64,6 @@ def why_not_packed(config: TrainConfig) -> str | None:
     if config.precision == "fp16":
         return "precision='fp16' scales the loss, for all rows alike"
     return None
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Some rows of a batch, end to end, without what stands behind a row's last label: that influences no loss."""
-
-    ids: Tensor
-    """int64 [time]"""
-    positions: Tensor
-    """int64 [time]: where in its document each stands."""
-    lengths: tuple[int, ...]
-    """Of the documents."""
-    predicting: Tensor
-    """int64 [labels]: the places of `ids` whose next token is in the loss."""
-    labels: Tensor
-    """int64 [labels]"""
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.ids)
-
-
-def pieces_of(batch: Batch, *, most_tokens: int) -> list[Piece]:
-    """The rows of `batch` in pieces of at most `most_tokens`, or of one row that is longer."""
-    in_loss = batch.loss_mask.clone()
-    in_loss[:, 0] = False  # the first token of a row is predicted by nothing
-    time = torch.arange(in_loss.shape[1])
-    ends = torch.where(in_loss.any(1), in_loss.shape[1] - in_loss.flip(1).int().argmax(1), 0)
-    pieces, first = [], 0
-    while first < len(ends):
-        last = first + 1
-        while last < len(ends) and int(ends[first : last + 1].sum()) <= most_tokens:
-            last += 1
-        rows = slice(first, last)
-        kept = time < ends[rows].unsqueeze(1)  # [rows, time]
-        if kept.any():
-            pieces.append(_piece(batch, rows, kept, in_loss[rows]))
-        first = last
-    return pieces
-
-
-def _piece(batch: Batch, rows: slice, kept: Tensor, in_loss: Tensor) -> Piece:
-    ids = batch.input_ids[rows][kept]
-    places = torch.arange(kept.shape[1]).expand(kept.shape) if batch.positions is None else batch.positions[rows]
-    numbers = torch.zeros_like(batch.input_ids[rows]) if batch.documents is None else batch.documents[rows]
-    numbers = numbers + torch.arange(len(numbers)).unsqueeze(1) * (int(numbers.max()) + 1)
-    labelled = in_loss[kept].nonzero().squeeze(1)
-    filling = -len(ids) % _FILLED_TO
-    return Piece(
-        F.pad(ids, (0, filling)),
-        positions=F.pad(places[kept], (0, filling)),
-        lengths=(*document_lengths(numbers[kept].unsqueeze(0)), *([filling] if filling else [])),
-        predicting=labelled - 1,
-        labels=ids[labelled],
-    )
 
 
 @dataclass(eq=False)

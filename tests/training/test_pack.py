@@ -26,7 +26,8 @@ from app.training import loop
 from app.training.checkpointing import Checkpoint
 from app.training.loop import Metrics, Plan
 from app.training.optimizer import PlainOptimizer, trained_parameters
-from app.training.pack import Member, Pack, Piece, pieces_of, why_not_packed
+from app.training.pack import Member, Pack, why_not_packed
+from app.training.pieces import Piece, pieces_of
 
 CPU = torch.device("cpu")
 METHODS: dict[str, MethodConfig] = {
