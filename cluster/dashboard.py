@@ -37,13 +37,22 @@ def _one(title: str, promql: str, legend: str, unit: str = "short", **more: Any)
 
 
 def _quantiles(title: str, histogram: str, **more: Any) -> Panel:
-    rate = f"sum by (le) (rate({histogram}_bucket[$__rate_interval]))"
+    rate = _rate(f"{histogram}_bucket", "le")
     queries = [Query(f"histogram_quantile({q}, {rate})", f"p{100 * q:g}") for q in (0.5, 0.9, 0.99)]
     return Panel(title, queries, "s", **more)
 
 
-def _rate(metric: str, by: str) -> str:
-    return f"sum by ({by}) (rate({metric}[$__rate_interval]))"
+def _rate(metric: str, by: str = "") -> str:
+    """A second, by a label or in all."""
+    return f"sum{f' by ({by}) ' if by else ''}(rate({metric}[$__rate_interval]))"
+
+
+def _rate_or_zero(metric: str) -> str:
+    return f"{_rate(metric)} or vector(0)"
+
+
+def _share(title: str, part: str, whole: str, legend: str, **more: Any) -> Panel:
+    return _one(title, f"({_rate_or_zero(part)}) / {_rate(whole)}", legend, "percentunit", most=1, **more)
 
 
 def _of_runs(metric: str) -> str:
@@ -82,14 +91,7 @@ _REQUESTS = "ray_serve_num_http_requests_total"
 
 _SERVING = (
     _one("Requests per second", _rate(_REQUESTS, "status_code"), "{{status_code}}", "reqps"),
-    _one(
-        "Errors",
-        f'(sum(rate({_REQUESTS}{{status_code=~"5.."}}[$__rate_interval])) or vector(0)) '
-        f"/ sum(rate({_REQUESTS}[$__rate_interval]))",
-        "5xx",
-        "percentunit",
-        most=1,
-    ),
+    _share("Errors", f'{_REQUESTS}{{status_code=~"5.."}}', _REQUESTS, "5xx"),
     _one("Refusals per second", _rate("ray_pacos_request_refused_total", "code"), "{{code}}", "reqps"),
     _quantiles("Time to first token", "ray_pacos_time_to_first_token_seconds"),
     _quantiles("From token to token", "ray_pacos_inter_token_latency_seconds"),
@@ -97,8 +99,8 @@ _SERVING = (
     Panel(
         "Tokens per second",
         [
-            Query("sum(rate(ray_pacos_prompt_tokens_total[$__rate_interval]))", "of prompts"),
-            Query("sum(rate(ray_pacos_generation_tokens_total[$__rate_interval]))", "generated"),
+            Query(_rate("ray_pacos_prompt_tokens_total"), "of prompts"),
+            Query(_rate("ray_pacos_generation_tokens_total"), "generated"),
         ],
     ),
     Panel(
@@ -115,21 +117,15 @@ _SERVING = (
         "percentunit",
         most=1,
     ),
-    Panel(
+    _share(
         "Prompt tokens found in the KV cache",
-        [
-            Query(
-                "(sum(rate(ray_pacos_prefix_cache_hits_total[$__rate_interval])) or vector(0)) "
-                "/ sum(rate(ray_pacos_prompt_tokens_total[$__rate_interval]))",
-                "share",
-            )
-        ],
-        "percentunit",
-        most=1,
+        "ray_pacos_prefix_cache_hits_total",
+        "ray_pacos_prompt_tokens_total",
+        "share",
     ),
     _one(
         "Answers that gave up their place",
-        "sum(rate(ray_pacos_num_preemptions_total[$__rate_interval])) or vector(0)",
+        _rate_or_zero("ray_pacos_num_preemptions_total"),
         "per second",
         text="Their blocks of the KV cache went to others, and they were computed again.",
     ),
@@ -146,20 +142,18 @@ _LOOKUPS = "ray_pacos_response_cache_requests_total"
 
 _CACHE = (
     _one("Requests by what the cache had", _rate(_LOOKUPS, "result"), "{{result}}", "reqps"),
-    _one(
+    _share(
         "Answers from the cache",
-        f'(sum(rate({_LOOKUPS}{{result=~"hit|semantic"}}[$__rate_interval])) or vector(0)) '
-        f'/ sum(rate({_LOOKUPS}{{result!="uncached"}}[$__rate_interval]))',
+        f'{_LOOKUPS}{{result=~"hit|semantic"}}',
+        f'{_LOOKUPS}{{result!="uncached"}}',
         "share",
-        "percentunit",
-        most=1,
         text="Of the requests that may be answered from it.",
     ),
     _one("Memory", "max by (replica) (ray_pacos_response_cache_bytes)", "{{replica}}", "bytes"),
     _one("Backend left alone", "max by (replica) (ray_pacos_response_cache_backend_out)", "{{replica}}", most=1),
     _one(
         "Failed lookups and writes",
-        "sum(rate(ray_pacos_response_cache_errors_total[$__rate_interval])) or vector(0)",
+        _rate_or_zero("ray_pacos_response_cache_errors_total"),
         "per second",
     ),
 )

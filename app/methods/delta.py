@@ -112,17 +112,17 @@ def check_extent(model: Decoder, delta: Delta) -> None:
     """
     stored, width = sum(tensor.numel() for tensor in delta.weights.values()), model.config.width
     for part in parts_of(delta.method):
-        asked = {}
         if isinstance(part, ExtraBlockConfig):  # a block has a projection of width x width, and more
-            asked = {"count": part.count * width * width}
+            name, weights = "count", part.count * width * width
         elif isinstance(part, PrefixConfig) and part.mlp_width is not None:
-            asked = {"mlp_width": part.mlp_width * width}
-        for name, weights in asked.items():
-            if weights > stored:
-                raise UserError(
-                    f"the delta does not fit this model: {part.type}.{name}={getattr(part, name)} would make more than "
-                    f"{weights} weights, and the delta holds {stored}"
-                )
+            name, weights = "mlp_width", part.mlp_width * width
+        else:
+            continue
+        if weights > stored:
+            raise UserError(
+                f"the delta does not fit this model: {part.type}.{name}={getattr(part, name)} would make more than "
+                f"{weights} weights, and the delta holds {stored}"
+            )
 
 
 def check_base(delta: Delta, folder: str, *, base_hash: str, tokenizer_hash: str) -> None:

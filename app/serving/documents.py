@@ -27,11 +27,6 @@ NO_LIBRARY = Refusal(
     "this server takes no documents; serve it with retriever.documents=FOLDER, a folder for them",
     code="documents_not_configured",
 )
-_DISK_FULL = Refusal(
-    507,
-    "the disk of the documents is full, and nothing was changed; whoever runs the server has to make room",
-    code="disk_full",
-)
 _UPLOADS_AT_ONCE = 4
 _MOST_UPLOADS = 32
 """Requests with files that are worked on or wait; the next one is refused."""
@@ -68,8 +63,7 @@ class DocumentsDeployment:
         try:
             return None if await asyncio.to_thread(self._library.remove, key) else no_document(key)
         except DiskFull:  # SQLite writes down what goes, too
-            logger.exception("a change of the documents was refused")
-            return _DISK_FULL
+            return _disk_full()
 
     async def record(self, key: str) -> Record | Refusal:
         return await asyncio.to_thread(self._library.record, key) or no_document(key)
@@ -108,8 +102,7 @@ class DocumentsDeployment:
             message = f"{error}; replace it with PUT /v1/documents/ID, or give another name"
             return Refusal(409, message, code="document_exists", param="name")
         except DiskFull:
-            logger.exception("a change of the documents was refused")
-            return _DISK_FULL
+            return _disk_full()
         finally:
             self._num_uploads -= 1
 
@@ -163,3 +156,9 @@ def embedder_of(config: RetrieverConfig) -> str:
 
 def no_document(key: str) -> Refusal:
     return Refusal(404, f"there is no document {key!r}", code="document_not_found")
+
+
+def _disk_full() -> Refusal:
+    logger.exception("a change of the documents was refused")
+    message = "the disk of the documents is full, and nothing was changed; whoever runs the server has to make room"
+    return Refusal(507, message, code="disk_full")

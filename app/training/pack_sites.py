@@ -61,14 +61,7 @@ class _LinearAndLowRanks(torch.autograd.Function):
     over whole activations once more each."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        parts: list[tuple[int, float | None]],
-        *weights: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, parts: _Parts, *weights: Tensor) -> Tensor:
         y = F.linear(x, weight, bias)
         lows = []
         for rows, scale, (a, b) in _own_rows(parts, weights):
@@ -94,9 +87,7 @@ class _LinearAndLowRanks(torch.autograd.Function):
         return grad_x, None, None, None, *gradients
 
 
-def _own_rows(
-    parts: Sequence[tuple[int, float | None]], weights: Sequence[Tensor]
-) -> Iterator[tuple[slice, float, tuple[Tensor, Tensor]]]:
+def _own_rows(parts: _Parts, weights: Sequence[Tensor]) -> Iterator[tuple[slice, float, tuple[Tensor, Tensor]]]:
     """Of those parts that have an update: which rows are theirs, its scale, and A and B."""
     start, pairs = 0, iter(zip(weights[::2], weights[1::2], strict=True))
     for count, scale in parts:

@@ -1,4 +1,4 @@
-"""A batch's rows end to end, without padding: what runs that share a base are computed in."""
+"""A batch's rows end to end, in place of padded ones: what runs that share a base are computed in."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ class Piece:
     positions: Tensor
     """int64 [time]: where in its document each stands."""
     lengths: tuple[int, ...]
-    """Of the documents."""
+    """Of the documents, and of what fills up."""
     predicting: Tensor
     """int64 [labels]: the places of `ids` whose next token is in the loss."""
     labels: Tensor
@@ -35,7 +35,7 @@ class Piece:
 
 
 def pieces_of(batch: Batch, *, most_tokens: int) -> list[Piece]:
-    """The rows of `batch` in pieces of at most `most_tokens`, or of one row that is longer."""
+    """The rows of `batch` in pieces of at most `most_tokens` before they are filled, or of one row that is longer."""
     in_loss = batch.loss_mask.clone()
     in_loss[:, 0] = False  # the first token of a row is predicted by nothing
     time = torch.arange(in_loss.shape[1])
