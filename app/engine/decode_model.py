@@ -82,9 +82,7 @@ class _Rows:
     def mixed(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[rows, heads, head_width], of `q` likewise."""
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        self._attention.attend_new(
-            q, k, v, self._cache.keys[layer], self._cache.values[layer], out, tables=self._tables, seen=self.seen
-        )
+        self._attention.attend_new(q, k, v, self._cache.layers[layer], out, tables=self._tables, seen=self.seen)
         return out
 
 

@@ -23,6 +23,8 @@ from app.errors import UserError
 from app.methods.delta import Delta
 from app.models.decoder import Decoder
 
+_KV_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+
 
 @dataclass(frozen=True)
 class EngineSettings:
@@ -36,8 +38,8 @@ class EngineSettings:
     """Rows that one step computes at most, above `max_batch_size`; longer prompts are read in several."""
     max_kv_bytes: int | None = None
     """Of the KV cache; None: room for `max_batch_size` whole contexts. Memory is taken as it is used."""
-    kv_dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: the weights' own."""
+    kv_dtype: Literal["auto", "fp32", "bf16", "int8"] = "auto"
+    """auto: the weights' own. int8, on a CPU: half of bf16's memory; keys and values are rounded, each by itself."""
     reuse_prefixes: bool = True
     """Whether a prompt that begins like an earlier one finds what was computed there."""
     max_delta_bytes: int | None = None
@@ -101,7 +103,9 @@ class Engine:
         self._context_length, self.vocab_size = model.config.context_length, model.config.vocab_size
         self._token_bytes = token_bytes
         weight = model.token_embedding.weight
-        dtype = {"auto": weight.dtype, "fp32": torch.float32, "bf16": torch.bfloat16}[settings.kv_dtype]
+        dtype = weight.dtype if settings.kv_dtype == "auto" else _KV_DTYPES[settings.kv_dtype]
+        if dtype == torch.int8 and weight.device.type != "cpu":
+            raise UserError(f"kv_dtype: int8 is for a CPU, and the model is on {weight.device.type}; take bf16 there")
         kernels = paged = None
         if settings.kernels == "auto":
             kernels = kernels_for(model.config, cache_dtype=dtype, dtype=weight.dtype, device=weight.device)

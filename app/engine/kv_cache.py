@@ -7,7 +7,7 @@ padding. Matrix products run over all rows at once, and only attention looks at 
 import functools
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from app.engine.blocks import BLOCK_SIZE, BlockPool, block_key, blocks_for
-from app.engine.kernels import Kernels
+from app.engine.kernels import CachedLayer, Kernels
 from app.engine.sequence import Sequence
 from app.models.decoder import DecoderConfig
 
@@ -31,7 +31,10 @@ takes; so these are rounded up to a multiple."""
 
 class KVCache:
     """`keys` [layers, blocks, kv_heads, head_width, 16], transposed, as products with a query read them best;
-    `values` [layers, blocks, kv_heads, 16, head_width].
+    `values` [layers, blocks, kv_heads, 16, head_width]. `layers` are these one by one.
+
+    In int8 keys are [layers, blocks, kv_heads, head_width / 4, 16, 4], and there are steps: each key and value of a head
+    is rounded by itself.
 
     `num_extra_layers` are those of extra blocks; pages of memory that no delta uses are never touched.
     """
@@ -48,8 +51,15 @@ class KVCache:
     ) -> None:
         layers = config.num_layers + num_extra_layers
         shape = (layers, num_blocks, config.kv_heads)
-        self.keys = _zeros((*shape, config.head_width, BLOCK_SIZE), dtype, device)
+        of_keys = (config.head_width, BLOCK_SIZE)
+        if dtype == torch.int8:
+            of_keys = (config.head_width // 4, BLOCK_SIZE, 4)
+        self.keys = _zeros((*shape, *of_keys), dtype, device)
         self.values = _zeros((*shape, BLOCK_SIZE, config.head_width), dtype, device)
+        steps: list[Any] = [[None] * layers] * 2
+        if dtype == torch.int8:
+            steps = [_zeros((*shape, BLOCK_SIZE), torch.float32, device) for _ in range(2)]
+        self.layers = [CachedLayer(*parts) for parts in zip(self.keys, self.values, *steps, strict=True)]
         self.pool = BlockPool(num_blocks)
         self.reuse = reuse
         self.num_reused_tokens = 0
@@ -57,7 +67,8 @@ class KVCache:
     @staticmethod
     def block_bytes(config: DecoderConfig, *, num_extra_layers: int, dtype: torch.dtype) -> int:
         layers = config.num_layers + num_extra_layers
-        return 2 * layers * config.kv_heads * config.head_width * BLOCK_SIZE * dtype.itemsize
+        steps = 4 if dtype == torch.int8 else 0
+        return 2 * layers * config.kv_heads * BLOCK_SIZE * (config.head_width * dtype.itemsize + steps)
 
     def begin(self, sequence: Sequence) -> bool:
         """Blocks for a sequence's prompt and its prefix, as far as they are there already with their content; False
@@ -129,10 +140,20 @@ class KVCache:
 
     def write(self, layer: int, blocks: Tensor, offsets: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put `keys` and `values` [rows, kv_heads, head_width] in their places."""
-        self.keys[layer].index_put_(
-            (blocks[:, None, None], *_axes(keys), offsets[:, None, None]), keys.to(self.keys.dtype)
-        )
-        self.values[layer][blocks, :, offsets] = values.to(self.values.dtype)
+        cached = self.layers[layer]
+        if cached.key_steps is not None and cached.value_steps is not None:
+            keys, cached.key_steps[blocks, :, offsets] = _rounded(keys)
+            values, cached.value_steps[blocks, :, offsets] = _rounded(values)
+            keys = keys.unflatten(-1, (-1, 4))
+        cached.keys[blocks, ..., offsets, *[slice(None)] * (keys.dim() - 3)] = keys.to(self.keys.dtype)
+        cached.values[blocks, :, offsets] = values.to(self.values.dtype)
+
+
+def _rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`x` [rows, kv_heads, head_width] as multiples from -127 to 127 of steps [rows, kv_heads], and these."""
+    x = x.float()
+    steps = x.abs().amax(dim=-1).clamp(min=1e-12) / 127
+    return (x / steps.unsqueeze(-1)).round(), steps
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -149,11 +170,6 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
         return torch.zeros(shape, dtype=dtype, device=device)
     same_size = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[dtype.itemsize]
     return torch.from_numpy(np.zeros(shape, same_size)).view(dtype)
-
-
-def _axes(keys: Tensor) -> tuple[Tensor, Tensor]:
-    heads, width = (torch.arange(size, device=keys.device) for size in keys.shape[1:])
-    return heads[None, :, None], width[None, None, :]
 
 
 def _num_blocks(sequence: Sequence, num_tokens: int) -> int:
@@ -263,8 +279,7 @@ class _Part:
         if kernels is None:
             cache.write(layer, self._blocks, self._offsets, k, v)
         else:
-            keys, values = cache.keys[layer], cache.values[layer]
-            kernels.write(k, v, keys, values, blocks=self._blocks, offsets=self._offsets)
+            kernels.write(k, v, cache.layers[layer], blocks=self._blocks, offsets=self._offsets)
 
     def _attend_long(self, layer: int, long: _Long, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         is_grouped, num_rows = q.shape[1] != k.shape[1], q.shape[2]
@@ -282,7 +297,7 @@ class _Part:
         short = self._short
         if self._kernels is not None:
             self._kernels.attend(
-                q[0], self._cache.keys[layer], self._cache.values[layer], mixed[0],
+                q[0], self._cache.layers[layer], mixed[0],
                 rows=short, seen=self._seen, tables=self._tables, table_of_row=self._table_of_row,
             )  # fmt: skip
             return
@@ -299,13 +314,13 @@ class _Part:
 
     def _attend_paged(self, paged: "PagedAttention", layer: int, q: Tensor, mixed: Tensor) -> None:
         """The same by the GPU's kernel, of `q` [rows, heads, head_width] into `mixed` likewise."""
-        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        cached = self._cache.layers[layer]
         rows, tables, seen = self._on_device
         if not self._long:
-            paged.attend(q[: len(seen)], keys, values, mixed, tables=tables, seen=seen)
+            paged.attend(q[: len(seen)], cached, mixed, tables=tables, seen=seen)
             return
         result = torch.empty(len(seen), *q.shape[1:], dtype=q.dtype, device=q.device)
-        paged.attend(q[rows], keys, values, result, tables=tables, seen=seen)
+        paged.attend(q[rows], cached, result, tables=tables, seen=seen)
         mixed[rows] = result
 
     @functools.cached_property
@@ -325,9 +340,12 @@ class _Part:
 
     def _gathered(self, layer: int, tables: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values [rows, kv_heads, places, head_width] of the blocks `tables` [rows, blocks], copied."""
-        keys = self._cache.keys[layer][tables].permute(0, 2, 1, 4, 3).flatten(2, 3)
-        values = self._cache.values[layer][tables].permute(0, 2, 1, 3, 4).flatten(2, 3)
-        return keys.to(dtype), values.to(dtype)
+        cached = self._cache.layers[layer]
+        keys, values = (part[tables].to(dtype) for part in (cached.keys, cached.values))
+        if cached.key_steps is not None and cached.value_steps is not None:
+            keys = keys.transpose(4, 5).flatten(3, 4) * cached.key_steps[tables].unsqueeze(3).to(dtype)
+            values = values * cached.value_steps[tables].unsqueeze(4).to(dtype)
+        return keys.permute(0, 2, 1, 4, 3).flatten(2, 3), values.permute(0, 2, 1, 3, 4).flatten(2, 3)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def pacos(
         max_batch_size=128,
         max_queue=1000,
         int8_head=precision == "int8",
-        kv_dtype="bf16" if precision == "int8" and torch.cpu._is_avx512_bf16_supported() else "auto",
+        kv_dtype="int8" if precision == "int8" else "auto",
         kernels=kernels,  # type: ignore[arg-type]
     )
     engine = Engine(decoder, settings)

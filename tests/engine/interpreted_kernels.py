@@ -8,6 +8,7 @@ from torch import nn
 
 from app.engine.blocks import BLOCK_SIZE, blocks_for
 from app.engine.kernels.few_rows import FewRows
+from app.engine.kernels import CachedLayer
 from app.engine.kernels.paged_attention import PagedAttention
 from app.models.quantization.int8 import Int8Dynamic, Int8Weight
 
@@ -48,9 +49,9 @@ def check_attention(width: int, *, heads: int, kv_heads: int, lengths: list[int]
     seen = torch.tensor(lengths, dtype=torch.int32)
     for _ in range(2):  # the second time finds the counters of splits as the first did
         if is_new:
-            attention.attend_new(q, k, v, keys, values, out, tables=tables, seen=seen)
+            attention.attend_new(q, k, v, CachedLayer(keys, values), out, tables=tables, seen=seen)
         else:
-            attention.attend(q, keys, values, out, tables=tables, seen=seen)
+            attention.attend(q, CachedLayer(keys, values), out, tables=tables, seen=seen)
         has_seen = seen > 0
         torch.testing.assert_close(out[has_seen], expected[has_seen], rtol=1e-5, atol=1e-5)
         assert out.isfinite().all()
@@ -64,7 +65,7 @@ def check_write(dtype: torch.dtype) -> None:
     blocks, offsets = torch.tensor([4, 0, 4]), torch.tensor([3, 15, 4])
     expected[0][blocks, :, :, offsets], expected[1][blocks, :, offsets] = k.to(dtype), v.to(dtype)
     attention = PagedAttention(max_rows=1, num_heads=2, head_width=24, device=CPU)
-    attention.write(k, v, keys, values, blocks=blocks, offsets=offsets)
+    attention.write(k, v, CachedLayer(keys, values), blocks=blocks, offsets=offsets)
     assert torch.equal(keys, expected[0]) and torch.equal(values, expected[1])
 
 

@@ -80,8 +80,9 @@ def test_a_quantized_models_batch_has_the_tokens_of_each_alone(reference, many, 
     assert [tokens[request_id] for request_id in request_ids] == [tokens_alone[request_id] for request_id in alone]
 
 
-def test_the_cache_in_bf16_answers_nearly_as_in_fp32(model, many, expected, kernels):
-    engine = Engine(model, EngineSettings(max_batch_size=32, max_queue=200, kv_dtype="bf16", kernels=kernels))
+@pytest.mark.parametrize("kv_dtype", ["bf16", "int8"])
+def test_a_rounded_cache_answers_nearly_as_in_fp32(model, many, expected, kernels, kv_dtype):
+    engine = Engine(model, EngineSettings(max_batch_size=32, max_queue=200, kv_dtype=kv_dtype, kernels=kernels))
     request_ids = [engine.add_request(ids, Sampling(max_tokens=MAX_TOKENS)) for ids in many[:60]]
     tokens, _ = drain(engine)
     first_tokens = [

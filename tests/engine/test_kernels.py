@@ -10,7 +10,7 @@ from torch import nn
 
 from app.config import LoraConfig
 from app.engine.engine import Engine
-from app.engine.kernels import Kernels, _compiled, kernels_for
+from app.engine.kernels import CachedLayer, Kernels, _compiled, kernels_for
 from app.methods.lora import LoraLinear
 from app.models.decoder import DecoderConfig
 from app.models.kernels import native, notices
@@ -24,31 +24,44 @@ def compiled() -> Kernels:
     return found
 
 
+def empty_layer(num_blocks: int, kv_heads: int, width: int, dtype: torch.dtype) -> CachedLayer:
+    """What nobody may look at: not a number, and in bytes the steps are none."""
+    fill = 127 if dtype == torch.int8 else float("nan")
+    of_keys = (width // 4, 16, 4) if dtype == torch.int8 else (width, 16)
+    shapes = (num_blocks, kv_heads, *of_keys), (num_blocks, kv_heads, 16, width)
+    steps = [torch.full((num_blocks, kv_heads, 16), float("nan")) if dtype == torch.int8 else None for _ in range(2)]
+    return CachedLayer(*(torch.full(shape, fill, dtype=dtype) for shape in shapes), *steps)
+
+
+def as_cached(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`x` [rows, kv_heads, head_width] as the cache gives it back, in fp32."""
+    if dtype != torch.int8:
+        return x.to(dtype).float()
+    step = x.float().abs().amax(-1, keepdim=True) / 127
+    return (x.float() / step).round() * step
+
+
 @pytest.mark.parametrize("q_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 4, 64), (6, 2, 16), (3, 1, 256)])
 def test_attention_over_scattered_blocks(compiled, q_dtype, dtype, heads, kv_heads, width) -> None:
     draw = torch.Generator().manual_seed(0)
     seen = torch.tensor([1, 15, 16, 17, 200, 33])
     rows = len(seen)
     tables = torch.randperm(rows * 13, generator=draw).view(rows, 13).int()
-    keys = torch.full((rows * 13, kv_heads, width, 16), float("nan")).to(dtype)  # what nobody may look at
-    values = torch.full((rows * 13, kv_heads, 16, width), float("nan")).to(dtype)
+    cached = empty_layer(rows * 13, kv_heads, width, dtype)
     q = torch.randn(rows, heads, width, generator=draw).to(q_dtype).transpose(0, 1)
     expected = torch.empty(rows, heads, width)
     for row, length in enumerate(seen.tolist()):
         k, v = (torch.randn(length, kv_heads, width, generator=draw).to(q_dtype) for _ in range(2))
         blocks = tables[row, torch.arange(length) // 16].long()
-        compiled.write(k, v, keys, values, blocks=blocks, offsets=torch.arange(length) % 16)
-        k, v = (part.to(dtype).float().transpose(0, 1).unsqueeze(0) for part in (k, v))
-        expected[row] = F.scaled_dot_product_attention(q[None, :, row : row + 1].float(), k, v, enable_gqa=True)[
-            0, :, 0
-        ]
+        compiled.write(k, v, cached, blocks=blocks, offsets=torch.arange(length) % 16)
+        k, v = (as_cached(part, dtype).transpose(0, 1).unsqueeze(0) for part in (k, v))
+        query = as_cached(q[:, row], dtype) if dtype == torch.int8 else q[:, row].float()
+        expected[row] = F.scaled_dot_product_attention(query[None, :, None], k, v, enable_gqa=True)[0, :, 0]
     out = torch.zeros(rows, heads, width).to(q_dtype)
     order = torch.tensor([3, 0, 5, 1, 4, 2])
-    compiled.attend(
-        q, keys, values, out.transpose(0, 1), rows=order, seen=seen[order], tables=tables, table_of_row=order
-    )
+    compiled.attend(q, cached, out.transpose(0, 1), rows=order, seen=seen[order], tables=tables, table_of_row=order)
     rounding = {"rtol": 2e-5, "atol": 2e-6} if q_dtype == torch.float32 else {"rtol": 2**-8, "atol": 1e-6}
     torch.testing.assert_close(out.float(), expected, **rounding)
 
@@ -57,7 +70,7 @@ def test_bf16_is_rounded_to_the_nearest(compiled) -> None:
     k = torch.randn(16, 1, 16, generator=torch.Generator().manual_seed(2))
     k[0, 0, :4] = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, float("inf"), -0.0])
     keys, values = torch.zeros(1, 1, 16, 16).bfloat16(), torch.zeros(1, 1, 16, 16).bfloat16()
-    compiled.write(k, k, keys, values, blocks=torch.zeros(16, dtype=torch.long), offsets=torch.arange(16))
+    compiled.write(k, k, CachedLayer(keys, values), blocks=torch.zeros(16, dtype=torch.long), offsets=torch.arange(16))
     assert torch.equal(values[0, 0], k[:, 0].bfloat16()) and torch.equal(keys[0, 0].T, k[:, 0].bfloat16())
 
 

@@ -6,6 +6,7 @@ Where there is no compiler, or a model's shapes do not suit them, the engine com
 import ctypes
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,19 @@ from app.models.decoder import DecoderConfig
 from app.models.kernels.native import DTYPES, address, is_bf16, load_library
 
 _SOURCE = Path(__file__).with_name("cpu.c")
+_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+"""What the cache may hold, as `cpu.c` numbers it."""
+
+
+@dataclass(frozen=True)
+class CachedLayer:
+    """One layer's keys [blocks, kv_heads, head_width, 16] and values [blocks, kv_heads, 16, head_width]; in int8 these
+    are multiples of steps, fp32 [blocks, kv_heads, 16], and keys [blocks, kv_heads, head_width / 4, 16, 4]."""
+
+    keys: Tensor
+    values: Tensor
+    key_steps: Tensor | None = None
+    value_steps: Tensor | None = None
 
 
 class Kernels:
@@ -24,9 +38,21 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL) -> None:
         i64, i32, f32, pointer, flag = ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_void_p, ctypes.c_int
         arguments: dict[str, list[Any]] = {
-            "attend": [pointer, pointer, flag, *[i64] * 4, pointer, pointer, flag, *[pointer] * 4, *[i64] * 5, f32],
-            "write_cache": [pointer, i64, i64, pointer, i64, i64, flag, pointer, pointer, flag, pointer, pointer]
-            + [i64] * 3,
+            "attend": [pointer, pointer, flag, *[i64] * 4, *[pointer] * 4, flag, *[pointer] * 4, *[i64] * 5, f32],
+            "write_cache": [
+                pointer,
+                i64,
+                i64,
+                pointer,
+                i64,
+                i64,
+                flag,
+                *[pointer] * 4,
+                flag,
+                pointer,
+                pointer,
+                *[i64] * 3,
+            ],
             "add_lora": [pointer, i64, pointer, i64, flag, pointer, pointer, i64, *[pointer] * 4],
             "multiply_row": [pointer, i64, pointer, pointer, pointer, i64, flag, pointer],
             "multiply_row_of_bytes": [pointer, i64, pointer, pointer, pointer, i32, f32, pointer, pointer, i64],
@@ -41,25 +67,28 @@ class Kernels:
         """Whether the processor sums products of bytes exactly, so that `multiply_row_of_bytes` can be called."""
 
     def attend(
-        self, q: Tensor, keys: Tensor, values: Tensor, out: Tensor, *, rows: Tensor, seen: Tensor, tables: Tensor,
+        self, q: Tensor, cached: CachedLayer, out: Tensor, *, rows: Tensor, seen: Tensor, tables: Tensor,
         table_of_row: Tensor,
     ) -> None:  # fmt: skip
         """Into `out` [heads, rows, head_width], of `q` likewise, for those in `rows` int64 [n]: each over the first
         `seen` int64 [n] places of the sequence with the blocks `tables[table_of_row]`, int32 [sequences, blocks] and
-        int64 [n]. `keys` and `values` are one layer's of `KVCache`."""
-        num_blocks, kv_heads, width, _ = keys.shape
+        int64 [n]."""
+        keys = cached.keys
+        _, kv_heads, _, width = cached.values.shape
         self._library.attend(
             q.data_ptr(), out.data_ptr(), is_bf16(q), q.stride(1), q.stride(0), out.stride(1), out.stride(0),
-            keys.data_ptr(), values.data_ptr(), is_bf16(keys), rows.data_ptr(), seen.data_ptr(),
-            table_of_row.data_ptr(), tables.data_ptr(), tables.shape[1], len(rows), q.shape[0], kv_heads, width,
-            width**-0.5,
+            keys.data_ptr(), cached.values.data_ptr(), address(cached.key_steps), address(cached.value_steps),
+            _FORMATS[keys.dtype], rows.data_ptr(), seen.data_ptr(), table_of_row.data_ptr(), tables.data_ptr(),
+            tables.shape[1], len(rows), q.shape[0], kv_heads, width, width**-0.5,
         )  # fmt: skip
 
-    def write(self, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, *, blocks: Tensor, offsets: Tensor) -> None:
+    def write(self, k: Tensor, v: Tensor, cached: CachedLayer, *, blocks: Tensor, offsets: Tensor) -> None:
         """`k` and `v` [rows, kv_heads, head_width] into places `offsets` of `blocks`, both int64 [rows]."""
+        keys = cached.keys
         self._library.write_cache(
             k.data_ptr(), k.stride(0), k.stride(1), v.data_ptr(), v.stride(0), v.stride(1), is_bf16(k),
-            keys.data_ptr(), values.data_ptr(), is_bf16(keys), blocks.data_ptr(), offsets.data_ptr(), *k.shape,
+            keys.data_ptr(), cached.values.data_ptr(), address(cached.key_steps), address(cached.value_steps),
+            _FORMATS[keys.dtype], blocks.data_ptr(), offsets.data_ptr(), *k.shape,
         )  # fmt: skip
 
     def multiply_row(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -149,7 +178,7 @@ def kernels_for(
     config: DecoderConfig, *, cache_dtype: torch.dtype, dtype: torch.dtype, device: torch.device
 ) -> Kernels | None:
     """The compiled kernels, where they can be had and know such a model."""
-    is_known = device.type == "cpu" and dtype in DTYPES and cache_dtype in DTYPES
+    is_known = device.type == "cpu" and dtype in DTYPES and cache_dtype in _FORMATS
     if not is_known or config.head_width % 16 or config.head_width > 256:
         return None
     return _compiled()

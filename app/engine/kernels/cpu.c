@@ -3,7 +3,9 @@
  * bytes and scaling the products back, and the largest logit. Compiled at first use for the processor at hand.
  *
  * Activations are fp32 or bf16, as flags say; sums are always fp32, or exact in int32.
- * Cache: keys [blocks, kv_heads, head_width, 16], values [blocks, kv_heads, 16, head_width], fp32 or bf16.
+ * Cache: keys [blocks, kv_heads, head_width, 16], values [blocks, kv_heads, 16, head_width], in one of three formats.
+ * Bytes are multiples of a step, one for each place and head: fp32 [blocks, kv_heads, 16] for keys, and for values; keys
+ * are [blocks, kv_heads, head_width / 4, 16, 4] then, as sums of four products are taken.
  */
 #include "vectors.h"
 
@@ -17,20 +19,95 @@
 #define AHEAD 16384 /* bytes behind what one row is multiplied with, which are asked for meanwhile */
 #define PARTS (BLOCK / LANES) /* vectors that hold a value for each place of a block */
 
-/* Have `count` numbers from `at` on in the processor's cache soon: the next head's, which lie behind this one's. */
-INLINE void fetch(const void *p, int64_t at, int64_t count, int is_bf16) {
-    const int64_t size = is_bf16 ? 2 : 4;
+enum { FP32, BF16, BYTES }; /* formats of the cache */
+
+INLINE int64_t size_of(int format) { return format == FP32 ? 4 : format == BF16 ? 2 : 1; }
+
+INLINE vec load_cached(const void *p, int64_t at, int format) {
+    return format == BYTES ? load_bytes((const int8_t *)p + at) : load(p, at, format == BF16);
+}
+
+/* Have `count` numbers from `at` on in the processor's cache soon. */
+INLINE void fetch(const void *p, int64_t at, int64_t count, int format) {
+    const int64_t size = size_of(format);
     for (int64_t i = 0; i < count * size; i += 64) __builtin_prefetch((const char *)p + at * size + i);
 }
 
-/* One query head over the first `seen` places of a sequence, with a running maximum as in FlashAttention. Called with
- * `width` and `is_bf16` known to the compiler, which then keeps the result in registers. */
-INLINE void attend_head(const void *query, void *out, int q_is_bf16, const void *keys, const void *values,
-                        const int32_t *table, int64_t seen, int64_t kv_heads, int64_t kv_head, int64_t width,
-                        int is_bf16, float scale) {
+/* Numbers as multiples of a step of their own, which is returned, from -127 to 127. */
+INLINE float round_to_bytes(int8_t *to, const void *x, int64_t at, int64_t width, int is_bf16) {
+    const float magic = 12582912.0f; /* 1.5 * 2^23: added and taken away it rounds, ties to even */
+    vec most = all(0);
+    for (int64_t i = 0; i < width; i += LANES) {
+        vec size = absolute(load(x, at + i, is_bf16));
+        most = either(size > most, size, most);
+    }
+    float largest = 1e-12f;
+    for (int i = 0; i < LANES; i++) largest = most[i] > largest ? most[i] : largest;
+    const float step = largest / 127;
+    for (int64_t i = 0; i < width; i += LANES) {
+        vec rounded = (load(x, at + i, is_bf16) / step + magic) - magic;
+        sbvec bytes = __builtin_convertvector(__builtin_convertvector(rounded, ivec), sbvec);
+        memcpy(to + i, &bytes, sizeof bytes);
+    }
+    return step;
+}
+
+/* `sums` of products of a query's bytes with the keys' of a block, [PARTS] vectors of places. */
+INLINE void multiply_bytes_of_block(const int8_t *query, const int8_t *keys, int64_t width, ivec *sums) {
+#if HAS_BYTE_DOTS
+    __m512i dots[4], negated = _mm512_set1_epi8((char)0x80); /* to unsigned: 128 more, of which the query's sum is taken */
+    for (int u = 0; u < 4; u++) dots[u] = _mm512_setzero_si512();
+    int32_t sum = 0;
+    for (int64_t i = 0; i < width; i++) sum += query[i];
+    for (int64_t i = 0; i < width; i += 16)
+        for (int u = 0; u < 4; u++) {
+            int32_t four;
+            memcpy(&four, query + i + 4 * u, 4);
+            __m512i unsigned_keys = _mm512_xor_si512(_mm512_loadu_si512(keys + (i + 4 * u) * BLOCK), negated);
+            dots[u] = _mm512_dpbusd_epi32(dots[u], unsigned_keys, _mm512_set1_epi32(four));
+        }
+    sums[0] = (ivec)_mm512_add_epi32(_mm512_add_epi32(dots[0], dots[1]), _mm512_add_epi32(dots[2], dots[3])) - 128 * sum;
+#else
+    for (int j = 0; j < PARTS; j++) {
+        ivec sum = {0};
+        for (int64_t i = 0; i < width; i += 4) {
+            ivec fours;
+            memcpy(&fours, keys + i * BLOCK + 4 * j * LANES, sizeof fours);
+            for (int u = 0; u < 4; u++) sum += (fours << (24 - 8 * u) >> 24) * query[i + u];
+        }
+        sums[j] = sum;
+    }
+#endif
+}
+
+/* One head of one sequence's keys and values. */
+typedef struct {
+    const int32_t *table;
+    int64_t seen, kv_head;
+} sequence_head;
+
+/* The cache of one layer; steps are null unless it holds bytes. */
+typedef struct {
+    const void *keys, *values;
+    const float *key_steps, *value_steps;
+} cached;
+
+/* Of block `number` the place among all heads, or a negative one where the sequence has no such block. */
+INLINE int64_t place_ahead(sequence_head next, int64_t number, int64_t kv_heads) {
+    return number * BLOCK < next.seen ? (int64_t)next.table[number] * kv_heads + next.kv_head : -1;
+}
+
+/* One query head over the first places of a sequence, with a running maximum as in FlashAttention; what comes `next` is
+ * asked for meanwhile. Called with `width` and `format` known to the compiler, which then keeps the result in registers. */
+INLINE void attend_head(const void *query, void *out, int q_is_bf16, const cached *c, sequence_head of, sequence_head next,
+                        int64_t kv_heads, int64_t width, int format, float scale) {
+    const int32_t *table = of.table;
+    const int64_t seen = of.seen, kv_head = of.kv_head;
     vec mixed[256 / LANES];
-    float q[256], scores[CHUNK * BLOCK];
+    float q[256], scores[CHUNK * BLOCK], q_step = 0;
+    int8_t q_bytes[256];
     const int64_t parts = width / LANES;
+    if (format == BYTES) q_step = scale * round_to_bytes(q_bytes, query, 0, width, q_is_bf16);
     for (int64_t i = 0; i < parts; i++) store_f32(q + i * LANES, load(query, i * LANES, q_is_bf16) * scale);
     for (int64_t i = 0; i < parts; i++) mixed[i] = all(0);
     float largest = -INFINITY;
@@ -38,15 +115,26 @@ INLINE void attend_head(const void *query, void *out, int q_is_bf16, const void 
     for (int64_t first = 0; first < seen; first += CHUNK * BLOCK) {
         int64_t here = seen - first < CHUNK * BLOCK ? seen - first : CHUNK * BLOCK, blocks = (here + BLOCK - 1) / BLOCK;
         for (int64_t b = 0; b < blocks; b++) {
-            int64_t at = ((int64_t)table[first / BLOCK + b] * kv_heads + kv_head) * width * BLOCK;
+            int64_t head = (int64_t)table[first / BLOCK + b] * kv_heads + kv_head, at = head * width * BLOCK;
+            int64_t ahead = place_ahead(next, first / BLOCK + b, kv_heads) * width * BLOCK;
+            if (format == BYTES) {
+                ivec sums[PARTS];
+                if (ahead >= 0) fetch(c->keys, ahead, width * BLOCK, BYTES);
+                multiply_bytes_of_block(q_bytes, (const int8_t *)c->keys + at, width, sums);
+                for (int j = 0; j < PARTS; j++) {
+                    vec steps = load_f32(c->key_steps + head * BLOCK + j * LANES) * q_step;
+                    store_f32(scores + b * BLOCK + j * LANES, __builtin_convertvector(sums[j], vec) * steps);
+                }
+                continue;
+            }
             vec sums[4][PARTS]; /* of every fourth part of the width: additions need not wait for each other */
             for (int i = 0; i < 4; i++)
                 for (int j = 0; j < PARTS; j++) sums[i][j] = all(0);
             for (int64_t i = 0; i < width; i += 4) {
-                fetch(keys, at + (width + i) * BLOCK, 4 * BLOCK, is_bf16);
+                if (ahead >= 0) fetch(c->keys, ahead + i * BLOCK, 4 * BLOCK, format);
                 for (int u = 0; u < 4; u++)
                     for (int j = 0; j < PARTS; j++)
-                        sums[u][j] += q[i + u] * load(keys, at + (i + u) * BLOCK + j * LANES, is_bf16);
+                        sums[u][j] += q[i + u] * load_cached(c->keys, at + (i + u) * BLOCK + j * LANES, format);
             }
             for (int j = 0; j < PARTS; j++)
                 store_f32(scores + b * BLOCK + j * LANES, (sums[0][j] + sums[1][j]) + (sums[2][j] + sums[3][j]));
@@ -71,12 +159,17 @@ INLINE void attend_head(const void *query, void *out, int q_is_bf16, const void 
             store_f32(scores + i, weight);
         }
         for (int64_t b = 0; b < blocks; b++) {
-            int64_t at = ((int64_t)table[first / BLOCK + b] * kv_heads + kv_head) * width * BLOCK;
+            int64_t head = (int64_t)table[first / BLOCK + b] * kv_heads + kv_head, at = head * width * BLOCK;
+            int64_t ahead = place_ahead(next, first / BLOCK + b, kv_heads) * width * BLOCK;
             int64_t last = here - b * BLOCK < BLOCK ? here - b * BLOCK : BLOCK;
+            float *weights = scores + b * BLOCK;
+            if (format == BYTES)
+                for (int64_t j = 0; j < BLOCK; j += LANES)
+                    store_f32(weights + j, load_f32(weights + j) * load_f32(c->value_steps + head * BLOCK + j));
             for (int64_t place = 0; place < last; place++) {
-                fetch(values, at + (BLOCK + place) * width, width, is_bf16);
+                if (ahead >= 0) fetch(c->values, ahead + place * width, width, format);
                 for (int64_t i = 0; i < parts; i++)
-                    mixed[i] += scores[b * BLOCK + place] * load(values, at + place * width + i * LANES, is_bf16);
+                    mixed[i] += weights[place] * load_cached(c->values, at + place * width + i * LANES, format);
             }
         }
     }
@@ -84,52 +177,62 @@ INLINE void attend_head(const void *query, void *out, int q_is_bf16, const void 
     for (int64_t i = 0; i < parts; i++) store(out, i * LANES, mixed[i] / sum, q_is_bf16);
 }
 
-static void attend_any(const void *query, void *out, int q_is_bf16, const void *keys, const void *values,
-                       const int32_t *table, int64_t seen, int64_t kv_heads, int64_t kv_head, int64_t width,
-                       int is_bf16, float scale) {
-#define OF(WIDTH, IS_BF16) \
-    if (width == WIDTH && is_bf16 == IS_BF16) \
-        return attend_head(query, out, q_is_bf16, keys, values, table, seen, kv_heads, kv_head, WIDTH, IS_BF16, scale);
-    OF(48, 0) OF(48, 1) OF(64, 0) OF(64, 1) OF(128, 0) OF(128, 1) /* the embedded base, GPT-2, Llama and many more */
-    attend_head(query, out, q_is_bf16, keys, values, table, seen, kv_heads, kv_head, width, is_bf16, scale);
+static void attend_any(const void *query, void *out, int q_is_bf16, const cached *c, sequence_head of, sequence_head next,
+                       int64_t kv_heads, int64_t width, int format, float scale) {
+#define OF(WIDTH, FORMAT) \
+    if (width == WIDTH && format == FORMAT) \
+        return attend_head(query, out, q_is_bf16, c, of, next, kv_heads, WIDTH, FORMAT, scale);
+#define OF_WIDTH(WIDTH) OF(WIDTH, FP32) OF(WIDTH, BF16) OF(WIDTH, BYTES)
+    OF_WIDTH(48) OF_WIDTH(64) OF_WIDTH(128) /* the embedded base, GPT-2, Llama and many more */
+    attend_head(query, out, q_is_bf16, c, of, next, kv_heads, width, format, scale);
 }
 
 /* For row r of `rows`: queries q + rows[r] * q_row + head * q_head, over the first seen[r] places of the sequence whose
  * blocks are tables[table_of_row[r]]; results likewise in out. head_width is a multiple of 16, 256 at most. */
 void attend(const void *q, void *out, int q_is_bf16, int64_t q_row, int64_t q_head, int64_t out_row, int64_t out_head,
-            const void *keys, const void *values, int is_bf16, const int64_t *rows, const int64_t *seen,
-            const int64_t *table_of_row, const int32_t *tables, int64_t table_width, int64_t num_rows, int64_t heads,
-            int64_t kv_heads, int64_t width, float scale) {
+            const void *keys, const void *values, const float *key_steps, const float *value_steps, int format,
+            const int64_t *rows, const int64_t *seen, const int64_t *table_of_row, const int32_t *tables,
+            int64_t table_width, int64_t num_rows, int64_t heads, int64_t kv_heads, int64_t width, float scale) {
     const int64_t size = q_is_bf16 ? 2 : 4;
-#pragma omp parallel for schedule(dynamic, 8) collapse(2) if (num_rows * heads > 16)
-    for (int64_t r = 0; r < num_rows; r++)
-        for (int64_t head = 0; head < heads; head++) {
-            const char *query = (const char *)q + (rows[r] * q_row + head * q_head) * size;
-            char *result = (char *)out + (rows[r] * out_row + head * out_head) * size;
-            const int32_t *table = tables + table_of_row[r] * table_width;
-            int64_t kv_head = head / (heads / kv_heads);
-            attend_any(query, result, q_is_bf16, keys, values, table, seen[r], kv_heads, kv_head, width, is_bf16, scale);
-        }
+    const cached cache = {keys, values, key_steps, value_steps};
+    const int64_t group = heads / kv_heads, at_once = num_rows >= 32 ? 2 * heads : 8;
+#pragma omp parallel for schedule(dynamic, at_once) if (num_rows * heads > 16)
+    for (int64_t i = 0; i < num_rows * heads; i++) {
+        int64_t r = i / heads, head = i % heads, next = i + 1 < num_rows * heads ? i + 1 : i;
+        sequence_head of = {tables + table_of_row[r] * table_width, seen[r], head / group};
+        sequence_head then = {tables + table_of_row[next / heads] * table_width, seen[next / heads], next % heads / group};
+        const char *query = (const char *)q + (rows[r] * q_row + head * q_head) * size;
+        char *result = (char *)out + (rows[r] * out_row + head * out_head) * size;
+        attend_any(query, result, q_is_bf16, &cache, of, then, kv_heads, width, format, scale);
+    }
 }
 
 /* Put each row's keys and values into place offsets[r] of blocks[r]. */
 void write_cache(const void *k, int64_t k_row, int64_t k_head, const void *v, int64_t v_row, int64_t v_head,
-                 int from_bf16, void *keys, void *values, int is_bf16, const int64_t *blocks, const int64_t *offsets,
-                 int64_t num_rows, int64_t kv_heads, int64_t width) {
+                 int from_bf16, void *keys, void *values, float *key_steps, float *value_steps, int format,
+                 const int64_t *blocks, const int64_t *offsets, int64_t num_rows, int64_t kv_heads, int64_t width) {
 #pragma omp parallel for if (num_rows > 16)
     for (int64_t r = 0; r < num_rows; r++)
         for (int64_t head = 0; head < kv_heads; head++) {
             int64_t key = r * k_row + head * k_head, value = r * v_row + head * v_head;
+            int64_t place = (blocks[r] * kv_heads + head) * BLOCK + offsets[r];
             int64_t at = (blocks[r] * kv_heads + head) * width * BLOCK;
             if (head + 1 < kv_heads) { /* a key is scattered over all lines of its block, which come from afar */
-                const int64_t size = is_bf16 ? 2 : 4, bytes = width * BLOCK * size;
-                const char *next = (const char *)keys + at * size + bytes;
+                const int64_t bytes = width * BLOCK * size_of(format);
+                const char *next = (const char *)keys + at * size_of(format) + bytes;
                 for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i, 1);
             }
             int64_t to_key = at + offsets[r], to_value = at + offsets[r] * width;
+            if (format == BYTES) {
+                int8_t bytes[256];
+                key_steps[place] = round_to_bytes(bytes, k, key, width, from_bf16);
+                for (int64_t i = 0; i < width; i += 4) memcpy((int8_t *)keys + at + i * BLOCK + 4 * offsets[r], bytes + i, 4);
+                value_steps[place] = round_to_bytes((int8_t *)values + to_value, v, value, width, from_bf16);
+                continue;
+            }
             for (int64_t i = 0; i < width; i += LANES)
-                store(values, to_value + i, load(v, value + i, from_bf16), is_bf16);
-            if (!is_bf16)
+                store(values, to_value + i, load(v, value + i, from_bf16), format == BF16);
+            if (format == FP32)
                 for (int64_t i = 0; i < width; i++) ((float *)keys)[to_key + i * BLOCK] = one(k, key + i, from_bf16);
             else if (from_bf16)
                 for (int64_t i = 0; i < width; i++) ((uint16_t *)keys)[to_key + i * BLOCK] = ((uint16_t *)k)[key + i];

@@ -13,6 +13,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from app.engine.blocks import BLOCK_SIZE
+from app.engine.kernels import CachedLayer
 
 _TILE = 8192
 """Keys, and as many values, that a program reads at once."""
@@ -173,34 +174,34 @@ class PagedAttention:
             splits *= 2
         return splits
 
-    def attend(self, q: Tensor, keys: Tensor, values: Tensor, out: Tensor, *, tables: Tensor, seen: Tensor) -> None:
+    def attend(self, q: Tensor, cached: CachedLayer, out: Tensor, *, tables: Tensor, seen: Tensor) -> None:
         """Into `out` [rows, heads, head_width], of `q` likewise: each over the first `seen` int [rows] places of the
-        sequence with the blocks `tables` int32 [rows, blocks]. `keys` and `values` are one layer's of `KVCache`."""
-        self._launch(q, q, q, keys, values, out, tables=tables, seen=seen, has_new=False, num_splits=1)
+        sequence with the blocks `tables` int32 [rows, blocks]."""
+        self._launch(q, q, q, cached, out, tables=tables, seen=seen, has_new=False, num_splits=1)
 
     def attend_new(
-        self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, out: Tensor, *, tables: Tensor,
-        seen: Tensor,
-    ) -> None:  # fmt: skip
+        self, q: Tensor, k: Tensor, v: Tensor, cached: CachedLayer, out: Tensor, *, tables: Tensor, seen: Tensor
+    ) -> None:
         """The same where the last of the places that a row sees is `k` and `v` [rows, kv_heads, head_width], which are
         written there. No two rows may be of one sequence. A row that has seen nothing writes nothing."""
         splits = self.num_splits(len(q), q.shape[1])
-        self._launch(q, k, v, keys, values, out, tables=tables, seen=seen, has_new=True, num_splits=splits)
+        self._launch(q, k, v, cached, out, tables=tables, seen=seen, has_new=True, num_splits=splits)
 
-    def write(self, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, *, blocks: Tensor, offsets: Tensor) -> None:
+    def write(self, k: Tensor, v: Tensor, cached: CachedLayer, *, blocks: Tensor, offsets: Tensor) -> None:
         """`k` and `v` [rows, kv_heads, head_width] into places `offsets` of `blocks`, both int64 [rows]."""
         rows, kv_heads, width = k.shape
         assert k.stride(2) == v.stride(2) == 1
         with torch.cuda.device_of(k):
             write_cache_kernel[(rows, kv_heads)](
-                k, v, keys, values, blocks, offsets, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+                k, v, cached.keys, cached.values, blocks, offsets, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
                 kv_heads, width, self._padded_width, BLOCK_SIZE, num_warps=1,
             )  # fmt: skip
 
     def _launch(
-        self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, out: Tensor, *, tables: Tensor,
-        seen: Tensor, has_new: bool, num_splits: int,
+        self, q: Tensor, k: Tensor, v: Tensor, cached: CachedLayer, out: Tensor, *, tables: Tensor, seen: Tensor,
+        has_new: bool, num_splits: int,
     ) -> None:  # fmt: skip
+        keys, values = cached.keys, cached.values
         rows, heads, width = q.shape
         assert q.stride(2) == k.stride(2) == v.stride(2) == out.stride(2) == 1 and tables.stride(1) == 1
         options = {"launch_pdl": True} if self.overlaps else {}
