@@ -11,20 +11,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from app.config.methods import name_of, parts_of
-from app.engine.kernels import Kernels, LoraRows
+from app.engine.fused_block import fused
+from app.engine.kernels import Kernels
 from app.engine.packing import pack
+from app.engine.site import Site, differs
 from app.errors import UserError
 from app.methods import apply_method
 from app.methods.adapter import Adapted
 from app.methods.delta import Delta, check_extent, load_trained
 from app.methods.lora import DoraLinear, LoraLinear
-from app.methods.over_base import shared_copy, updated
+from app.methods.over_base import shared_copy
 from app.models.attention import KeysValues
 from app.models.decoder import Block, Decoder
 from app.models.quantization import QuantizedLinear
@@ -71,40 +72,6 @@ class Variant:
         return bytes.fromhex(self.hash) if self.hash else b"base"
 
 
-class Site(nn.Module):
-    """A layer of the base, and what the deltas of the current step make of its result."""
-
-    def __init__(self, base: nn.Module, kernels: Kernels | None) -> None:
-        super().__init__()
-        self.base = base
-        self._kernels = kernels
-        self._active: list[tuple[slice, nn.Module]] = []
-        self._lora_rows: LoraRows | None = None
-        self._is_plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-        """Of layers that were active before: to look takes longer than to add the update."""
-
-    def activate(self, active: list[tuple[slice, nn.Module]]) -> None:
-        self._active = active
-        self._lora_rows = None
-        if self._kernels is not None and active and all(self._is_plain_lora(layer) for _, layer in active):
-            self._lora_rows = self._kernels.lora_rows(active)
-
-    def _is_plain_lora(self, layer: nn.Module) -> bool:
-        """Whether it is the base and a low-rank update, and nothing else."""
-        if layer not in self._is_plain:
-            self._is_plain[layer] = type(layer) is LoraLinear and not _differs(layer.base, self.base)
-        return self._is_plain[layer]
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        if self._lora_rows is not None:
-            self._lora_rows.add(x[0], y[0])
-            return y
-        for rows, layer in self._active:
-            y[:, rows] = updated(layer, self.base, x[:, rows], y[:, rows])
-        return y
-
-
 class BlockSite(nn.Module):
     """A block of the base, and extra blocks around it that only some rows go through."""
 
@@ -136,7 +103,7 @@ class MixedModel:
                 self._sites[name] = Site(pack(module, kernels, is_packed=is_packed), kernels)
                 parent, _, attribute = name.rpartition(".")
                 setattr(self.decoder.get_submodule(parent), attribute, self._sites[name])
-        self._blocks = [BlockSite(block) for block in self.decoder.blocks]
+        self._blocks = [BlockSite(fused(block, kernels) or block) for block in self.decoder.blocks]
         self.decoder.blocks = nn.ModuleList(self._blocks)
         self._groups: list[tuple[Variant, slice]] = []
 
@@ -179,7 +146,7 @@ class MixedModel:
                 module.fix()
         variant = Variant(delta.hash)
         order = self._take_blocks(changed, copy_of, variant)
-        if _differs(changed.final_norm, self.base.final_norm):
+        if differs(changed.final_norm, self.base.final_norm):
             variant.layers["final_norm"] = changed.final_norm
         if prefix is not None:
             variant.prefix = [kv for _, kv in sorted(zip(order, prefix, strict=True), key=lambda pair: pair[0])]
@@ -205,7 +172,7 @@ class MixedModel:
             for name, base_layer in self.base.blocks[number].named_modules():
                 if isinstance(base_layer, _LAYERS):
                     layer_here = block.get_submodule(name)
-                    if _differs(layer_here, base_layer):
+                    if differs(layer_here, base_layer):
                         variant.layers[f"blocks.{number}.{name}"] = layer_here
         if num_extra > self.num_extra_layers:
             raise UserError(
@@ -295,11 +262,6 @@ def _own_trained(model: Decoder) -> None:
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:
                 setattr(module, name, nn.Parameter(parameter.detach().clone()))
-
-
-def _differs(layer: nn.Module, base: nn.Module) -> bool:
-    shared = {tensor.data_ptr() for tensor in [*base.parameters(), *base.buffers()]}
-    return any(tensor.data_ptr() not in shared for tensor in [*layer.parameters(), *layer.buffers()])
 
 
 def _through(x: Tensor, parts: Sequence[tuple[slice, list[Block]]], context: Any, rotation: Any) -> Tensor:

@@ -33,8 +33,8 @@ class KVCache:
     """`keys` [layers, blocks, kv_heads, head_width, 16], transposed, as products with a query read them best;
     `values` [layers, blocks, kv_heads, 16, head_width]. `layers` are these one by one.
 
-    In int8 keys are [layers, blocks, kv_heads, head_width / 4, 16, 4], and there are steps: each key and value of a head
-    is rounded by itself.
+    In int8 keys are [layers, blocks, kv_heads, head_width / 4, 16, 4], and there are steps: each key and value of a
+    head is rounded by itself.
 
     `num_extra_layers` are those of extra blocks; pages of memory that no delta uses are never touched.
     """
@@ -51,7 +51,7 @@ class KVCache:
     ) -> None:
         layers = config.num_layers + num_extra_layers
         shape = (layers, num_blocks, config.kv_heads)
-        of_keys = (config.head_width, BLOCK_SIZE)
+        of_keys: tuple[int, ...] = (config.head_width, BLOCK_SIZE)
         if dtype == torch.int8:
             of_keys = (config.head_width // 4, BLOCK_SIZE, 4)
         self.keys = _zeros((*shape, *of_keys), dtype, device)
@@ -144,8 +144,9 @@ class KVCache:
         if cached.key_steps is not None and cached.value_steps is not None:
             keys, cached.key_steps[blocks, :, offsets] = _rounded(keys)
             values, cached.value_steps[blocks, :, offsets] = _rounded(values)
-            keys = keys.unflatten(-1, (-1, 4))
-        cached.keys[blocks, ..., offsets, *[slice(None)] * (keys.dim() - 3)] = keys.to(self.keys.dtype)
+            cached.keys[blocks, :, :, offsets] = keys.unflatten(-1, (-1, 4)).to(torch.int8)
+        else:
+            cached.keys[blocks, :, :, offsets] = keys.to(self.keys.dtype)
         cached.values[blocks, :, offsets] = values.to(self.values.dtype)
 
 

@@ -74,12 +74,12 @@ class PackedInt8(nn.Module):
             self.register_buffer(name, getattr(layer, name), persistent=False)
         self._kernels, self._tiles = kernels, tiles()
         if self._tiles is not None:  # its sums of 8 bits times 8 bits are exact
-            self._levels, self._zero = 127, 128
+            self.levels, self._zero = 127, 128
             self._for_tiles = PackedBytes(layer.codes, layer.scale, layer.bias, zero=self._zero)
         else:
             product = layer.product
             assert isinstance(product, OneDnnProduct)
-            self._product, self._levels, self._zero = product, product.levels, product.zero
+            self._product, self.levels, self._zero = product, product.levels, product.zero
         self._sums = layer.codes.sum(dim=1, dtype=torch.int32) if kernels.has_byte_dots else None
 
     @staticmethod
@@ -87,18 +87,20 @@ class PackedInt8(nn.Module):
         return type(layer) is Int8Dynamic and (tiles() is not None or isinstance(layer.product, OneDnnProduct))
 
     def forward(self, x: Tensor) -> Tensor:
-        kernels = self._kernels
         rows = x.reshape(-1, x.shape[-1])
-        integers, steps = kernels.round_rows(rows, self._levels)
-        if len(rows) == 1 and self._sums is not None:
-            y = kernels.multiply_row_of_bytes(
-                integers, steps.item(), self._zero, self.codes, self.scale, self._sums, self.bias
-            ).to(x.dtype)
-        elif self._tiles is not None:
-            y = self._tiles.multiply_bytes(integers, steps, self._for_tiles, x.dtype)
-        else:
-            y = kernels.scale_rows(self._product.of_integers(integers), steps, self.bias, x.dtype)
+        y = self.of_rounded(*self._kernels.round_rows(rows, self.levels), x.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    def of_rounded(self, integers: Tensor, steps: Tensor, dtype: torch.dtype) -> Tensor:
+        """[rows, out] in `dtype`, of rows as `Kernels.round_rows` rounds them to `levels`."""
+        kernels = self._kernels
+        if len(integers) == 1 and self._sums is not None:
+            return kernels.multiply_row_of_bytes(
+                integers, steps.item(), self._zero, self.codes, self.scale, self._sums, self.bias
+            ).to(dtype)
+        if self._tiles is not None:
+            return self._tiles.multiply_bytes(integers, steps, self._for_tiles, dtype)
+        return kernels.scale_rows(self._product.of_integers(integers), steps, self.bias, dtype)
 
 
 def pack(layer: nn.Module, kernels: Kernels | None, *, is_packed: bool) -> nn.Module:

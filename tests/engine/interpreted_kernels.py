@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from app.engine.blocks import BLOCK_SIZE, blocks_for
-from app.engine.kernels.few_rows import FewRows
 from app.engine.kernels import CachedLayer
+from app.engine.kernels.few_rows import FewRows
 from app.engine.kernels.paged_attention import PagedAttention
 from app.models.quantization.int8 import Int8Dynamic, Int8Weight
 

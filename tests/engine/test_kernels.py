@@ -10,7 +10,7 @@ from torch import nn
 
 from app.config import LoraConfig
 from app.engine.engine import Engine
-from app.engine.kernels import CachedLayer, Kernels, _compiled, kernels_for
+from app.engine.kernels import Before, CachedLayer, Kernels, _compiled, kernels_for
 from app.methods.lora import LoraLinear
 from app.models.decoder import DecoderConfig
 from app.models.kernels import native, notices
@@ -117,6 +117,34 @@ def test_rows_are_rounded_by_a_step_of_their_own(compiled, dtype, width) -> None
     expected = x.float().abs().amax(dim=1).clamp_min(1e-12) / 127
     torch.testing.assert_close(steps, expected, rtol=0, atol=0)
     assert torch.equal(integers.int(), (x.float() / expected.unsqueeze(1)).round().int() + 128)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [64, 50])
+@pytest.mark.parametrize("before", ["nothing", "gelu", "layer_norm", "rms_norm"])
+@pytest.mark.parametrize("is_added", [True, False])
+def test_rows_are_prepared_for_a_product(compiled, dtype, width, before, is_added) -> None:
+    torch.manual_seed(0)
+    modules = {"nothing": None, "gelu": "gelu", "layer_norm": nn.LayerNorm(width), "rms_norm": nn.RMSNorm(width)}
+    module = modules[before]
+    if isinstance(module, nn.Module):
+        for parameter in module.parameters():
+            nn.init.normal_(parameter)
+        module = module.to(dtype)
+    x, added = (3 + torch.randn(9, width)).to(dtype), torch.randn(9, width).to(dtype) if is_added else None
+    with torch.no_grad():
+        total = x if added is None else x + added
+        expected = total
+        if before == "gelu":
+            expected = F.gelu(total, approximate="tanh")
+        elif isinstance(module, nn.Module):
+            expected = module(total)
+        values, integers, steps = compiled.prepare(x, Before(module), added, has_values=True, levels=127)
+    torch.testing.assert_close(x, total, rtol=0, atol=0)
+    rounding = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 1e-2}
+    torch.testing.assert_close(values, expected, **rounding)
+    as_rounded = compiled.round_rows(values, 127)
+    assert torch.equal(integers, as_rounded[0]) and torch.equal(steps, as_rounded[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

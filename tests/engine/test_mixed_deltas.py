@@ -160,7 +160,7 @@ def test_loras_of_all_rows_are_added_together(model, prompts, kernels, scheme, m
     engine = Engine(base, max_batch_size=8, max_queue=8, kernels=kernels)
     if engine._runner.kernels is None:
         pytest.skip("no compiled kernels")
-    monkeypatch.setattr("app.engine.deltas.updated", one_by_one)
+    monkeypatch.setattr("app.engine.site.updated", one_by_one)
     hashes = [engine.add_delta(trained(model, LoraConfig(rank=4), seed=seed)) for seed in (1, 2)]
     for number, ids in enumerate(some(prompts)):
         engine.add_request(ids, SAMPLING, hashes[number % 2])

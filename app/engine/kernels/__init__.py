@@ -8,7 +8,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from app.models.kernels.native import DTYPES, address, is_bf16, load_library
 _SOURCE = Path(__file__).with_name("cpu.c")
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 """What the cache may hold, as `cpu.c` numbers it."""
+_NOTHING = torch.empty(0)  # its address is a null pointer
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Kernels:
             "add_lora": [pointer, i64, pointer, i64, flag, pointer, pointer, i64, *[pointer] * 4],
             "multiply_row": [pointer, i64, pointer, pointer, pointer, i64, flag, pointer],
             "multiply_row_of_bytes": [pointer, i64, pointer, pointer, pointer, i32, f32, pointer, pointer, i64],
-            "round_rows": [pointer, flag, pointer, pointer, i64, i64, i32],
+            "prepare_rows": [flag, pointer, pointer, flag, pointer, pointer, f32, *[pointer] * 3, i64, i64, i32],
             "scale_rows": [pointer, pointer, pointer, pointer, flag, i64, i64],
             "largest_of_rows": [pointer, flag, pointer, i64, i64],
         }
@@ -102,11 +103,25 @@ class Kernels:
         )  # fmt: skip
         return y
 
+    def prepare(
+        self, x: Tensor, before: "Before", added: Tensor | None, *, has_values: bool, levels: int | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`x` [rows, width], contiguous, as a product takes it: with `added` likewise added to it, in place, and then
+        through what comes `before`. Returns that, and as `round_rows` rounds it; empty what was not asked for."""
+        out = torch.empty_like(x) if has_values else _NOTHING
+        integers, steps = _NOTHING, _NOTHING
+        if levels is not None:
+            integers, steps = torch.empty(x.shape, dtype=torch.uint8), torch.empty(x.shape[0])
+        self._library.prepare_rows(
+            before.kind, x.data_ptr(), address(added), is_bf16(x), before.weight, before.bias, before.epsilon,
+            out.data_ptr(), integers.data_ptr(), steps.data_ptr(), *x.shape, levels or 0,
+        )  # fmt: skip
+        return out, integers, steps
+
     def round_rows(self, x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
         """`x` [rows, in], contiguous, as integers from -levels to levels, uint8 [rows, in] with `levels + 1` added, and
         fp32 [rows], by which they are to be multiplied."""
-        integers, steps = torch.empty(x.shape, dtype=torch.uint8), torch.empty(x.shape[0])
-        self._library.round_rows(x.data_ptr(), is_bf16(x), integers.data_ptr(), steps.data_ptr(), *x.shape, levels)
+        _, integers, steps = self.prepare(x, _AS_IT_IS, None, has_values=False, levels=levels)
         return integers, steps
 
     def scale_rows(self, y: Tensor, steps: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -136,6 +151,23 @@ class Kernels:
 
     def lora_rows(self, active: Sequence[tuple[slice, Any]]) -> "LoraRows":
         return LoraRows(self._library.add_lora, active)
+
+
+class Before:
+    """What rows go through before a product: a norm, GELU, or nothing."""
+
+    def __init__(self, module: nn.Module | Literal["gelu"] | None) -> None:
+        self.kind, self.epsilon = 0 if module is None else 3, 0.0
+        self.weight = self.bias = None  # addresses; to ask for them in each step takes longer than to read them
+        if isinstance(module, nn.Module):
+            assert isinstance(module, nn.LayerNorm | nn.RMSNorm)
+            self._held = module
+            self.kind = 1 if isinstance(module, nn.LayerNorm) else 2
+            self.weight, self.bias = address(module.weight), address(getattr(module, "bias", None))
+            self.epsilon = torch.finfo(module.weight.dtype).eps if module.eps is None else module.eps
+
+
+_AS_IT_IS = Before(None)
 
 
 class LoraRows:

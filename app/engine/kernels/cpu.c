@@ -8,6 +8,7 @@
  * are [blocks, kv_heads, head_width / 4, 16, 4] then, as sums of four products are taken.
  */
 #include "vectors.h"
+#include <stdlib.h>
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 #define HAS_BYTE_DOTS 1 /* products of unsigned and signed bytes, summed in 32 bits without saturation */
@@ -374,35 +375,90 @@ void multiply_row(const void *x, int64_t in, const void *w, const void *bias, vo
 #endif
 }
 
-/* Round each row of x [rows, in] to integers from -levels to levels, stored with `levels + 1` added, by a step of its
- * own: its largest absolute value / levels. */
-void round_rows(const void *x, int is_bf16, uint8_t *integers, float *steps, int64_t num_rows, int64_t in,
-                int32_t levels) {
+enum { AS_IT_IS, LAYER_NORM, RMS_NORM, WITH_GELU }; /* what a row goes through before a product */
+
+INLINE vec as_stored(vec x, int is_bf16) { /* rounded to the format, in fp32 */
+    if (!is_bf16) return x;
+    uvec bits = (uvec)x;
+    return (vec)((bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000);
+}
+
+/* One row of `prepare_rows`, of which `row` keeps the numbers, with zeros behind up to a whole vector. */
+INLINE void prepare_row(int kind, void *x, const void *added, int is_bf16, const void *weight, const void *bias,
+                        float epsilon, void *out, uint8_t *integers, float *step, int64_t at, int64_t width,
+                        int32_t levels, float *row) {
     const float magic = 12582912.0f; /* 1.5 * 2^23: added and taken away it rounds, ties to even */
-    const int64_t whole = in / LANES * LANES;
-#pragma omp parallel for if (num_rows * in > 16384)
-    for (int64_t r = 0; r < num_rows; r++) {
-        int64_t at = r * in;
-        vec most = all(0);
-        for (int64_t i = 0; i < whole; i += LANES) {
-            vec size = absolute(load(x, at + i, is_bf16));
-            most = either(size > most, size, most);
+    const int64_t whole = width / LANES * LANES, rest = width - whole;
+    vec sums = all(0), squares = all(0), most = all(0);
+    for (int64_t i = 0; i < width; i += LANES) {
+        vec v = i < whole ? load(x, at + i, is_bf16) : load_some(x, at + i, rest, is_bf16);
+        if (added) {
+            v += i < whole ? load(added, at + i, is_bf16) : load_some(added, at + i, rest, is_bf16);
+            v = as_stored(v, is_bf16);
+            if (i < whole) store(x, at + i, v, is_bf16);
+            else store_some(x, at + i, rest, v, is_bf16);
         }
-        float largest = 1e-12f;
-        for (int i = 0; i < LANES; i++) largest = most[i] > largest ? most[i] : largest;
-        for (int64_t i = whole; i < in; i++) {
-            float size = fabsf(one(x, at + i, is_bf16));
-            largest = size > largest ? size : largest;
+        if (kind == WITH_GELU) v = as_stored(gelu_vec(v), is_bf16);
+        if (kind == LAYER_NORM) sums += v;
+        if (kind == RMS_NORM) squares += v * v;
+        store_f32(row + i, v);
+    }
+    if (kind == LAYER_NORM || kind == RMS_NORM) {
+        float mean = 0, of_zeros = 0;
+        if (kind == LAYER_NORM) {
+            mean = sum_of(sums) / width;
+            for (int64_t i = 0; i < width; i += LANES) {
+                vec v = load_f32(row + i) - mean;
+                squares += v * v;
+            }
+            of_zeros = rest ? (LANES - rest) * mean * mean : 0;
         }
-        float step = largest / levels;
-        steps[r] = step;
-        for (int64_t i = 0; i < whole; i += LANES) {
-            vec rounded = (load(x, at + i, is_bf16) / step + magic) - magic;
-            bvec bytes = __builtin_convertvector(__builtin_convertvector(rounded, ivec) + (levels + 1), bvec);
-            memcpy(integers + at + i, &bytes, sizeof bytes);
+        const float scale = 1 / sqrtf((sum_of(squares) - of_zeros) / width + epsilon);
+        for (int64_t i = 0; i < width; i += LANES) {
+            vec v = (load_f32(row + i) - mean) * scale;
+            if (weight) v *= i < whole ? load(weight, i, is_bf16) : load_some(weight, i, rest, is_bf16);
+            if (bias) v += i < whole ? load(bias, i, is_bf16) : load_some(bias, i, rest, is_bf16);
+            if (i == whole) /* behind the last number */
+                for (int64_t j = rest; j < LANES; j++) v[j] = 0;
+            store_f32(row + i, as_stored(v, is_bf16));
         }
-        for (int64_t i = whole; i < in; i++)
-            integers[at + i] = (uint8_t)((int32_t)((one(x, at + i, is_bf16) / step + magic) - magic) + levels + 1);
+    }
+    if (out) {
+        for (int64_t i = 0; i < whole; i += LANES) store(out, at + i, load_f32(row + i), is_bf16);
+        if (rest) store_some(out, at + whole, rest, load_f32(row + whole), is_bf16);
+    }
+    if (!integers) return;
+    for (int64_t i = 0; i < width; i += LANES) {
+        vec size = absolute(load_f32(row + i));
+        most = either(size > most, size, most);
+    }
+    float largest = 1e-12f;
+    for (int i = 0; i < LANES; i++) largest = most[i] > largest ? most[i] : largest;
+    *step = largest / levels;
+    for (int64_t i = 0; i < width; i += LANES) {
+        vec rounded = (load_f32(row + i) / *step + magic) - magic;
+        bvec bytes = __builtin_convertvector(__builtin_convertvector(rounded, ivec) + (levels + 1), bvec);
+        memcpy(integers + at + i, &bytes, i < whole ? LANES : rest);
+    }
+}
+
+/* Rows of x [rows, width], to which `added` is added first, if it is not null, in place: through what `kind` says into
+ * `out`, in their format, and rounded to integers from -levels to levels, stored with `levels + 1` added, each row by a
+ * step of its own, its largest absolute value / levels. `out` or `integers` may be null, and weight and bias of a norm. */
+void prepare_rows(int kind, void *x, const void *added, int is_bf16, const void *weight, const void *bias, float epsilon,
+                  void *out, uint8_t *integers, float *steps, int64_t num_rows, int64_t width, int32_t levels) {
+#pragma omp parallel if (num_rows * width > 16384)
+    {
+        float *row = malloc((width + LANES) * sizeof(float));
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < num_rows; r++) {
+#define OF_KIND(KIND, IS_BF16) \
+    if (kind == KIND && is_bf16 == IS_BF16) \
+        prepare_row(KIND, x, added, IS_BF16, weight, bias, epsilon, out, integers, steps + r, r * width, width, levels, row);
+            OF_KIND(AS_IT_IS, 0) OF_KIND(LAYER_NORM, 0) OF_KIND(RMS_NORM, 0) OF_KIND(WITH_GELU, 0)
+            OF_KIND(AS_IT_IS, 1) OF_KIND(LAYER_NORM, 1) OF_KIND(RMS_NORM, 1) OF_KIND(WITH_GELU, 1)
+        }
+        free(row);
     }
 }
 

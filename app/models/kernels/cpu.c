@@ -2,33 +2,10 @@
  * Compiled at first use for the processor at hand. Data are fp32 or bf16, as flags say; sums are fp32. */
 #include "vectors.h"
 
-/* GELU in its approximation by tanh (Hendrycks and Gimpel 2016, arXiv:1606.08415) is x * sigmoid(t), where
- * t = x * (FIRST + THIRD * x * x). */
-#define FIRST 1.5957691216057308f
-#define THIRD 0.0713548162726f
-
-INLINE vec sigmoid_vec(vec t) {
-    vec e = exp_vec(-absolute(t));
-    return either(t > 0.0f, all(1), e) / (1.0f + e);
-}
-
-INLINE vec gelu_vec(vec x) { return x * sigmoid_vec(x * (all(FIRST) + THIRD * x * x)); }
-
 /* s + x * s * (1 - s) * t', s being the sigmoid of t. */
 INLINE vec slope_vec(vec x) {
     vec square = x * x, s = sigmoid_vec(x * (all(FIRST) + THIRD * square));
     return s + x * s * (1.0f - s) * (all(FIRST) + 3 * THIRD * square);
-}
-
-/* The numbers behind the last whole vector are computed as one too: where a number stands changes nothing. */
-INLINE vec load_some(const void *p, int64_t at, int64_t count, int is_bf16) {
-    vec x = all(0);
-    for (int64_t i = 0; i < count; i++) x[i] = one(p, at + i, is_bf16);
-    return x;
-}
-
-INLINE void store_some(void *p, int64_t at, int64_t count, vec x, int is_bf16) {
-    for (int64_t i = 0; i < count; i++) put(p, at + i, x[i], is_bf16);
 }
 
 void gelu(const void *x, void *y, int is_bf16, int64_t count) {

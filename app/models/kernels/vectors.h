@@ -1,5 +1,5 @@
-/* Vectors of fp32, as wide as the processor's: loading and storing them as fp32 or bf16, and e^x. For the kernels that
- * are compiled at first use for the processor at hand. */
+/* Vectors of fp32, as wide as the processor's: loading and storing them as fp32 or bf16, e^x and GELU. For the kernels
+ * that are compiled at first use for the processor at hand. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -118,4 +118,27 @@ INLINE uint16_t to_bf16(float x) { /* to the nearest, ties to even */
 INLINE void put(void *p, int64_t at, float x, int is_bf16) {
     if (is_bf16) ((uint16_t *)p)[at] = to_bf16(x);
     else ((float *)p)[at] = x;
+}
+
+/* GELU in its approximation by tanh (Hendrycks and Gimpel 2016, arXiv:1606.08415) is x * sigmoid(t), where
+ * t = x * (FIRST + THIRD * x * x). */
+#define FIRST 1.5957691216057308f
+#define THIRD 0.0713548162726f
+
+INLINE vec sigmoid_vec(vec t) {
+    vec e = exp_vec(-absolute(t));
+    return either(t > 0.0f, all(1), e) / (1.0f + e);
+}
+
+INLINE vec gelu_vec(vec x) { return x * sigmoid_vec(x * (all(FIRST) + THIRD * x * x)); }
+
+/* The numbers behind the last whole vector are computed as one too: where a number stands changes nothing. */
+INLINE vec load_some(const void *p, int64_t at, int64_t count, int is_bf16) {
+    vec x = all(0);
+    for (int64_t i = 0; i < count; i++) x[i] = one(p, at + i, is_bf16);
+    return x;
+}
+
+INLINE void store_some(void *p, int64_t at, int64_t count, vec x, int is_bf16) {
+    for (int64_t i = 0; i < count; i++) put(p, at + i, x[i], is_bf16);
 }

@@ -1,0 +1,79 @@
+"""A block of the decoder on a CPU in fewer passes over its rows: norms, GELU and the rounding for int8 in one each."""
+
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from app.engine.kernels import Before, Kernels
+from app.engine.packing import PackedInt8
+from app.engine.site import Site
+from app.models.decoder import Block, rotate
+from app.models.kernels.gelu import gelu
+
+
+class FusedBlock(nn.Module):
+    """Computes what `block` does, whose layers are sites; `x` is overwritten."""
+
+    def __init__(self, block: Block, kernels: Kernels) -> None:
+        super().__init__()
+        attn, mlp, sites = block.attn, block.mlp, dict(block.named_modules())
+        self._layer, self._heads, self._head_width = attn.layer, attn.heads, attn.head_width
+        self._activation = None if mlp.activation is gelu else mlp.activation
+        self._qkv = _Product(kernels, sites["attn_norm"], sites["attn.qkv"])
+        self._out = _Product(kernels, None, sites["attn.out"])
+        self._up = _Product(kernels, sites["mlp_norm"], sites["mlp.up"])
+        self._down = _Product(kernels, "gelu" if self._activation is None else None, sites["mlp.down"])
+
+    def forward(self, x: Tensor, context: Any, rotation: Any) -> Tensor:
+        """As `Block`'s, of one row of tokens [1, time, width]."""
+        rows = x[0]
+        heads = self._qkv(rows).view(1, len(rows), -1, self._head_width).transpose(1, 2)
+        q, k, v = heads.split(self._heads, dim=1)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        mixed = context.attend(self._layer, q, k, v)[0].transpose(0, 1).flatten(1)
+        hidden = self._up(rows, self._out(mixed))
+        if self._activation is not None:
+            hidden = self._activation(hidden)
+        rows += self._down(hidden)
+        return x
+
+
+class _Product:
+    """A linear layer and what comes right before it."""
+
+    def __init__(self, kernels: Kernels, before: nn.Module | Literal["gelu"] | None, layer: nn.Module) -> None:
+        assert isinstance(layer, Site)
+        self._kernels, self._layer = kernels, layer
+        self._norm = before if isinstance(before, Site) else None
+        self._before = Before(before.base if isinstance(before, Site) else before)
+        self._rounded = layer.base if isinstance(layer.base, PackedInt8) else None
+
+    def __call__(self, x: Tensor, added: Tensor | None = None) -> Tensor:
+        """[rows, out] of `x` [rows, in], to which `added` is added first, in place."""
+        layer, rounded, norm = self._layer, self._rounded, self._norm
+        is_changed = norm is not None and norm.is_active
+        values, integers, steps = self._kernels.prepare(
+            x,
+            self._before,
+            added,
+            has_values=rounded is None or layer.is_active or is_changed,
+            levels=None if rounded is None or is_changed else rounded.levels,
+        )
+        if norm is not None and is_changed:
+            norm.update(x, values)
+            if rounded is not None:
+                integers, steps = self._kernels.round_rows(values, rounded.levels)
+        y = layer.base(values) if rounded is None else rounded.of_rounded(integers, steps, x.dtype)
+        if layer.is_active:
+            layer.update(values, y)
+        return y
+
+
+def fused(block: nn.Module, kernels: Kernels | None) -> FusedBlock | None:
+    """None where there are no kernels for it, or its layers are no sites."""
+    if kernels is None or not isinstance(block, Block):
+        return None
+    sites = dict(block.named_modules())
+    names = ("attn_norm", "attn.qkv", "attn.out", "mlp_norm", "mlp.up", "mlp.down")
+    return FusedBlock(block, kernels) if all(isinstance(sites[name], Site) for name in names) else None
