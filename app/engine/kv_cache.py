@@ -265,9 +265,10 @@ class _Part:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         num_rows = len(self._blocks)
-        self._store(layer, *(part[0, :, :num_rows].transpose(0, 1) for part in (k, v)))
+        self._store(layer, k[0], v[0])
         mixed = q.new_empty(1, q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)  # as the next product reads it
-        mixed[:, :, num_rows:] = 0  # rows that only fill up
+        if num_rows < q.shape[2]:
+            mixed[:, :, num_rows:] = 0  # rows that only fill up
         for rows, long in self._long:
             mixed[:, :, rows] = self._attend_long(layer, long, q[:, :, rows], k[:, :, rows], v[:, :, rows])
         if len(self._short):
@@ -275,12 +276,16 @@ class _Part:
         return mixed
 
     def _store(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """`k` and `v` [rows, kv_heads, head_width]."""
-        cache, kernels = self._cache, self._kernels or self._paged
-        if kernels is None:
-            cache.write(layer, self._blocks, self._offsets, k, v)
+        """`k` and `v` [kv_heads, rows, head_width]; rows that only fill up are left out."""
+        cache, blocks, offsets = self._cache, self._blocks, self._offsets
+        if self._kernels is not None:
+            self._kernels.write(k, v, cache.layers[layer], blocks=blocks, offsets=offsets)
+            return
+        k, v = (part[:, : len(blocks)].transpose(0, 1) for part in (k, v))
+        if self._paged is None:
+            cache.write(layer, blocks, offsets, k, v)
         else:
-            kernels.write(k, v, cache.layers[layer], blocks=self._blocks, offsets=self._offsets)
+            self._paged.write(k, v, cache.layers[layer], blocks=blocks, offsets=offsets)
 
     def _attend_long(self, layer: int, long: _Long, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         is_grouped, num_rows = q.shape[1] != k.shape[1], q.shape[2]

@@ -55,7 +55,7 @@ def test_attention_over_scattered_blocks(compiled, q_dtype, dtype, heads, kv_hea
     for row, length in enumerate(seen.tolist()):
         k, v = (torch.randn(length, kv_heads, width, generator=draw).to(q_dtype) for _ in range(2))
         blocks = tables[row, torch.arange(length) // 16].long()
-        compiled.write(k, v, cached, blocks=blocks, offsets=torch.arange(length) % 16)
+        compiled.write(k.transpose(0, 1), v.transpose(0, 1), cached, blocks=blocks, offsets=torch.arange(length) % 16)
         k, v = (as_cached(part, dtype).transpose(0, 1).unsqueeze(0) for part in (k, v))
         query = as_cached(q[:, row], dtype) if dtype == torch.int8 else q[:, row].float()
         expected[row] = F.scaled_dot_product_attention(query[None, :, None], k, v, enable_gqa=True)[0, :, 0]
@@ -70,7 +70,13 @@ def test_bf16_is_rounded_to_the_nearest(compiled) -> None:
     k = torch.randn(16, 1, 16, generator=torch.Generator().manual_seed(2))
     k[0, 0, :4] = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, float("inf"), -0.0])
     keys, values = torch.zeros(1, 1, 16, 16).bfloat16(), torch.zeros(1, 1, 16, 16).bfloat16()
-    compiled.write(k, k, CachedLayer(keys, values), blocks=torch.zeros(16, dtype=torch.long), offsets=torch.arange(16))
+    compiled.write(
+        k.transpose(0, 1),
+        k.transpose(0, 1),
+        CachedLayer(keys, values),
+        blocks=torch.zeros(16, dtype=torch.long),
+        offsets=torch.arange(16),
+    )
     assert torch.equal(values[0, 0], k[:, 0].bfloat16()) and torch.equal(keys[0, 0].T, k[:, 0].bfloat16())
 
 

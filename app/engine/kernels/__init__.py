@@ -84,12 +84,14 @@ class Kernels:
         )  # fmt: skip
 
     def write(self, k: Tensor, v: Tensor, cached: CachedLayer, *, blocks: Tensor, offsets: Tensor) -> None:
-        """`k` and `v` [rows, kv_heads, head_width] into places `offsets` of `blocks`, both int64 [rows]."""
+        """The first rows of `k` and `v` [kv_heads, rows, head_width] into places `offsets` of `blocks`, both int64, as
+        many as these are."""
         keys = cached.keys
+        kv_heads, _, width = k.shape
         self._library.write_cache(
-            k.data_ptr(), k.stride(0), k.stride(1), v.data_ptr(), v.stride(0), v.stride(1), is_bf16(k),
+            k.data_ptr(), k.stride(1), k.stride(0), v.data_ptr(), v.stride(1), v.stride(0), is_bf16(k),
             keys.data_ptr(), cached.values.data_ptr(), address(cached.key_steps), address(cached.value_steps),
-            _FORMATS[keys.dtype], blocks.data_ptr(), offsets.data_ptr(), *k.shape,
+            _FORMATS[keys.dtype], blocks.data_ptr(), offsets.data_ptr(), blocks.shape[0], kv_heads, width,
         )  # fmt: skip
 
     def multiply_row(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -196,8 +196,8 @@ void attend(const void *q, void *out, int q_is_bf16, int64_t q_row, int64_t q_he
             int64_t table_width, int64_t num_rows, int64_t heads, int64_t kv_heads, int64_t width, float scale) {
     const int64_t size = q_is_bf16 ? 2 : 4;
     const cached cache = {keys, values, key_steps, value_steps};
-    const int64_t group = heads / kv_heads, at_once = num_rows >= 32 ? 2 * heads : 8;
-#pragma omp parallel for schedule(dynamic, at_once) if (num_rows * heads > 16)
+    const int64_t group = heads / kv_heads, at_once = num_rows >= 32 ? 2 * heads : num_rows > 1 ? 8 : 3;
+#pragma omp parallel for schedule(dynamic, at_once) if (num_rows * heads > 8)
     for (int64_t i = 0; i < num_rows * heads; i++) {
         int64_t r = i / heads, head = i % heads, next = i + 1 < num_rows * heads ? i + 1 : i;
         sequence_head of = {tables + table_of_row[r] * table_width, seen[r], head / group};
