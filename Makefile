@@ -58,9 +58,9 @@ clean:
 	$(BIN)/pip install --constraint constraints.txt --editable .
 	@touch $@
 
-.venv/.dev: .venv/.runtime
+.venv/.dev: .venv/.created pyproject.toml constraints.txt
 	$(BIN)/pip install --constraint constraints.txt --editable '.[dev]'
-	@touch $@
+	@touch .venv/.runtime $@
 
 .venv/.audit: .venv/.runtime
 	$(BIN)/pip install --constraint constraints.txt --editable '.[audit]'

@@ -35,6 +35,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest goes first: no process is left with it while the others are done."""
+    for item in items:
+        if "ray_cluster" in getattr(item, "fixturenames", ()) and not _shares_ray(item.path):
+            raise pytest.UsageError(f"{item.nodeid} uses the shared Ray cluster; mark it `ray`, else there is another")
     own_ray, slow = ({item.path for item in items if item.get_closest_marker(marker)} for marker in ("own_ray", "slow"))
     items.sort(key=lambda item: (not _shares_ray(item.path), item.path not in own_ray, item.path not in slow))
 

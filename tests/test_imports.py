@@ -6,7 +6,16 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "torch._dynamo", "torch._inductor", "deepspeed", "mlflow", "matplotlib", "transformers")
+HEAVY = (
+    "torch",
+    "torch._dynamo",
+    "torch._inductor",
+    "deepspeed",
+    "mlflow",
+    "matplotlib",
+    "transformers",
+    "sentence_transformers",
+)
 
 
 def imported_by(code: str) -> set[str]:
@@ -28,8 +37,15 @@ def imported_by(code: str) -> set[str]:
             {"torch", "deepspeed"},
         ),
         ("import app.serving.ingress, app.serving.limiter, app.serving.retriever, app.serving.documents", set()),
+        ("from app.retrieval.embedding import Embedder\nEmbedder().embed(['hay'])", set()),
     ],
-    ids=["the processes that deal out rows", "the driver and the controller", "a worker", "what serves but generators"],
+    ids=[
+        "the processes that deal out rows",
+        "the driver and the controller",
+        "a worker",
+        "what serves but generators",
+        "who embeds",
+    ],
 )
 def test_a_process_imports_no_more_than_it_needs(code: str, expected: set[str]) -> None:
     assert imported_by(code) == expected

@@ -1,21 +1,21 @@
-"""Texts -> unit vectors, by a sentence-transformers model. Knows no chunks, no index and no cluster."""
+"""Texts -> unit vectors, by a model of sentence-transformers' format. Knows no chunks, no index and no cluster."""
 
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
 from app.assets import EMBEDDED_EMBEDDER, model_folder
 from app.errors import UserError
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
+from app.retrieval.static_model import StaticModel, is_static
 
 
 class Embedder:
     """A sentence-transformers model on `device`; `name` is `embedded`, a folder, or a Hugging Face name.
+
+    A static one, as the embedded is, computes on the CPU whatever the device: a copy there would take longer.
 
     Raises:
         UserError: the model is not to be had, or its folder is not one that sentence-transformers opens.
@@ -25,32 +25,58 @@ class Embedder:
         self.name = name
         self.folder = embedder_folder(name)
         self._model = _load(self.folder, name, device)
-        self.width = int(self._encode(["width"]).shape[1])  # its accessor has another name in every major version
+        self.width = int(self._model.encode(["width"]).shape[1])  # its accessor has another name in every version
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """float32 [len(texts), width], each row of length 1; a text without a known token gives a row of zeros."""
         if not texts:
             return np.zeros((0, self.width), dtype=np.float32)
-        vectors = self._encode(texts)
+        vectors = self._model.encode(texts)
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
         return vectors / np.where(lengths > 0, lengths, 1)
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """How many tokens each of `texts` has; special ones are not counted."""
-        tokenizer = self._model.tokenizer
-        if hasattr(tokenizer, "encode_batch"):  # of the `tokenizers` package, as a static embedder has it
-            return [len(encoding.ids) for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
-        return [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
+        return self._model.count_tokens(texts)
 
     @property
     def max_tokens(self) -> int | None:
         """The longest text that is read to its end; none: as long as it may be."""
+        return self._model.max_tokens
+
+
+class _Model(Protocol):
+    @property
+    def max_tokens(self) -> int | None: ...
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray: ...
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]: ...
+
+
+class _LibrarysModel:
+    """Whatever sentence-transformers opens."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        from sentence_transformers import SentenceTransformer
+
+        model = SentenceTransformer(str(folder), device=device, local_files_only=True, trust_remote_code=False)
+        self._model = model.float().eval()
+
+    @property
+    def max_tokens(self) -> int | None:
         longest = self._model.max_seq_length
         return None if longest is None or longest == float("inf") else int(longest)
 
-    def _encode(self, texts: Sequence[str]) -> np.ndarray:
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
         vectors = self._model.encode(list(texts), convert_to_numpy=True, show_progress_bar=False)
         return np.asarray(vectors, dtype=np.float32)
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        tokenizer = self._model.tokenizer
+        if hasattr(tokenizer, "encode_batch"):  # of the `tokenizers` package, as a static model has it
+            return [len(encoding.ids) for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        return [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
 
 
 def embedder_folder(name: str) -> Path:
@@ -68,7 +94,7 @@ def embedder_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _load(folder: Path, name: str, device: str) -> "SentenceTransformer":
+def _load(folder: Path, name: str, device: str) -> _Model:
     if not (folder / "modules.json").is_file():
         raise UserError(f"embedder={name!r}: {folder} lacks modules.json; give a sentence-transformers model")
     if not any(folder.rglob("*.safetensors")):
@@ -76,10 +102,7 @@ def _load(folder: Path, name: str, device: str) -> "SentenceTransformer":
             f"embedder={name!r}: {folder} lacks weights as .safetensors; pickled ones are not loaded, because they "
             "can run code: save the model again with safe_serialization=True"
         )
-    from sentence_transformers import SentenceTransformer
-
     try:
-        model = SentenceTransformer(str(folder), device=device, local_files_only=True, trust_remote_code=False)
+        return StaticModel(folder) if is_static(folder) else _LibrarysModel(folder, device)
     except Exception as error:  # damaged JSON, weights or tokenizer: every layer raises its own type
         raise UserError(f"embedder={name!r}: {folder} cannot be loaded: {error}") from None
-    return model.float().eval()

@@ -202,14 +202,11 @@ def test_every_number_of_rows_has_a_step_that_is_little_larger(max_rows) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "int8_weight", "int8_dynamic"])
-def test_the_gpus_kernels_answer_as_torch_does_in_tritons_interpreter(kind) -> None:
+def test_the_gpus_kernels_answer_as_torch_does_in_tritons_interpreter() -> None:
     pytest.importorskip("triton", reason="needs Triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}  # read when a kernel is defined, so: a process of its own
     script = Path(__file__).with_name("interpreted_engine.py")
-    run = subprocess.run(
-        [sys.executable, str(script), kind], env=environment, capture_output=True, text=True, timeout=500
-    )
+    run = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stderr
 
 

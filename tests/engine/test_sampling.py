@@ -139,6 +139,7 @@ def kept_by(logits: torch.Tensor, sampling: Sampling) -> list[set[int]]:
     ],
 )
 def test_what_can_be_drawn_is_what_transformers_leaves(logits, sampling, warper):
+    logits = logits[:20]
     left = warper()(torch.zeros(len(logits), 1, dtype=torch.long), logits.clone())
     for row, tokens in enumerate(kept_by(logits, Sampling(max_tokens=1, temperature=1.0, **sampling))):
         allowed = set(left[row].isfinite().nonzero().flatten().tolist())

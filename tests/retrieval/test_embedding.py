@@ -1,3 +1,4 @@
+import json
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import pytest
 
 from app.errors import UserError
 from app.retrieval.embedding import Embedder, embedder_hash
+from app.retrieval.static_model import is_static
 
 
 def test_vectors_have_length_one_and_equal_texts_are_equal(tiny_embedder: Path) -> None:
@@ -22,6 +24,37 @@ def test_a_text_of_unknown_characters_and_no_text_give_zeros(tiny_embedder: Path
     embedder = Embedder(str(tiny_embedder))
     assert not embedder.embed(["", "漢字", "?!"]).any()
     assert embedder.embed([]).shape == (0, 64)
+
+
+@pytest.mark.parametrize("is_quantized", [True, False])
+def test_a_static_model_gives_what_sentence_transformers_gives(
+    tiny_embedder: Path, tmp_path: Path, is_quantized: bool
+) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    theirs = SentenceTransformer(str(tiny_embedder), device="cpu")
+    folder = tiny_embedder
+    if not is_quantized:
+        theirs.save(str(tmp_path / "plain"), create_model_card=False)
+        folder = tmp_path / "plain"
+    assert is_static(folder)
+    texts = ["hay each day", "", "漢字", "A good fleece. " * 400, "?! fleece"]
+    embedder = Embedder(str(folder))
+    assert np.allclose(embedder.embed(texts), theirs.encode(texts), atol=1e-6)
+    ids = [encoding.ids for encoding in theirs.tokenizer.encode_batch(texts, add_special_tokens=False)]
+    assert embedder.count_tokens(texts) == list(map(len, ids))
+    assert embedder.max_tokens is None
+
+
+def test_a_static_model_with_more_to_it_is_left_to_sentence_transformers(tiny_embedder: Path, tmp_path: Path) -> None:
+    plain = Embedder(str(tiny_embedder)).embed(["fleece"])
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_embedder, copy)
+    settings = json.loads((copy / "config_sentence_transformers.json").read_text())
+    settings |= {"prompts": {"query": "hay each day: "}, "default_prompt_name": "query"}
+    (copy / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    assert not is_static(copy)
+    assert not np.allclose(Embedder(str(copy)).embed(["fleece"]), plain, atol=1e-2)
 
 
 def test_the_hash_follows_weights_and_tokenizer(tiny_embedder: Path, tmp_path: Path) -> None:

@@ -37,9 +37,9 @@ METHODS = {
     # What reads weights outside the module that holds them, and what returns its own, which ZeRO-3 has to find whole.
     "mixed": ComposedConfig(parts=(LoraConfig(rank=4, dora=True), AdapterConfig(size=4), PrefixConfig(length=3))),
 }
-ROWS, STEPS, HALF = 32, 20, 10
-STAGES = {0: 1, 1: 2, 2: 16, 3: 4}
-"""ZeRO stages, and into how many micro-batches each worker splits its 16 rows there."""
+ROWS, STEPS, HALF = 16, 8, 4
+STAGES = {0: 1, 1: 2, 2: 8, 3: 4}
+"""ZeRO stages, and into how many micro-batches each worker splits its 8 rows there."""
 
 
 def batch_of(step: int) -> Batch:

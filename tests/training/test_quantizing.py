@@ -15,9 +15,9 @@ from app.training.quantizing import run
 
 @pytest.mark.parametrize("scheme", ["int8_static", "nf4"])
 def test_the_folder_loads_and_both_models_are_measured(
-    scheme: str, tiny_model: Path, small_data: Path, tmp_path: Path
+    scheme: str, tiny_model: Path, tiny_shards: Path, tmp_path: Path
 ) -> None:
-    config = QuantizeConfig(model=str(tiny_model), scheme=scheme, data=str(small_data), output=str(tmp_path / "small"))
+    config = QuantizeConfig(model=str(tiny_model), scheme=scheme, data=str(tiny_shards), output=str(tmp_path / "small"))
     result = run(config)
     assert quantized_bytes(load_decoder(tmp_path / "small")) == result.layers
     assert result.layers.quantized < 0.4 * result.layers.fp32
