@@ -195,7 +195,7 @@ def _draw_ordered(weights: Tensor, samplings: Sequence[Sampling], uniform: Tenso
     """
     vocab_size = weights.shape[1]
     counts = [min(s.top_k or (vocab_size if is_whole else _CANDIDATES), vocab_size) for s in samplings]
-    kept, ids = weights.topk(max(counts))  # in descending order
+    kept, ids = _likeliest(weights, max(counts))
     count = torch.tensor(counts, device=weights.device).unsqueeze(1)
     kept = torch.where(torch.arange(kept.shape[1], device=weights.device) < count, kept, 0.0)
     has_top_k = torch.tensor([s.top_k is not None for s in samplings], device=weights.device)
@@ -211,6 +211,16 @@ def _draw_ordered(weights: Tensor, samplings: Sequence[Sampling], uniform: Tenso
     if short:
         chosen[short] = _draw_ordered(weights[short], [samplings[n] for n in short], uniform[short], is_whole=True)
     return chosen
+
+
+def _likeliest(weights: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of each row of `weights` [rows, vocab_size], fp32 and not negative, and their ids; of equals,
+    which are many in bf16, the first come first: `topk` alone chooses among them by how many are asked for."""
+    last = weights.shape[1] - 1
+    # The bits of such numbers are ordered as the numbers are.
+    keys = weights.contiguous().view(torch.int32).long() << 32 | last - torch.arange(last + 1, device=weights.device)
+    ids = last - (keys.topk(count)[0] & 0xFFFFFFFF)
+    return weights.gather(1, ids), ids
 
 
 def _at_least(weights: Tensor, shares: Sequence[float]) -> Tensor:

@@ -161,7 +161,7 @@ def test_a_rows_token_does_not_depend_on_what_is_asked_for_beside_it(logits):
     ]  # fmt: skip
     flat = torch.cat([logits, torch.zeros(2, logits.shape[1])])  # whose nucleus is larger than the candidates
     samplings = [Sampling(max_tokens=1, temperature=1.3, **values) for values in asked]
-    rows = [(number % len(flat), samplings[number % len(samplings)]) for number in range(60)]
+    rows = [(number % len(flat), samplings[number % len(samplings)]) for number in range(3 * len(flat))]
     together = sample(flat[[row for row, _ in rows]], [Row(s, random.Random(n)) for n, (_, s) in enumerate(rows)])
     alone = [sample(flat[[row]], [Row(s, random.Random(n))])[0] for n, (row, s) in enumerate(rows)]
     assert together == alone
