@@ -1,8 +1,8 @@
 """Settings of serving: the application, `pacos serve`, `pacos ask`, keys. A field's docstring is its documentation."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, model_validator
 
 from app.config.base import Config, LocalPath, Masked, Positive, SearchMode, VectorKind
 from app.config.documents import ChunkingConfig, ReadingConfig
@@ -30,11 +30,19 @@ class GeneratorConfig(Config):
     """Answers that may wait; the next request is refused with 429."""
     max_kv_bytes: Positive | None = None
     """Of the KV cache; none: room for `max_batch_size` whole contexts. Memory is taken as it is used."""
+    kv_dtype: Literal["auto", "fp32", "bf16", "int8"] = "auto"
+    """Of the KV cache; auto: the model's own. int8, on a CPU: half of bf16's memory, keys and values rounded."""
     max_delta_bytes: Positive = 2**30
     """Of the deltas in the base's engine; those that `deltas` does not name are unloaded beyond it, the least recently
     used first."""
     threads: Positive = 2
     device: Literal["cpu", "cuda"] = "cpu"
+
+    @model_validator(mode="after")
+    def _is_on_a_cpu_in_int8(self) -> Self:
+        if self.kv_dtype == "int8" and self.device != "cpu":
+            raise ValueError("kv_dtype: int8 is for a CPU; with device: cuda take bf16")
+        return self
 
 
 class UploadsConfig(ChunkingConfig):

@@ -213,6 +213,7 @@ class ModelLibrary:
             max_batch_size=config.max_batch_size,
             max_queue=config.max_queue,
             max_kv_bytes=config.max_kv_bytes,
+            kv_dtype=config.kv_dtype,
             max_delta_bytes=config.max_delta_bytes,
         )
         device = torch.device(config.device)
@@ -231,7 +232,7 @@ class ModelLibrary:
         delta: str | None = None,
     ) -> ServedModel:
         precision = resolve_precision(self._config.precision, torch.device(self._config.device))
-        parts = [weights, self._fingerprint, precision, json.dumps(template.to_json())]
+        parts = [weights, self._fingerprint, precision, self._config.kv_dtype, json.dumps(template.to_json())]
         model_hash = hashlib.sha256(":".join(parts).encode()).hexdigest()
         info = ModelInfo(full_name, model_hash, context_length, template.to_json())
         return ServedModel(info, front, self._tokenizer, self._token_bytes, template, delta=delta)

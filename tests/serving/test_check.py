@@ -42,6 +42,10 @@ def test_the_shipped_file_has_nothing_wrong():
         (lambda v: v["applications"][0].update(arg={}), "unknown key applications.0.arg; did you mean 'args'"),
         (lambda v: v["applications"][0]["args"].update(nane="x"), "application 'pacos': .*nane.*did you mean 'name'"),
         (lambda v: v["applications"][0]["args"]["generator"].update(threads=0), "generator.threads"),
+        (
+            lambda v: v["applications"][0]["args"]["generator"].update(kv_dtype="int8", device="cuda"),
+            "int8 is for a CPU",
+        ),
         (lambda v: v["applications"][0]["args"]["generator"].update(deltas={"a": "/none"}), "deltas.a='/none'"),
         (lambda v: v["applications"][0]["args"].update(access={"keys_file": "/none.yaml"}), "keys_file='/none.yaml'"),
         (lambda v: v["applications"][0]["deployments"][0].update(name="generater"), "'generater' is none of ingress"),

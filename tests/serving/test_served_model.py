@@ -4,6 +4,7 @@ import shutil
 import time
 
 import pytest
+import torch
 
 from app.config import ApplicationConfig, PromoteConfig, TrackingConfig
 from app.data.encoding import encode_records
@@ -53,6 +54,16 @@ def refusal(generator, request) -> Refusal:
     answer = asyncio.run(generator.complete(request))
     assert isinstance(answer, Refusal), answer
     return answer
+
+
+def test_the_cache_of_keys_and_values_is_kept_as_the_settings_say(model_dir):
+    generator = GeneratorDeployment(config(model_dir, kv_dtype="int8"))
+    try:
+        assert complete(generator, request("An adult alpaca")).completion_tokens == 12
+        (front,) = generator._library.fronts.values()
+        assert front._engine._cache.keys.dtype == torch.int8
+    finally:
+        generator.__del__()
 
 
 def test_a_greedy_answer_is_the_one_that_transformers_gives(generator, greedy):
