@@ -408,8 +408,7 @@ def on_ray(address: Address, *, workers: AnyWorkersConfig | None = None, spare_c
 
 @contextmanager
 def serving(config: ServeConfig, *, on_own_cluster: bool) -> Iterator[str]:
-    """The application, deployed for the block; yields its address. A cluster of our own takes it down itself, but for
-    HAProxy, which is no process of Ray's."""
+    """The application, deployed for the block; yields its address. A cluster of our own takes it down itself."""
     from app.serving.launch import serve_application, stop_application
 
     with console.console.status("deploying"):
@@ -417,7 +416,7 @@ def serving(config: ServeConfig, *, on_own_cluster: bool) -> Iterator[str]:
     try:
         yield url
     finally:
-        if not on_own_cluster or config.proxy == "haproxy":
+        if not on_own_cluster:
             stop_application()
 
 

@@ -14,9 +14,6 @@ from app.errors import UserError
 
 APPLICATION = "pacos"
 START_WITHIN_S = 300.0
-_DRAINING_S = 5
-"""An ingress behind HAProxy goes no sooner: the one HAProxy of the machine has long heard of it by then. Serve's own 30
-are for balancers elsewhere."""
 
 Progress = Callable[[dict[str, str]], None]
 """Called with the state of each deployment, by name, whenever one changes."""
@@ -212,7 +209,6 @@ def proxy_environment(config: ServeConfig, folder: Path) -> dict[str, str]:
         raise UserError("proxy=haproxy needs HAProxy, which comes with Ray on Linux alone; set proxy=serve") from None
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(_DRAINING_S),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
         "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{folder}/metrics.sock",
