@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from app import console
@@ -167,23 +168,26 @@ def index(config: IndexConfig, *, address: Address) -> None:
 
 
 def serve(config: ServeConfig, *, address: Address) -> None:
-    from app.serving.launch import check_folders, check_port_is_free, finish_requests, tracing_environment
+    from app.serving.launch import check_folders, check_port_is_free, cluster_environment, finish_requests
 
     check_folders(config)
-    tracing = tracing_environment(config.tracing)
-    if not (address or os.environ.get("RAY_ADDRESS")):  # else Serve may run there already, and hold the port itself
-        check_port_is_free(config.host, config.port)
-        os.environ.update(tracing)
-    elif tracing:
-        names = " ".join(f"{name}={value}" for name, value in tracing.items())
-        raise UserError(f"tracing.enabled=true, but the cluster runs already; start its nodes with {names}")
-    with on_ray(address) as is_own, serving(config, on_own_cluster=is_own) as url:
-        show_addresses(url)
-        console.say("Ctrl-C stops it.", style="dim")
-        wait_for_interrupt()
-        console.say("finishing what was accepted; Ctrl-C again does not wait for it", style="dim")
-        with suppress(KeyboardInterrupt):
-            finish_requests(config.drain_s)
+    with TemporaryDirectory(prefix="pacos-") as folder:
+        environment = cluster_environment(config, folder=Path(folder))
+        if not (address or os.environ.get("RAY_ADDRESS")):  # else Serve may run there already, and hold the port itself
+            check_port_is_free(config.host, config.port)
+            os.environ.update(environment)
+        elif environment:
+            names = " ".join(f"{name}={value}" for name, value in environment.items() if not value.startswith(folder))
+            raise UserError(
+                f"the cluster runs already; leave out tracing and proxy, and have its nodes started with {names}"
+            )
+        with on_ray(address) as is_own, serving(config, on_own_cluster=is_own) as url:
+            show_addresses(url)
+            console.say("Ctrl-C stops it.", style="dim")
+            wait_for_interrupt()
+            console.say("finishing what was accepted; Ctrl-C again does not wait for it", style="dim")
+            with suppress(KeyboardInterrupt):
+                finish_requests(config.drain_s)
 
 
 def check_serving(config: ServeConfig) -> None:

@@ -184,6 +184,9 @@ class ServeConfig(ApplicationConfig):
     port: Port = 8000
     tls: TlsConfig | None = None
     """None speaks HTTP."""
+    proxy: Literal["serve", "haproxy"] = "serve"
+    """What requests come to first: Serve's own proxy, in Python; or HAProxy, which sends them straight to the ingress,
+    for a fraction of the work (docs/serving.md says what else differs)."""
     tracing: TracingConfig = TracingConfig()
 
 

@@ -27,6 +27,7 @@ from app.serving.messages import (
     Completion,
     Embeddings,
     GenerateRequest,
+    Items,
     ModelInfo,
     Piece,
     Refusal,
@@ -190,13 +191,14 @@ class Answering:
             while True:
                 try:
                     async with asyncio.timeout_at(deadline):
-                        item = await anext(response)
+                        items: Items = await anext(response)
                 except StopAsyncIteration:
                     finished = True
                     return
                 except Exception as error:
                     raise self._api_error(error) from error
-                yield _unless_refused(item)
+                for item in items:
+                    yield _unless_refused(item)
         finally:
             if not finished:
                 _cancel(response)

@@ -22,8 +22,8 @@ from app.serving.messages import (
     Collector,
     Completion,
     GenerateRequest,
+    Items,
     ModelInfo,
-    Piece,
     Refusal,
     Started,
 )
@@ -67,68 +67,70 @@ class GeneratorDeployment:
     async def complete(self, request: GenerateRequest) -> Completion | Refusal:
         """The whole answer. Cancelling the call aborts the generation."""
         collector = None
-        async with aclosing(self._answered(request)) as items:
-            async for item in items:
-                if isinstance(item, Refusal):
-                    return item
-                if isinstance(item, Started):
-                    collector = Collector(item)
-                elif collector:
-                    collector.add(item)
+        async with aclosing(self._answered(request)) as messages:
+            async for items in messages:
+                for item in items:
+                    if isinstance(item, Refusal):
+                        return item
+                    if isinstance(item, Started):
+                        collector = Collector(item)
+                    elif collector:
+                        collector.add(item)
         assert collector, "a stream begins with Started or Refusal"
         return collector.completion()
 
-    async def stream(self, request: GenerateRequest) -> AsyncGenerator[Started | Piece | Refusal, None]:
+    async def stream(self, request: GenerateRequest) -> AsyncGenerator[Items, None]:
         """`Started`, then pieces. A `Refusal` may come first, or where a failure ends the stream."""
-        async with aclosing(self._answered(request)) as items:
-            async for item in items:
-                yield item
+        async with aclosing(self._answered(request)) as messages:
+            async for items in messages:
+                yield items
 
-    async def _answered(self, request: GenerateRequest) -> AsyncGenerator[Started | Piece | Refusal, None]:
+    async def _answered(self, request: GenerateRequest) -> AsyncGenerator[Items, None]:
         watch, span = self._metrics.watch(request.model), GenerationSpan(request)
         try:
-            async with aclosing(self._tried(request)) as items:
-                async for item in items:
-                    watch.see(item, num_choices=request.num_choices)
-                    span.see(item)
-                    yield item
+            async with aclosing(self._tried(request)) as messages:
+                async for items in messages:
+                    for item in items:
+                        watch.see(item, num_choices=request.num_choices)
+                        span.see(item)
+                    yield items
         finally:
             watch.end()
             span.end()
 
-    async def _tried(self, request: GenerateRequest) -> AsyncGenerator[Started | Piece | Refusal, None]:
+    async def _tried(self, request: GenerateRequest) -> AsyncGenerator[Items, None]:
         if request.num_choices > self._max_choices:
-            yield _too_many_choices(request, self._max_choices)
+            yield (_too_many_choices(request, self._max_choices),)
             return
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 model = await self._find(request.model)
             except (UserError, DeltasFull) as error:
-                yield _unavailable_model(request.model, error)
+                yield (_unavailable_model(request.model, error),)
                 return
             if model is None:
-                yield _unknown_model(request.model, list(self._library.models))
+                yield (_unknown_model(request.model, list(self._library.models)),)
                 return
             has_started = False
             try:
-                async with aclosing(_answered(model, request)) as items:
-                    async for item in items:
+                async with aclosing(_answered(model, request)) as messages:
+                    async for items in messages:
                         has_started = True
-                        yield item
+                        yield items
                 return
             except (InvalidRequest, QueueFull, GenerationFailed) as error:
-                yield _refusal(error, model, request)
+                yield (_refusal(error, model, request),)
                 return
             except (UnknownDelta, EngineStopped) as error:
                 is_gone = isinstance(error, EngineStopped) and self._library.get(request.model) is model
                 if has_started or is_gone or attempt == _ATTEMPTS:
-                    yield _refusal(error, model, request)
+                    yield (_refusal(error, model, request),)
                     return
                 if isinstance(error, UnknownDelta):
                     try:
                         await asyncio.to_thread(self._library.load_again, model)
                     except (UserError, DeltasFull) as full:
-                        yield _unavailable_model(request.model, full)
+                        yield (_unavailable_model(request.model, full),)
                         return
 
     async def _find(self, name: str) -> ServedModel | None:
@@ -153,16 +155,15 @@ class GeneratorDeployment:
             self._library.shutdown()
 
 
-async def _answered(model: ServedModel, request: GenerateRequest) -> AsyncGenerator[Started | Piece, None]:
+async def _answered(model: ServedModel, request: GenerateRequest) -> AsyncGenerator[Items, None]:
     prompts = await model.encode(request)
     started = Started(model.info.hash, tuple(info for _, info in prompts))
     is_first = True
-    async with aclosing(model.generate(request, [ids for ids, _ in prompts])) as pieces:
-        async for piece in pieces:
-            if is_first:  # only now is it certain that the engine has taken the request
-                yield started
+    async with aclosing(model.generate(request, [ids for ids, _ in prompts])) as batches:
+        async for pieces in batches:
+            # only with the first of them is it certain that the engine has taken the request
+            yield (started, *pieces) if is_first else pieces
             is_first = False
-            yield piece
 
 
 def _refusal(error: Exception, model: ServedModel, request: GenerateRequest) -> Refusal:

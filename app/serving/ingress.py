@@ -284,10 +284,11 @@ async def _events(
         if not isinstance(error, ApiError):
             raise
         return
+    ending = "data: [DONE]\n\n"
     if stream.request.includes_usage:
         prompt_tokens = sum(prompt.num_tokens for prompt in started.prompts)
-        yield _event(stream.usage_chunk(usage(prompt_tokens, num_tokens)))
-    yield "data: [DONE]\n\n"
+        ending = _event(stream.usage_chunk(usage(prompt_tokens, num_tokens))) + ending
+    yield ending
 
 
 def _event(message: CompletionResponse | ChatChunk | ErrorResponse) -> str:

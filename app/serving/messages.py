@@ -213,6 +213,10 @@ class Refusal:
     retry_after_s: int | None = None
 
 
+Items = tuple[Started | Piece | Refusal, ...]
+"""What comes of a request at once. They travel together, because a message costs more than what is in it."""
+
+
 class Collector:
     """Puts a stream's pieces together to the `Completion` that an unstreamed request gets."""
 

@@ -3,7 +3,7 @@
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -67,8 +67,10 @@ class ServedModel:
         """
         return await asyncio.to_thread(lambda: [self._encode(prompt, request.max_tokens) for prompt in request.prompts])
 
-    async def generate(self, request: GenerateRequest, prompts: Sequence[list[int]]) -> AsyncGenerator[Piece, None]:
-        """Pieces of all prompts' answers as they come.
+    async def generate(
+        self, request: GenerateRequest, prompts: Sequence[list[int]]
+    ) -> AsyncGenerator[tuple[Piece, ...], None]:
+        """Pieces of all prompts' answers as they come, at most one for each answer at once.
 
         Raises:
             InvalidRequest, UnknownDelta, QueueFull, GenerationFailed, EngineStopped: as `EngineFront.generate`; one
@@ -77,8 +79,8 @@ class ServedModel:
         answers = [self._answers(index * request.n, ids, request) for index, ids in enumerate(prompts)]
         stream = answers[0] if len(answers) == 1 else merge(answers)
         async with aclosing(stream):
-            async for piece in stream:
-                yield piece
+            async for pieces in stream:
+                yield pieces
 
     def retry_after_s(self) -> int:
         """Seconds until a refused request has a chance, from the queue and how long answers took lately."""
@@ -86,17 +88,19 @@ class ServedModel:
         rounds = stats.waiting / max(1, stats.running)
         return max(1, min(60, math.ceil(rounds * self._mean_duration_s)))
 
-    async def _answers(self, first: int, ids: list[int], request: GenerateRequest) -> AsyncGenerator[Piece, None]:
+    async def _answers(
+        self, first: int, ids: list[int], request: GenerateRequest
+    ) -> AsyncGenerator[tuple[Piece, ...], None]:
         """Of the `n` answers to one prompt, of which the first is choice `first`."""
         answers = [_Answer(TextStream(self.tokenizer, stop=request.stop)) for _ in range(request.n)]
         start = time.monotonic()
         async with aclosing(self.front.batches(ids, self._sampling(request), self.delta)) as batches:
             async for batch in batches:
-                for piece in self._pieces(first, answers, batch):
-                    yield piece
+                if pieces := self._pieces(first, answers, batch):
+                    yield pieces
         self._mean_duration_s += 0.1 * (time.monotonic() - start - self._mean_duration_s)
 
-    def _pieces(self, first: int, answers: Sequence[_Answer], batch: Sequence[Event]) -> Iterable[Piece]:
+    def _pieces(self, first: int, answers: Sequence[_Answer], batch: Sequence[Event]) -> tuple[Piece, ...]:
         """At most one for each answer."""
         pieces: dict[int, Piece] = {}
         for event in batch:
@@ -104,7 +108,7 @@ class ServedModel:
             if piece.text or piece.finish_reason:
                 earlier = pieces.get(event.index)
                 pieces[event.index] = piece if earlier is None else earlier.followed_by(piece)
-        return pieces.values()
+        return tuple(pieces.values())
 
     def _piece(self, index: int, answer: _Answer, event: Event) -> Piece:
         """What `event` makes certain of the answer; without text while that is held back."""

@@ -41,6 +41,7 @@ def main() -> None:
         "machine": describe("torch", "transformers", "ray", "fastapi"),
         "load_average_before": os.getloadavg()[0],
         "model": arguments.model,
+        "proxy": arguments.proxy,
         "clients": arguments.clients,
         "requests": arguments.requests,
         "tokens": arguments.tokens,
@@ -61,7 +62,7 @@ def main() -> None:
             keep("engine", bare_engine(folder, bodies, arguments))
         if {"pacos", "cached", "overload"} & set(arguments.parts):
             options = {"threads": arguments.threads, "batch_size": arguments.batch_size, "log": place / "pacos.log"}
-            with servers.pacos(arguments.model, **options) as url:
+            with servers.pacos(arguments.model, **options, settings=[f"proxy={arguments.proxy}"]) as url:
                 measure_pacos(url, bodies, arguments, keep)
         if "plain" in arguments.parts:
             with servers.fastapi_and_transformers(folder, threads=arguments.threads, log=place / "plain.log") as url:
@@ -81,6 +82,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=64, help="of each answer")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--proxy", default="serve", help="of `pacos serve`: serve or haproxy")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--folder", type=Path, help="keep the servers' logs there")
     parser.add_argument("--json", type=Path, help="file to write the result to")

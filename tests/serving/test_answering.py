@@ -17,7 +17,17 @@ from app.serving import answering as answering_module
 from app.serving.access import current_key
 from app.serving.answering import Answering
 from app.serving.ingress import create_api
-from app.serving.messages import ChatPrompt, Choice, Completion, GenerateRequest, ModelInfo, Piece, PromptInfo, Started
+from app.serving.messages import (
+    ChatPrompt,
+    Choice,
+    Completion,
+    GenerateRequest,
+    Items,
+    ModelInfo,
+    Piece,
+    PromptInfo,
+    Started,
+)
 from tests.serving.local_application import LocalHandle
 
 
@@ -38,10 +48,9 @@ class Generator:
         await asyncio.sleep(self.seconds)
         return Completion(model_hash, (PromptInfo(3),), (Choice(text, "stop", 2),))
 
-    async def stream(self, request: GenerateRequest) -> AsyncGenerator[Started | Piece, None]:
+    async def stream(self, request: GenerateRequest) -> AsyncGenerator[Items, None]:
         completion = await self.complete(request)
-        yield Started(completion.model_hash, completion.prompts)
-        yield Piece(0, completion.choices[0].text, 2, "stop")
+        yield Started(completion.model_hash, completion.prompts), Piece(0, completion.choices[0].text, 2, "stop")
 
 
 def asked(question: str, **fields: Any) -> GenerateRequest:

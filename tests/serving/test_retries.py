@@ -50,7 +50,7 @@ class Replicas:
         for item in self.fates.pop(0):
             if isinstance(item, Exception):
                 raise item
-            yield item
+            yield (item,)
 
 
 def answering(replicas: Replicas, **settings: Any) -> Answering:

@@ -80,9 +80,11 @@ def test_several_prompts_get_the_answers_that_each_gets_alone(generator, greedy)
 
 def test_streamed_pieces_join_to_the_unstreamed_answer(generator):
     async def stream():
-        return [item async for item in generator.stream(request("hay", "dog", max_tokens=30))]
+        return [items async for items in generator.stream(request("hay", "dog", max_tokens=30))]
 
-    started, *pieces = asyncio.run(stream())
+    (started, *first), *rest = asyncio.run(stream())
+    assert first, "the first token comes at once, with the word that there will be some"
+    pieces = [*first, *(piece for items in rest for piece in items)]
     assert isinstance(started, Started) and all(isinstance(piece, Piece) for piece in pieces)
     whole = complete(generator, request("hay", "dog", max_tokens=30))
     for index, choice in enumerate(whole.choices):
