@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from app import console
 from app.commands import on_ray
@@ -9,11 +10,14 @@ from app.config import PromoteBestConfig, PromoteConfig, SweepConfig, WorkersCon
 from app.display.sweep import show_end, show_results, watched_trials
 from app.display.training import show_promoted
 
+if TYPE_CHECKING:
+    from tune.records import TrialRecord
+
 Address = str | None
 
 
 def sweep(config: SweepConfig, *, address: Address, resume: bool) -> None:
-    from tune.report import ranking_table, shown
+    from tune.report import ranking_table
     from tune.results import command_of
     from tune.sweep import needed_resources, plan_sweep
     from tune.sweep import sweep as run
@@ -26,12 +30,19 @@ def sweep(config: SweepConfig, *, address: Address, resume: bool) -> None:
             config,
             checked,
             resume=resume,
-            on_end=lambda trial: show_end(trial, {key: shown(value) for key, value in trial.values.items()}),
+            on_end=lambda trial: show_end(trial, _values(trial)),
             watched=watched_trials,
             warn=lambda text: console.say(text, style="yellow"),
         )
     best = results.best
     show_results(config.output, results, *ranking_table(results), command=command_of(best.config) if best else None)
+
+
+def _values(trial: "TrialRecord") -> dict[str, str]:
+    from tune.report import changes_text, shown
+
+    changes = {"changes": changes_text(trial)} if trial.config.changes else {}
+    return {**{key: shown(value) for key, value in trial.values.items()}, **changes}
 
 
 def promote_best(config: PromoteBestConfig) -> None:

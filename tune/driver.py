@@ -60,6 +60,7 @@ class TrialSource(_NotKept, Searcher):
         packs: Sequence[Any],
         pack_keys: Sequence[str],
         turnstile: Any,
+        exchanges: Any = None,
     ) -> None:
         """`records` are those that have been begun, and `search` names the next; without it there are no others."""
         super().__init__(metric="eval_loss", mode="min")
@@ -67,6 +68,7 @@ class TrialSource(_NotKept, Searcher):
         self._packs = packs
         self._pack_keys = pack_keys
         self._turnstile = turnstile
+        self._exchanges = exchanges
         self._search = search
         over = [record for record in records if record.state != "running"]
         for record in over:
@@ -132,6 +134,8 @@ class TrialSource(_NotKept, Searcher):
         if pack is not None:
             self._packs[pack].leave.remote(str(record.number))
         self._turnstile.leave.remote(record.number)
+        if self._exchanges is not None:
+            self._exchanges.leave.remote(record.number)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the folder has it all."""

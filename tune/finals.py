@@ -12,6 +12,9 @@ from app.config.sweep import SweepConfig
 from tune.records import TrialRecord, begin_record
 from tune.space import trial_config, trial_folder
 
+_OWN = {"seed", "output", "checkpoints", "tracking"}
+"""Settings in which trials may differ and yet try the same."""
+
 
 @dataclass(frozen=True)
 class Finalist:
@@ -54,7 +57,7 @@ def choose_finalists(ranking: Sequence[TrialRecord], count: int) -> list[TrialRe
     distinct: dict[str, TrialRecord] = {}
     for trial in ranking:
         if trial.state == "finished" and trial.loss is not None:
-            distinct.setdefault(trial.config.model_dump_json(exclude={"seed", "output", "tracking"}), trial)
+            distinct.setdefault(trial.config.model_dump_json(exclude=_OWN), trial)
     best_of_each: dict[str, TrialRecord] = {}
     for trial in distinct.values():
         best_of_each.setdefault(trial.method, trial)
@@ -79,7 +82,7 @@ def begin_finals(config: SweepConfig, trials: Sequence[TrialRecord], finalists: 
                     finalist.branch,
                     values,
                     trial_folder(config, number),
-                    trial_config(config, values, number=number),
+                    trial_config(config, values, number=number, changes=finalist.config.changes),
                     trained_parameters=finalist.trained_parameters,
                     repeats=finalist.number,
                 )

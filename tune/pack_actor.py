@@ -15,8 +15,11 @@ class _PackActor:
 
         self._runs = PackedRuns(config, pass_tokens=pass_tokens, parent=parent)
 
-    def join(self, name: str, config: TrainConfig) -> None:
-        self._runs.join(name, config)
+    def join(self, name: str, config: TrainConfig) -> dict[str, Any] | None:
+        return self._runs.join(name, config)
+
+    def hand_over(self, name: str, config: TrainConfig) -> None:
+        self._runs.hand_over(name, config)
 
     def go_on(self, name: str) -> dict[str, Any] | None:
         return self._runs.go_on(name)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from tune.finals import Finalist
+from tune.population import value_of
 from tune.records import TrialRecord
 
 _STOPPED = {"alpha": 0.35, "linewidth": 0.8}
@@ -113,6 +114,21 @@ def draw_parallel(axes: Any, trials: Sequence[TrialRecord], keys: Sequence[str])
     axes.set_xticks(range(len(scales)), [*(key.rpartition(".")[2] for key in keys), "loss"], fontsize=7)
     axes.set(yticks=[], title="What each trial tried, and what it came to (dark: better)")
     axes.spines["left"].set_visible(False)
+
+
+def draw_schedules(axes: Any, trials: Sequence[TrialRecord], *, key: str) -> None:
+    """What `key` was at each step of what has become a trial; the best is thick."""
+    shown = with_loss(trials)
+    colors = _colors(shown)
+    for place, trial in reversed(list(enumerate(shown))):
+        steps = [0, *(change.after for change in trial.config.changes), trial.step]
+        values = [value_of(trial.config, key, after=step) for step in steps]
+        style = {"linewidth": 2.2, "zorder": 3} if not place else {"linewidth": 0.9, "alpha": 0.6}
+        axes.plot(steps, values, drawstyle="steps-post", color=colors[trial.number], **style)
+    values = [value_of(trial.config, key, after=0) for trial in shown]
+    if min(values) > 0 and max(values) / min(values) > 20:
+        axes.set_yscale("log")
+    axes.set(xlabel="step", ylabel=key.rpartition(".")[2], title=f"{key.rpartition('.')[2]} (thick: the best)")
 
 
 def draw_importance(axes: Any, importance: Mapping[str, float]) -> None:

@@ -34,6 +34,8 @@ class TrialRecord:
     trained_parameters: int
     repeats: int | None = None
     """The trial of the search that this one, in the finals, trains again with another seed."""
+    lineage: Sequence[tuple[int, int]] = ()
+    """Of a population: the trials that this one took over, directly or with what it took over, and after which step."""
     state: State = "running"
     """finished: it made all of its steps; stopped: by the scheduler, or as the sweep ended."""
     error: str | None = None
@@ -75,12 +77,13 @@ class TrialRecord:
 
 
 def begin_record(record: TrialRecord) -> None:
-    """Write down what a trial is about to try."""
+    """Write down what a trial is about to try, or goes on with."""
     about = {
         "number": record.number,
         "branch": record.branch,
         "values": record.values,
         "repeats": record.repeats,
+        "lineage": record.lineage,
         "trained_parameters": record.trained_parameters,
         "config": record.config.model_dump(mode="json"),
     }
@@ -126,10 +129,11 @@ def read_record(folder: Path) -> TrialRecord:
         config=config,
         trained_parameters=about["trained_parameters"],
         repeats=about.get("repeats"),
+        lineage=tuple(map(tuple, about.get("lineage", ()))),
         state=ended["state"],
         error=ended["error"],
         rows=read_rows(Path(config.output)),
-        cost=_cost(Path(config.output)),
+        cost=_cost(folder),
     )
 
 
@@ -144,8 +148,11 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _cost(folder: Path) -> float | None:
-    sessions = _json(folder / "worker_hours.json") or []
+def _cost(trial: Path) -> float | None:
+    """Of all that its runs held, also of one that it gave up for another's."""
+    sessions = [
+        session for file in sorted(trial.glob("*/worker_hours.json")) for session in json.loads(file.read_text())
+    ]
     if not sessions or any(session["price_per_hour"] is None for session in sessions):
         return None
     return sum(session["worker_hours"] * session["price_per_hour"] for session in sessions)

@@ -7,11 +7,13 @@ from typing import Any
 
 from app import pages
 from app.atomic import replaced_file, write_text
-from app.config.sweep import SweepConfig
+from app.config.sweep import PopulationConfig, SweepConfig
 from tune.finals import Finalist
-from tune.plots import draw_curves, draw_front, draw_importance, draw_parallel, with_loss
+from tune.plots import draw_curves, draw_front, draw_importance, draw_parallel, draw_schedules, with_loss
+from tune.population import Exchange, read_exchanges
 from tune.records import TrialRecord
 from tune.results import Results, command_of, varying_keys
+from tune.space import flattened_values
 
 
 def write_report(file: Path, config: SweepConfig, results: Results, *, importance: Mapping[str, float]) -> None:
@@ -19,11 +21,20 @@ def write_report(file: Path, config: SweepConfig, results: Results, *, importanc
     parts = [pages.tiles(_tiles(results))]
     if with_loss(results.ranking):
         parts.append(pages.figures(*_draws(results, importance)))
-        if keys := varying_keys(results.ranking):
+        if isinstance(config.scheduler, PopulationConfig):
+            mutated = functools.partial(draw_schedules, trials=results.ranking)
+            parts.append(pages.figures(*(functools.partial(mutated, key=key) for key in config.scheduler.mutate)))
+        elif keys := varying_keys(results.ranking):
             parts.append(pages.wide_figure(functools.partial(draw_parallel, trials=results.ranking, keys=keys)))
     parts += [pages.heading("Ranking", note=_note(results)), pages.ranking(*ranking_table(results))]
+    if exchanges := read_exchanges(file.parent):
+        parts.append(pages.heading("Exchanges", note="A trial that took over another had its weights and optimizer."))
+        parts.append(pages.table({f"after step {each.step}": exchange_text(each) for each in exchanges}))
     if best is not None:
-        parts.append(pages.heading("The best once more", note="The command that computes the same."))
+        note = "The command that computes the same."
+        if best.config.changes:
+            note += " Its changes were found on the way, by exchanges; here they are settings of the run."
+        parts.append(pages.heading("The best once more", note=note))
         parts.append(pages.columns({f"trial {best.number}": command_of(best.config)}))
     failed = {f"trial {trial.number}": trial.error for trial in results.trials if trial.state == "failed"}
     if failed:
@@ -57,10 +68,11 @@ def write_plot(file: Path, results: Results, *, importance: Mapping[str, float],
 def ranking_table(results: Results) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and rows: what varied, and what came of it; of finalists also the mean over other seeds."""
     keys = varying_keys(results.ranking)
-    names = (key.rpartition(".")[2] for key in keys)
+    names = map(_short, keys)
     seeds = ("over seeds",) if results.finalists else ()
-    header = ("", "trial", "state", *names, "weights", "step", "tokens", "loss", *seeds)
-    rows = [_row(place, trial, keys) for place, trial in enumerate(results.ranking, start=1)]
+    changes = ("changes",) if any(trial.config.changes for trial in results.ranking) else ()
+    header = ("", "trial", "state", *names, *changes, "weights", "step", "tokens", "loss", *seeds)
+    rows = [_row(place, trial, keys, changes) for place, trial in enumerate(results.ranking, start=1)]
     if seeds:
         finalists = map(results.finalist, results.ranking)
         rows = [(*row, spread_of(finalist) if finalist else "") for row, finalist in zip(rows, finalists, strict=True)]
@@ -71,12 +83,34 @@ def spread_of(finalist: Finalist) -> str:
     return f"{finalist.mean:.4f} ± {finalist.deviation:.4f} ({len(finalist.runs)})"
 
 
-def _row(place: int, trial: TrialRecord, keys: list[str]) -> tuple[str, ...]:
+def changes_text(trial: TrialRecord) -> str:
+    """What of its settings changed on the way, and when."""
+    return "; ".join(
+        f"after {values.pop('after')}: " + ", ".join(f"{_short(key)} {shown(value)}" for key, value in values.items())
+        for values in (flattened_values(change.model_dump()) for change in trial.config.changes)
+    )
+
+
+def exchange_text(exchange: Exchange) -> str:
+    return "\n".join(
+        f"trial {each.weak} ({exchange.losses[each.weak]:.4f}) took over trial {each.strong} "
+        f"({exchange.losses[each.strong]:.4f}): "
+        + ", ".join(f"{_short(key)} {shown(each.before[key])} → {shown(value)}" for key, value in each.after.items())
+        for each in exchange.takeovers
+    )
+
+
+def _short(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _row(place: int, trial: TrialRecord, keys: list[str], changes: tuple[str, ...]) -> tuple[str, ...]:
     return (
         str(place),
         str(trial.number),
         trial.state,
         *(shown(trial.values.get(key)) for key in keys),
+        *([changes_text(trial)] if changes else []),
         f"{trial.trained_parameters:,}",
         f"{trial.step:,}",
         f"{trial.tokens:,}",

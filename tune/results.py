@@ -10,7 +10,7 @@ from typing import Any
 
 from app.atomic import replaced_file, write_text
 from app.config.schema import TrainConfig
-from app.config.sweep import SweepConfig
+from app.config.sweep import PopulationConfig, SweepConfig
 from app.errors import UserError
 from tune.finals import Finalist, finalists_of
 from tune.held_back import TEST_FILE, TestFigures, read_test
@@ -103,7 +103,8 @@ def write_results(config: SweepConfig, trials: Sequence[TrialRecord], *, ended_b
     _write_table(output / TABLE, results)
     if results.best is not None:
         write_text(output / BEST, json.dumps(_about_best(results, results.best), indent=2) + "\n")
-    importance = importance_of(config, results.ranking)
+    # In a population a loss comes from values that changed on the way.
+    importance = {} if isinstance(config.scheduler, PopulationConfig) else importance_of(config, results.ranking)
     write_plot(output / PLOT, results, importance=importance, title=output.name)
     write_report(output / REPORT, config, results, importance=importance)
     return results
@@ -203,6 +204,7 @@ def _write_table(file: Path, results: Results) -> None:
     import pyarrow.parquet as pq
 
     keys = list(dict.fromkeys(key for trial in results.trials for key in trial.values))
+    has_takeovers = any(trial.lineage for trial in results.trials)
     rows = [
         {
             "rank": place,
@@ -217,6 +219,7 @@ def _write_table(file: Path, results: Results) -> None:
             "cost": trial.cost,
             "trained_parameters": trial.trained_parameters,
             **{key: _cell(trial.values.get(key)) for key in keys},
+            **(_takeovers(trial) if has_takeovers else {}),
             "seed": trial.config.seed,
             "error": trial.error,
             "folder": trial.config.output,
@@ -231,6 +234,14 @@ def _write_table(file: Path, results: Results) -> None:
                 row[key] = None if row[key] is None else str(row[key])
     with replaced_file(file) as staging:
         pq.write_table(pa.Table.from_pylist(rows), staging)
+
+
+def _takeovers(trial: TrialRecord) -> dict[str, str | None]:
+    """What changed on its way, and what it took over, as JSON."""
+    if not trial.config.changes:
+        return {"changes": None, "lineage": None}
+    changes = [change.model_dump(mode="json") for change in trial.config.changes]
+    return {"changes": json.dumps(changes), "lineage": json.dumps(trial.lineage)}
 
 
 def _cell(value: Any) -> Any:

@@ -57,13 +57,14 @@ class RandomSearch:
     def ask(self, number: int) -> Suggestion:
         draw = np.random.default_rng((self._seed, number))
         branch = int(draw.integers(len(self._space)))
-        return branch, {key: _drawn(dimension, draw) for key, dimension in self._space[branch].items()}
+        return branch, {key: drawn(dimension, draw) for key, dimension in self._space[branch].items()}
 
     def tell(self, trial: TrialRecord) -> None:
         pass
 
 
-def _drawn(dimension: Dimension, draw: np.random.Generator) -> Any:
+def drawn(dimension: Dimension, draw: np.random.Generator) -> Any:
+    """A value of `dimension`, each as likely as any."""
     if isinstance(dimension, Choices):
         return dimension.values[int(draw.integers(len(dimension.values)))]
     low, high = dimension.low, dimension.high

@@ -2,15 +2,15 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from app.config import TrainConfig, validate
+from app.config.schema import ChangeConfig
 from app.config.sweep import Branch, Choices, Dimension, SweepConfig
 from app.errors import UserError
-from app.training.fine_tuning import plan_job
 
 TRIALS, RUN = "trials", "run"
 MOST_CHECKED = 500
@@ -34,6 +34,7 @@ class Checked:
 
     trials: tuple[TrainConfig, ...]
     """Such as differ in more than how they are optimized."""
+    least_steps: int
     most_steps: int
 
 
@@ -51,22 +52,47 @@ def trial_folder(config: SweepConfig, number: int) -> Path:
     return Path(config.output) / TRIALS / f"{number:04d}"
 
 
-def run_folder(trial: Path) -> Path:
-    """A run's folder, as `pacos train` makes it."""
-    return trial / RUN
+def place_of(config: SweepConfig, number: int, *, since: int | None = None) -> dict[str, Any]:
+    """Settings of where trial `number`'s run lies and is recorded; one that takes over another after the step `since`
+    goes on in places of its own."""
+    run = RUN if since is None else f"{RUN}-from-{since}"
+    name = f"{Path(config.output).name}-{number:04d}{run.removeprefix(RUN)}"
+    place = {
+        "output": str(trial_folder(config, number) / run),
+        "tracking": config.tracking.model_copy(update={"run_name": name}),
+    }
+    if (checkpoints := config.train.get("checkpoints")) is not None:
+        place["checkpoints"] = _below(checkpoints, place["output"])
+    return place
 
 
-def trial_config(config: SweepConfig, values: Mapping[str, Any], *, number: int = 0) -> TrainConfig:
-    """The training run of a trial.
+def with_secrets(config: TrainConfig, *, tracking_uri: str, checkpoints: str | None) -> TrainConfig:
+    """A trial's configuration as it was written down, which has passwords masked, with those of `train.checkpoints` and
+    of the tracking's URI."""
+    update: dict[str, Any] = {"tracking": config.tracking.model_copy(update={"uri": tracking_uri})}
+    if checkpoints is not None:
+        update["checkpoints"] = _below(checkpoints, config.output)
+    return config.model_copy(update=update)
+
+
+def _below(place: str, output: str) -> str:
+    """A folder of `place`, a folder or URI that all trials have, for the run in `output` alone."""
+    path, query, options = place.partition("?")
+    return "/".join((path.rstrip("/"), *Path(output).parts[-2:])) + query + options
+
+
+def trial_config(
+    config: SweepConfig, values: Mapping[str, Any], *, number: int = 0, changes: Sequence[ChangeConfig] = ()
+) -> TrainConfig:
+    """The training run of a trial; `changes` are those that exchanges have found.
 
     Raises:
         UserError: the settings are none of `pacos train`, or do not go together.
     """
-    settings = _nested({**_DEFAULTS, **flattened_values(config.train), **values})
-    settings["output"] = str(run_folder(trial_folder(config, number)))
-    name = f"{Path(config.output).name}-{number:04d}"
-    settings["tracking"] = config.tracking.model_copy(update={"run_name": name}).model_dump()
-    return validate(TrainConfig, settings)
+    settings = nested({**_DEFAULTS, **flattened_values(config.train), **values}) | place_of(config, number)
+    if changes:
+        settings["changes"] = [change.model_dump() for change in changes]
+    return validate(TrainConfig, settings | {"tracking": settings["tracking"].model_dump()})
 
 
 def check_space(config: SweepConfig) -> Checked:
@@ -75,8 +101,10 @@ def check_space(config: SweepConfig) -> Checked:
     Raises:
         UserError: naming branch, key and value.
     """
+    from app.training.fine_tuning import plan_job  # with torch, which trials in packs and exchanges do without
+
     trials: dict[str, TrainConfig] = {}
-    most_steps = 0
+    steps: set[int] = set()
     for number, branch in enumerate(config.space):
         where = f"space.{number}: " if len(config.space) > 1 else "space: "
         for values in _checked(branch):
@@ -86,10 +114,10 @@ def check_space(config: SweepConfig) -> Checked:
                 about = trial.model_dump_json(exclude={"optimizer", "seed"})
                 if about not in trials:
                     trials[about] = trial
-                    most_steps = max(most_steps, plan_job(trial).total_steps)
+                    steps.add(plan_job(trial).total_steps)
             except UserError as error:
                 raise UserError(f"{where}{error}") from None
-    return Checked(tuple(trials.values()), most_steps)
+    return Checked(tuple(trials.values()), min(steps), max(steps))
 
 
 def _checked(branch: Branch) -> Iterator[Values]:
@@ -120,7 +148,7 @@ def flattened_values(settings: Mapping[str, Any], prefix: str = "") -> dict[str,
     return found
 
 
-def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted keys as maps; a later key replaces what an earlier one says of the same."""
     made: dict[str, Any] = {}
     for key, value in settings.items():

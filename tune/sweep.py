@@ -18,7 +18,7 @@ from typing import Any
 
 from app.atomic import make_folder, write_text
 from app.config.schema import TrainConfig
-from app.config.sweep import AshaConfig, MedianConfig, SweepConfig
+from app.config.sweep import AshaConfig, MedianConfig, PopulationConfig, SweepConfig
 from app.errors import Interrupted, UserError
 from app.run_lock import locked
 from app.tracking.run import open_tracker, tracked_run
@@ -31,7 +31,7 @@ from tune.held_back import evaluate_winner
 from tune.records import TrialRecord, end_record, read_records
 from tune.results import Results, ranked, write_results
 from tune.search import open_search
-from tune.space import Checked, check_space, num_combinations
+from tune.space import Checked, check_space, num_combinations, with_secrets
 
 SWEEP_FILE = "sweep.json"
 _MAY_CHANGE = {"budget", "finals", "pack", "pack_size", "pass_tokens", "max_retries", "tracking", "register_as"}
@@ -54,6 +54,7 @@ def plan_sweep(config: SweepConfig) -> Checked:
     Raises:
         UserError: a setting, data, model or technique that a trial could not start with.
     """
+    _check_secrets(config)
     checked = check_space(config)
     total = _most_trials(config)
     if config.search.type == "grid" and config.budget.trials and total and config.budget.trials < total:
@@ -65,7 +66,44 @@ def plan_sweep(config: SweepConfig) -> Checked:
         for trial in checked.trials:
             if trial.workers.price_per_hour is None:
                 raise UserError("budget.cost needs a price; set train.workers.price_per_hour")
+    if isinstance(config.scheduler, PopulationConfig):
+        _check_population(config.scheduler, config, checked)
     return checked
+
+
+def _check_secrets(config: SweepConfig) -> None:
+    """Refuse URIs as a run's files have them, with which nothing could be reached."""
+    given = {"train.checkpoints": config.train.get("checkpoints"), "tracking.uri": config.tracking.uri}
+    for key, uri in given.items():
+        if uri is not None and "***" in uri:
+            raise UserError(
+                f"{key}={uri!r} has its password masked, as all files of a sweep have it; give the whole URI again, as "
+                f"{key}=URI, or in the configuration as ${{oc.env:NAME}}, which takes it from the environment"
+            )
+
+
+def _check_population(scheduler: PopulationConfig, config: SweepConfig, checked: Checked) -> None:
+    every, evaluated = scheduler.every, {trial.eval_every for trial in checked.trials}
+    if checked.least_steps < checked.most_steps or len(evaluated) > 1:
+        raise UserError(
+            "space: the trials of a population make as many steps each, and are evaluated after the same ones; take "
+            "epochs, max_steps, eval_every and, without max_steps, batch_size out of the space"
+        )
+    if every % max(evaluated):
+        raise UserError(
+            f"scheduler.every={every}: trials are compared by their held-out losses, so it must be a multiple of "
+            f"train.eval_every={max(evaluated)}"
+        )
+    if every >= checked.most_steps:
+        raise UserError(f"scheduler.every={every} is no less than the {checked.most_steps} steps of a trial; lower it")
+    if any(trial.changes for trial in checked.trials):
+        raise UserError("changes: those of a population's trials are what its exchanges make; leave them out")
+    bases = {_base_of(trial) for trial in _packed(config, checked)}
+    if bases and (len(bases) > 1 or _alone(config, checked)):
+        raise UserError(
+            "pack='auto': trials of a population take over from each other, so all are packed over one base with the "
+            "same precision and workers, or none is; set pack=never"
+        )
 
 
 def needed_resources(config: SweepConfig, checked: Checked) -> tuple[float, float]:
@@ -176,11 +214,14 @@ def _run_trials(
     import ray
 
     from tune.driver import Budget, TrialSource, release_all
+    from tune.exchanges import start_exchanges
     from tune.pack_actor import Turnstile
 
     output, most = Path(config.output), _most_trials(config)
     places, packs, keys = _places(config, checked, parent=parent)
     turnstile = ray.remote(Turnstile).options(num_cpus=0).remote(places)
+    secrets = functools.partial(with_secrets, tracking_uri=tracking_uri, checkpoints=config.train.get("checkpoints"))
+    exchanges = None
     try:
         with interruptible() as is_interrupted:
             budget = Budget(config.budget, watch, is_interrupted)
@@ -190,25 +231,38 @@ def _run_trials(
                 config,
                 packs=packs,
                 turnstile=turnstile,
-                at_once=config.pack_size * len(packs) + places,
                 budget=budget,
-                tracking_uri=tracking_uri,
+                with_secrets=secrets,
                 parent=parent,
                 on_end=on_end,
             )
+            at_once = config.pack_size * len(packs) + places
             searched = [record for record in read_records(output) if record.repeats is None]
             if most is None or sum(record.state != "running" for record in searched) < most:
-                fit("search", source(open_search(config), searched), scheduler=_scheduler(config, checked))
+                if isinstance(config.scheduler, PopulationConfig):
+                    assert most is not None  # else the settings would have been refused
+                    _check_room(config, packs, size=most)
+                    at_once = most  # they wait for each other
+                    gone = [record.number for record in searched if record.state != "running"]
+                    exchanges = start_exchanges(config, size=most, gone=gone, packs=packs, with_secrets=secrets)
+                fit(
+                    "search",
+                    source(open_search(config), searched, exchanges=exchanges),
+                    scheduler=_scheduler(config, checked),
+                    exchanges=exchanges,
+                    at_once=at_once,
+                )
             if config.finals.trials and not budget.stop_all():
                 records = read_records(output)
                 ranking = ranked([record for record in records if record.repeats is None])
                 begin_finals(config, records, choose_finalists(ranking, config.finals.trials))
                 records = read_records(output)
                 if waiting := [r for r in records if r.repeats is not None and r.state == "running"]:
-                    fit("finals", source(None, waiting), scheduler=None)
+                    fit("finals", source(None, waiting), scheduler=None, at_once=config.pack_size * len(packs) + places)
     finally:
         release_all(packs, read_records(output))
-        ray.kill(turnstile)
+        for actor in filter(None, (turnstile, exchanges)):
+            ray.kill(actor)
     if is_interrupted():
         raise Interrupted("stopped; --resume goes on, without running what is finished again")
     return budget.spent()
@@ -224,9 +278,10 @@ def _fit(
     turnstile: Any,
     at_once: int,
     budget: Any,
-    tracking_uri: str,
+    with_secrets: Callable[[TrainConfig], TrainConfig],
     parent: str | None,
     on_end: Callable[[TrialRecord], None],
+    exchanges: Any = None,
 ) -> None:
     """The trials of `source` through Ray Tune, `at_once` side by side; without a scheduler each runs to its end."""
     from ray import tune
@@ -236,7 +291,13 @@ def _fit(
 
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     trainable = tune.with_parameters(
-        run_trial, packs=packs, turnstile=turnstile, tracking_uri=tracking_uri, parent=parent
+        run_trial,
+        packs=packs,
+        turnstile=turnstile,
+        exchanges=exchanges,
+        exchange_every=None if exchanges is None else getattr(config.scheduler, "every", None),
+        with_secrets=with_secrets,
+        parent=parent,
     )
     tuner = tune.Tuner(
         # Almost no CPU: those are for packs and for the workers of runs.
@@ -286,6 +347,18 @@ def _places(config: SweepConfig, checked: Checked, *, parent: str | None) -> tup
     if gpus:
         room = min(room, (total.get("GPU", 0) - taken[1]) / gpus)
     return max(1, int(room)), packs, keys
+
+
+def _check_room(config: SweepConfig, packs: list[Any], *, size: int) -> None:
+    """
+    Raises:
+        UserError: a population that is to be packed finds no place for all of it.
+    """
+    if packs and config.pack_size * len(packs) < size:
+        raise UserError(
+            f"a population of {size} trials is in packs all at once, and the cluster has room for {len(packs)} of "
+            f"pack_size={config.pack_size}; raise pack_size"
+        )
 
 
 def _most_trials(config: SweepConfig) -> int | None:

@@ -4,6 +4,7 @@ A trial of an earlier session that is over is not trained again: what it recorde
 scheduler knows what it knew. Imports little, because each trial is a process of its own.
 """
 
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,43 +14,57 @@ import ray
 from ray.exceptions import ActorUnavailableError
 
 from app.config.schema import TrainConfig
-from tune.records import TrialRecord, note_error, read_record
+from tune.records import note_error, read_record, read_rows
 
 RESTARTED_WITHIN_S = 60.0
 
+Current = Callable[[], TrainConfig]
+"""What the trial trains; another thing after a takeover."""
+Meet = Callable[[dict[str, Any] | None], bool]
+"""Takes the trial's last row, waits where there is an exchange after it, and says whether it has taken over another."""
+
 
 def run_trial(
-    settings: dict[str, Any], *, packs: list[Any], turnstile: Any, tracking_uri: str, parent: str | None
-) -> None:
-    """`settings` are what `TrialSource` suggested: the trial's folder, and the pack that it is for."""
-    record = read_record(Path(settings["folder"]))
-    # Not the file's, which has passwords masked.
-    tracking = record.config.tracking.model_copy(update={"uri": tracking_uri})
-    config = record.config.model_copy(update={"tracking": tracking})
-    try:
-        _run(settings, record, config, packs=packs, turnstile=turnstile, parent=parent)
-    except Exception as error:
-        note_error(record.folder, error)
-        raise
-
-
-def _run(
     settings: dict[str, Any],
-    record: TrialRecord,
-    config: TrainConfig,
     *,
     packs: list[Any],
     turnstile: Any,
+    exchanges: Any,
+    exchange_every: int | None,
+    with_secrets: Callable[[TrainConfig], TrainConfig],
     parent: str | None,
 ) -> None:
-    if record.state != "running":
-        for row in record.rows:
-            if "eval_loss" in row:
-                report(row)
-    elif settings["pack"] is not None:
-        _train_in_pack(config, packs[settings["pack"]], name=str(record.number))
-    else:
-        _train_alone(config, turnstile, number=record.number, parent=parent)
+    """`settings` are what `TrialSource` suggested: the trial's folder, and the pack that it is for. In a population
+    trials meet at `exchanges` after each `exchange_every` steps."""
+    folder, pack = Path(settings["folder"]), settings["pack"]
+    record = read_record(folder)
+    try:
+        if record.state != "running":
+            for row in record.rows:
+                if "eval_loss" in row:
+                    report(row)
+            return
+
+        def current() -> TrainConfig:
+            return with_secrets(read_record(folder).config)
+
+        meet = functools.partial(_meet, exchanges, number=record.number, pack=pack)
+        if exchanges is not None:
+            ray.get(exchanges.enter.remote(record.number))
+        if pack is not None:
+            _train_in_pack(current, packs[pack], name=str(record.number), meet=meet)
+        else:
+            every = exchange_every
+            _train_alone(current, turnstile, number=record.number, parent=parent, meet=meet, exchange_every=every)
+    except Exception as error:
+        note_error(folder, error)
+        raise
+
+
+def _meet(exchanges: Any, row: dict[str, Any] | None, *, number: int, pack: int | None) -> bool:
+    if exchanges is None or row is None:
+        return False
+    return ray.get(exchanges.meet.remote(number, row["step"], pack))
 
 
 def report(row: dict[str, Any]) -> None:
@@ -59,9 +74,18 @@ def report(row: dict[str, Any]) -> None:
     tune.report({key: row[key] for key in ("step", "loss", "eval_loss", "eval_tokens") if key in row})
 
 
-def _train_in_pack(config: TrainConfig, pack: Any, *, name: str) -> None:
-    _answer_of(lambda: pack.join.remote(name, config))
-    while (row := ray.get(pack.go_on.remote(name))) is not None:
+def _train_in_pack(current: Current, pack: Any, *, name: str, meet: Meet) -> None:
+    def join() -> dict[str, Any] | None:
+        config = current()
+        return _answer_of(lambda: pack.join.remote(name, config))
+
+    row = join()
+    while True:
+        while meet(row):
+            row = join()
+        row = ray.get(pack.go_on.remote(name))
+        if row is None:
+            break
         report(row)
     ray.get(pack.leave.remote(name))
 
@@ -78,11 +102,29 @@ def _answer_of(call: Callable[[], Any]) -> Any:
             time.sleep(1)
 
 
-def _train_alone(config: TrainConfig, turnstile: Any, *, number: int, parent: str | None) -> None:
-    """A Ray Train run. Its last evaluation is reported once its result is written."""
-    from app.training.fine_tuning import fine_tune, plan_job
+def _train_alone(
+    current: Current, turnstile: Any, *, number: int, parent: str | None, meet: Meet, exchange_every: int | None
+) -> None:
+    """A Ray Train run; in a population one from exchange to exchange. Its last evaluation is reported once its result
+    is written."""
+    from app.training.fine_tuning import plan_job
 
-    job = plan_job(config)
+    while True:
+        job = plan_job(current())
+        step = job.checkpoints.latest_step()
+        if meet(next((row for row in read_rows(Path(job.config.output)) if row["step"] == step), None)):
+            continue
+        until = None if exchange_every is None else (step // exchange_every + 1) * exchange_every
+        until = None if until is None or until >= job.total_steps else until
+        _train_until(until, job, turnstile, number=number, parent=parent)
+        if until is None:
+            return
+
+
+def _train_until(until: int | None, job: Any, turnstile: Any, *, number: int, parent: str | None) -> None:
+    """To the step `until`, or to the end."""
+    from app.training.fine_tuning import fine_tune
+
     last: list[dict[str, Any]] = []
 
     def on_metrics(row: dict[str, Any]) -> None:
@@ -93,8 +135,8 @@ def _train_alone(config: TrainConfig, turnstile: Any, *, number: int, parent: st
 
     ray.get(turnstile.enter.remote(number))
     try:
-        is_begun = (Path(config.output) / "config.json").exists()
-        fine_tune(job, resume=is_begun, on_metrics=on_metrics, parent=parent)
+        is_begun = (Path(job.config.output) / "config.json").exists()
+        fine_tune(job, resume=is_begun, on_metrics=on_metrics, parent=parent, until=until)
     finally:
         ray.get(turnstile.leave.remote(number))
     for row in last[-1:]:

@@ -4,9 +4,9 @@ Owns names, types, defaults and the combinations that cannot work. Does not know
 torch or Ray. A field's docstring is its documentation.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_serializer, model_validator
 
 from app.config.base import (
     AttentionBackend,
@@ -128,6 +128,33 @@ class OptimizerConfig(Config):
         return self
 
 
+class _Changed(Config):
+    """Settings that are others from some step on; one that is none stays as it was."""
+
+    @property
+    def given(self) -> dict[str, Any]:
+        return {name: value for name in type(self).model_fields if (value := getattr(self, name)) is not None}
+
+    @model_serializer
+    def _only_what_changes(self) -> dict[str, Any]:
+        return self.given
+
+
+class ChangedOptimizerConfig(_Changed):
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """The peak; the schedule goes on as before, now as shares of this one."""
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+
+
+class ChangeConfig(_Changed):
+    """What of a run changes on its way."""
+
+    after: Positive
+    """So many steps are made before."""
+    optimizer: ChangedOptimizerConfig | None = None
+    label_smoothing: Fraction | None = None
+
+
 class DeepSpeedConfig(Config):
     zero_stage: Literal[0, 1, 2, 3] = 1
     """ZeRO stage: 0 replicates everything on every worker, 1 partitions the optimizer state, 2 the gradients too, 3 the
@@ -212,6 +239,9 @@ class TrainConfig(Config):
     """Kernel that computes attention; auto takes what torch finds fastest, and the run says which that is."""
     label_smoothing: Fraction = 0.0
     """Share of each label that is spread over the whole vocabulary. Held-out losses are without."""
+    changes: tuple[ChangeConfig, ...] = ()
+    """Settings that are others from some step on, as a population's exchanges found them: `[{after: 50, optimizer:
+    {learning_rate: 2.0e-3}}]`."""
     gradient_checkpointing: bool = False
     """Keep each block's input alone for the backward pass and compute the rest again: less memory, a third slower."""
     compile: bool = False
@@ -246,6 +276,9 @@ class TrainConfig(Config):
             raise ValueError(f"register_as={self.register_as!r} needs an MLflow, and tracking.uri='none' has none")
         if self.register_as is not None and self.method.type == "full":
             raise ValueError(f"register_as={self.register_as!r}: method.type='full' leaves no delta to register")
+        places = [change.after for change in self.changes]
+        if places != sorted(set(places)):
+            raise ValueError(f"changes: after={places} must rise from one change to the next")
         _check_batch(self.batch_size, self.workers)
         return self
 

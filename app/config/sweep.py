@@ -7,10 +7,11 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, TypeAdapter, model_validator
 
-from app.config.base import Config, LocalPath, Positive, Seed
+from app.config.base import Config, LocalPath, Positive, Seed, StorageName
 from app.config.tracking import RegisteredName, TrackingConfig
+from app.errors import masked
 
 _RANGES = ("uniform", "log_uniform", "int_uniform", "log_int_uniform")
 
@@ -146,6 +147,40 @@ class MedianConfig(Config):
     """Other trials that must have come as far."""
 
 
+MUTABLE = ("optimizer.learning_rate", "optimizer.weight_decay", "label_smoothing")
+"""What `train.changes` can change while a run goes."""
+
+
+class PopulationConfig(Config):
+    """Population-based training (Jaderberg et al. 2017, arXiv:1711.09846): all trials go on at once. After each so many
+    steps the worst take over the best ones' weights, optimizers and settings, and change some of those."""
+
+    type: Literal["population"] = "population"
+    mutate: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Keys of the space that change on the way: optimizer.learning_rate, optimizer.weight_decay, label_smoothing. The
+    others are drawn once, and taken over as they are."""
+    every: Positive = 50
+    """Steps from one exchange to the next; a multiple of `train.eval_every`."""
+    fraction: Annotated[float, Field(gt=0, le=0.5)] = 0.25
+    """Share of the population that takes over, from as many of the best."""
+    factors: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (0.8, 1.2)
+    """A number is multiplied by one of these, within its range; of a list a neighbour is taken."""
+    resample: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """How often a key is drawn anew instead."""
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> "PopulationConfig":
+        for key in self.mutate:
+            if key not in MUTABLE:
+                raise ValueError(
+                    f"mutate={key!r} cannot change while a trial trains; those that can are {', '.join(MUTABLE)}. Take "
+                    f"{key} out of mutate and leave it in the space: it is then drawn once for each trial, and a trial "
+                    "that takes over another has the other's"
+                )
+        return self
+
+
 class BudgetConfig(Config):
     """When a sweep ends, whichever comes first. What runs then is stopped, and ranked by what it has reached."""
 
@@ -178,12 +213,28 @@ class PromoteBestConfig(Config):
     alias: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")] = "production"
 
 
+def _with_storage(train: dict[str, Any]) -> dict[str, Any]:
+    """With a relative `checkpoints` made absolute: trials run in directories of their own."""
+    if isinstance(checkpoints := train.get("checkpoints"), str):
+        return {**train, "checkpoints": TypeAdapter(StorageName).validate_python(checkpoints)}
+    return train
+
+
+def _masked(value: Any) -> Any:
+    """As `Masked`, of all that is in `value`."""
+    if isinstance(value, Mapping):
+        return {key: _masked(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_masked(inner) for inner in value]
+    return masked(value) if isinstance(value, str) else value
+
+
 class SweepConfig(Config):
     """`pacos sweep`: many training runs, to find the best technique, size and learning rate."""
 
     output: LocalPath
     """Folder for the sweep: `trials/`, results.parquet, report.html."""
-    train: dict[str, Any]
+    train: Annotated[dict[str, Any], AfterValidator(_with_storage), PlainSerializer(_masked, when_used="json")]
     """Settings of every trial, those of `pacos train` but `output`. Unless set: one worker of two CPUs and threads, no
     sample answers, and only the newest checkpoint is kept."""
     space: Annotated[tuple[Branch, ...], BeforeValidator(_branches), Field(min_length=1)]
@@ -192,8 +243,11 @@ class SweepConfig(Config):
     search: Annotated[GridSearchConfig | RandomSearchConfig | TpeSearchConfig, Field(discriminator="type")] = (
         TpeSearchConfig()
     )
-    scheduler: Annotated[NoSchedulerConfig | AshaConfig | MedianConfig, Field(discriminator="type")] = AshaConfig()
-    """Which trials are stopped early, by their held-out loss each time that they are evaluated."""
+    scheduler: Annotated[
+        NoSchedulerConfig | AshaConfig | MedianConfig | PopulationConfig, Field(discriminator="type")
+    ] = AshaConfig()
+    """Which trials are stopped early, by their held-out loss each time that they are evaluated; or a population, whose
+    worst go on from the best."""
     budget: BudgetConfig = BudgetConfig()
     finals: FinalsConfig = FinalsConfig()
     pack: Literal["auto", "never"] = "auto"
@@ -227,4 +281,22 @@ class SweepConfig(Config):
                 f"finals.trials={self.finals.trials}: they begin when the search is over, and nothing but the whole "
                 "sweep's end ends it; set budget.trials, or finals.trials=0"
             )
+        if isinstance(self.scheduler, PopulationConfig):
+            self._check_population(self.scheduler)
         return self
+
+    def _check_population(self, scheduler: PopulationConfig) -> None:
+        if self.search.type == "tpe":
+            raise ValueError(
+                "search.type='tpe' learns from trials that are over, and a population begins at once; take "
+                "search.type=random or grid"
+            )
+        if self.search.type == "random" and (self.budget.trials or 0) < 2:
+            raise ValueError("budget.trials: how many trials the population has, two at least; set it")
+        for key in scheduler.mutate:
+            for branch in self.space:
+                dimension = branch.get(key)
+                if dimension is None or (isinstance(dimension, Choices) and len(dimension.values) < 2):
+                    raise ValueError(
+                        f"scheduler.mutate={key!r} has nothing to change to; give {key} a range or a list in the space"
+                    )

@@ -110,11 +110,11 @@ def tracked_run(
         yield None
         return
     with told_as_mistakes(tracker.uri):
-        run_id = _resumed(tracker, output) if resume else None
-        run_id = run_id or _created(tracker, name, parent)
+        resumed = _resumed(tracker, output) if resume else None
+        run_id = resumed or _created(tracker, name, parent)
         _log_settings(tracker.client, run_id, settings)
         write_text(output / RUN_FILE, json.dumps({"run_id": run_id, "uri": masked(tracker.uri)}, indent=2) + "\n")
-        run = TrackedRun(tracker.client, run_id, uri=tracker.uri, warn=warn)
+        run = TrackedRun(tracker.client, run_id, uri=tracker.uri, warn=warn, is_new=resumed is None)
     status = "FAILED"
     try:
         yield run
@@ -178,10 +178,12 @@ def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 class TrackedRun:
     """Takes metrics at once and sends them from a thread of its own: no step waits for a store."""
 
-    def __init__(self, client: "MlflowClient", run_id: str, *, uri: str, warn: Warn) -> None:
+    def __init__(self, client: "MlflowClient", run_id: str, *, uri: str, warn: Warn, is_new: bool = True) -> None:
+        """`is_new` says that nothing has been logged to it."""
         self.client = client
         self.run_id = run_id
         self.uri = uri
+        self.is_new = is_new
         self._warn = warn
         self._queue: queue.SimpleQueue[Metric] = queue.SimpleQueue()
         self._waiting: deque[Metric] = deque(maxlen=_KEPT)

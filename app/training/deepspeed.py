@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from app.config.schema import DeepSpeedConfig, OptimizerConfig
 from app.training.checkpointing import Checkpoint
-from app.training.optimizer import MOMENTS, adamw, adamw_state, trained_parameters, unscale_and_clip
+from app.training.optimizer import MOMENTS, adamw, adamw_state, set_rates, trained_parameters, unscale_and_clip
 from app.training.workers import rank, world_size
 
 WHOLE_BELOW = 100_000
@@ -69,9 +69,8 @@ class DeepSpeedOptimizer:
         else:
             self._engine.backward(loss * scale)
 
-    def step(self, learning_rate: float, *, scale: float = 1.0) -> float:
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+    def step(self, learning_rate: float, *, weight_decay: float | None = None, scale: float = 1.0) -> float:
+        set_rates(self._engine.optimizer.param_groups, learning_rate=learning_rate, weight_decay=weight_decay)
         if self._stage:
             self._engine.step()
             return math.inf if self._engine.optimizer.overflow else float(self._engine.get_global_grad_norm())

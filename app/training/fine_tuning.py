@@ -107,10 +107,12 @@ def fine_tune(
     on_metrics: Callable[[Metrics], None] = lambda metrics: None,
     warn: Callable[[str], None] = log_warning,
     parent: str | None = None,
+    until: int | None = None,
 ) -> dict[str, Any]:
     """Train on the cluster; Ray is initialised. Returns a summary, which also stands in `result.json`.
 
-    `warn` is told what went wrong beside the training, which goes on; `parent` is as in `recorded`.
+    `warn` is told what went wrong beside the training, which goes on; `parent` is as in `recorded`. With `until` the
+    run is left after that step, saved, for `resume` to go on, and the summary is empty.
 
     Raises:
         UserError: the output folder holds a run and `resume` is false, or none that can be resumed, or one that runs;
@@ -133,13 +135,15 @@ def fine_tune(
     ) as recording:
         run_on_workers(
             _worker,
-            {"job": job, "inputs": inputs},
+            {"job": job, "inputs": inputs, "until": until},
             workers=config.workers,
             output=output,
             max_failures=config.max_failures,
             on_metrics=recording.add,
             feeding=FeedConfig(job.feed, checkpoints=job.checkpoints, is_elastic=config.workers.is_elastic),
         )
+        if until is not None:
+            return {}
         delta = None if config.method.type == "full" else job.result
         return recording.finish(figures_of(job, recording.log), delta=delta, register_as=config.register_as)
 
@@ -205,8 +209,9 @@ def _worker(payload: dict[str, Any]) -> None:
         batches=lambda start_step: worker_batches(job.feed, start_step=start_step),
         validation=lambda: validation,
         channel=payload["channel"],
+        until=payload["until"],
     )
-    if rank() == 0:
+    if rank() == 0 and payload["until"] is None:
         trained = _trained_model(job)
         sample_after(trained, config, job.manifest, folder=folder)
         with told_if_unwritable(job.result):
@@ -237,6 +242,7 @@ def loop_plan(job: Job, *, workers: int) -> loop.Plan:
         is_packed=is_packed(job.manifest),
         micro_batches=micro_batches(config, workers=workers),
         label_smoothing=config.label_smoothing,
+        changes=config.changes,
     )
 
 

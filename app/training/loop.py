@@ -6,15 +6,15 @@ checkpoints. It knows no Ray, no DeepSpeed and no files.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from app.config.base import Precision
-from app.config.schema import OptimizerConfig
+from app.config.schema import ChangeConfig, OptimizerConfig
 from app.data.batches import Batch
 from app.models.attention import Rows, choose_backend
 from app.models.decoder import Decoder
@@ -46,6 +46,20 @@ class Plan:
     micro_batches: int = 1
     """Into how many a worker's rows of a step are split; their gradients add up."""
     label_smoothing: float = 0.0
+    changes: Sequence[ChangeConfig] = ()
+
+    def at(self, step: int) -> "Plan":
+        """With the settings of `step`, counted from 1."""
+        made = [change for change in self.changes if change.after < step]
+        if not made:
+            return self
+        optimizer = {key: value for change in made if change.optimizer for key, value in change.optimizer.given.items()}
+        smoothing = [change.label_smoothing for change in made if change.label_smoothing is not None]
+        return replace(
+            self,
+            optimizer=self.optimizer.model_copy(update=optimizer),
+            label_smoothing=smoothing[-1] if smoothing else self.label_smoothing,
+        )
 
     def is_due(self, step: int, every: int) -> bool:
         return step % every == 0 or step == self.total_steps
@@ -62,13 +76,15 @@ def run(
     report: Callable[[Metrics], None],
     save: Callable[[int, Metrics], None],
     should_stop: Callable[[], bool] = lambda: False,
+    until: int | None = None,
     loss_scale: float | None = None,
 ) -> int:
-    """Train from `start_step` to `plan.total_steps`; returns the last step made.
+    """Train from `start_step` to `plan.total_steps`, or to `until` before it; returns the last step made.
 
     `batches` yields this worker's part of the steps from `start_step` on; every worker must get as many. `report`
     and `save` are called on every worker, `save(step, metrics)` with the metrics of that step. Where `should_stop()` is
-    true on any worker, all save the step that runs and stop. fp16 starts with `loss_scale`.
+    true on any worker, all save the step that runs and stop; after `until` they save as well. fp16 starts with
+    `loss_scale`.
     """
     device = next(model.parameters()).device
     if device.type == "cpu":
@@ -86,16 +102,18 @@ def run(
         first = {"step": 0, "precision": precision, "kernels": kernels}
         report({**first, **evaluate(model, validation(), precision=plan.precision)})
     batches = one_ahead(batches)
-    for step in range(start_step + 1, plan.total_steps + 1):
+    last_step = plan.total_steps if until is None else until
+    for step in range(start_step + 1, last_step + 1):
         started = time.perf_counter()
         # Dropout draws from the step's own seed, so that a resumed run draws what an unbroken one would have.
         torch.manual_seed((plan.seed * 1_000_003 + step) * 4099 + rank())
-        rate = learning_rate(step - 1, plan.optimizer, total_steps=plan.total_steps)
+        now = plan.at(step)
+        rate = learning_rate(step - 1, now.optimizer, total_steps=plan.total_steps)
         batch = next(batches)
         token_count, num_tokens = sum_over_workers(batch.loss_tokens, batch.num_tokens, device=device)
         factor = scale.value if scale else 1.0
-        nll = _backward(model, optimizer, batch.to(device), plan=plan, token_count=token_count, scale=factor)
-        gradient_norm = optimizer.step(rate, scale=factor)
+        nll = _backward(model, optimizer, batch.to(device), plan=now, token_count=token_count, scale=factor)
+        gradient_norm = optimizer.step(rate, weight_decay=now.optimizer.weight_decay, scale=factor)
         # Looked at after the step is queued: to read a number from a GPU is to wait for all that comes before it.
         nll_sum, num_stopping = sum_over_workers(nll.item(), float(should_stop()), device=device)
         check_finite(nll_sum, "loss", step)
@@ -116,11 +134,11 @@ def run(
         if plan.is_due(step, plan.eval_every):
             metrics |= evaluate(model, validation(), precision=plan.precision)
         report(metrics)
-        if num_stopping or plan.is_due(step, plan.save_every):
+        if num_stopping or step == last_step or plan.is_due(step, plan.save_every):
             save(step, metrics)
         if num_stopping:
             return step
-    return plan.total_steps
+    return last_step
 
 
 def _backward(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from app.config.schema import OptimizerConfig
 from app.models.precision import compute_dtype
 from app.training.checkpointing import Checkpoint
-from app.training.optimizer import MOMENTS, adamw, adamw_state, trained_parameters, unscale_and_clip
+from app.training.optimizer import MOMENTS, adamw, adamw_state, set_rates, trained_parameters, unscale_and_clip
 from app.training.workers import world_size
 
 _MOMENTUM = "momentum_buffer"
@@ -38,7 +38,8 @@ class MuonOptimizer:
     def backward(self, loss: Tensor, *, scale: float = 1.0, is_last: bool = True) -> None:
         (loss * scale).backward()
 
-    def step(self, learning_rate: float, *, scale: float = 1.0) -> float:
+    def step(self, learning_rate: float, *, weight_decay: float | None = None, scale: float = 1.0) -> float:
+        self._weight_decay = self._weight_decay if weight_decay is None else weight_decay
         parameters = [*self._matrices.values(), *self._others.values()]
         if world_size() > 1:
             for parameter in parameters:
@@ -48,8 +49,7 @@ class MuonOptimizer:
         norm = unscale_and_clip(parameters, scale=scale, clip_norm=self._clip_norm)
         if scale == 1.0 or norm.isfinite():
             self._step_matrices(learning_rate)
-            for group in self._adamw.param_groups:
-                group["lr"] = learning_rate
+            set_rates(self._adamw.param_groups, learning_rate=learning_rate, weight_decay=weight_decay)
             self._adamw.step()
         for parameter in parameters:
             parameter.grad = None

@@ -5,7 +5,7 @@ asked for it, so that a checkpoint fits any number of workers.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,10 @@ class Optimizer(Protocol):
     def backward(self, loss: Tensor, *, scale: float = 1.0, is_last: bool = True) -> None:
         """Add the gradients of `loss` · `scale`, to be averaged over the workers; `is_last` before the step."""
 
-    def step(self, learning_rate: float, *, scale: float = 1.0) -> float:
+    def step(self, learning_rate: float, *, weight_decay: float | None = None, scale: float = 1.0) -> float:
         """Divide the gradients by `scale`, clip, update, clear them; returns their global L2 norm before clipping.
 
-        With a `scale`, gradients that are not finite update nothing.
+        With a `scale`, gradients that are not finite update nothing. Without a `weight_decay` it is that of before.
         """
         ...
 
@@ -46,9 +46,19 @@ def adamw(parameters: Mapping[str, nn.Parameter], *, weight_decay: float) -> tor
     matrices = [parameter for parameter in parameters.values() if parameter.dim() > 1]
     vectors = [parameter for parameter in parameters.values() if parameter.dim() <= 1]
     groups = [
-        {"params": group, "weight_decay": decay} for group, decay in ((matrices, weight_decay), (vectors, 0.0)) if group
+        {"params": group, "weight_decay": decay, "decays": group is matrices}
+        for group, decay in ((matrices, weight_decay), (vectors, 0.0))
+        if group
     ]
     return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=True)
+
+
+def set_rates(groups: Iterable[dict[str, Any]], *, learning_rate: float, weight_decay: float | None) -> None:
+    """Of the groups that `adamw` makes; without a `weight_decay` it stays."""
+    for group in groups:
+        group["lr"] = learning_rate
+        if weight_decay is not None and group["decays"]:
+            group["weight_decay"] = weight_decay
 
 
 def adamw_state(checkpoint: Checkpoint, name: str, *, device: torch.device) -> dict[str, Tensor]:
@@ -81,10 +91,9 @@ class PlainOptimizer:
     def backward(self, loss: Tensor, *, scale: float = 1.0, is_last: bool = True) -> None:
         (loss * scale).backward()
 
-    def step(self, learning_rate: float, *, scale: float = 1.0) -> float:
+    def step(self, learning_rate: float, *, weight_decay: float | None = None, scale: float = 1.0) -> float:
         norm = unscale_and_clip(self._parameters.values(), scale=scale, clip_norm=self._clip_norm)
-        for group in self._adamw.param_groups:
-            group["lr"] = learning_rate
+        set_rates(self._adamw.param_groups, learning_rate=learning_rate, weight_decay=weight_decay)
         if scale == 1.0 or norm.isfinite():  # in this order: to ask is to wait for a GPU
             self._adamw.step()
         self._adamw.zero_grad()

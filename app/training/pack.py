@@ -241,10 +241,11 @@ class Pack:
         """The step itself, its gradients being there."""
         member, plan = work.member, work.member.plan
         step = member.step + 1
-        rate = learning_rate(step - 1, plan.optimizer, total_steps=plan.total_steps)
+        now = plan.at(step).optimizer
+        rate = learning_rate(step - 1, now, total_steps=plan.total_steps)
         try:
             check_finite(work.nll, "loss", step)
-            gradient_norm = member.optimizer.step(rate)
+            gradient_norm = member.optimizer.step(rate, weight_decay=now.weight_decay)
             check_finite(gradient_norm, "gradient's norm", step)
         except FloatingPointError as error:
             return error
@@ -306,7 +307,9 @@ class Pack:
             ]
 
     def _smoothing(self, work: _Work) -> float:
-        return work.member.plan.label_smoothing if torch.is_grad_enabled() else 0.0
+        if not torch.is_grad_enabled():
+            return 0.0
+        return work.member.plan.at(work.member.step + 1).label_smoothing
 
 
 class _PackAttention:

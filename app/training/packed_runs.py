@@ -32,6 +32,7 @@ from app.training.fine_tuning import (
 from app.training.loop import Metrics
 from app.training.pack import Member, Pack, why_not_packed
 from app.training.recording import Recording, log_warning, recorded
+from app.training.takeover import begin_from
 from app.training.trainer import check_continues, checkpoint_of, peak_memory_bytes
 
 TOGETHER_WITHIN_S = 1.0
@@ -99,8 +100,8 @@ class PackedRuns:
         self._finishing = ThreadPoolExecutor(1)
         threading.Thread(target=self._work, name="pack", daemon=True).start()
 
-    def join(self, name: str, config: TrainConfig) -> None:
-        """A run that is new, or goes on from what its folder holds.
+    def join(self, name: str, config: TrainConfig) -> Metrics | None:
+        """A run that is new, or goes on from what its folder holds; returns what that told last.
 
         Raises:
             UserError: it cannot be trained here, or its folder or MLflow will not have it.
@@ -141,6 +142,19 @@ class PackedRuns:
             run = self._runs[name] = _Run(job, inputs, member, recording, kept)
         if member.is_done:  # its process was lost between the last step and the result
             self._finishing.submit(self._finish, run, recording.log.rows[-1])
+        return recording.log.rows[-1] if recording.log.rows else None
+
+    def hand_over(self, name: str, config: TrainConfig) -> None:
+        """Begin the run of `config`, in its folder, with the weights and the optimizer that run `name` has here.
+
+        It waits between two steps meanwhile: nobody has asked it to go on.
+        """
+        run = self._runs[name]
+        last = run.recording.log.rows[-1]
+        with run.writing:
+            about = about_step(run.job, run.member.step, inputs=run.inputs)
+            checkpoint = checkpoint_of(run.member.optimizer, last, about=about)
+            begin_from(plan_job(config), checkpoint, rows=run.recording.log.rows)
 
     def _validation(self, job: Job) -> list[Batch]:
         """The held-out records; runs over the same data share them, and the base's loss on them."""

@@ -72,9 +72,16 @@ def recorded(
                 ) as run,
                 RunMetrics(name) as told,
             ):
+                if run is not None and run.is_new:  # one that goes on, but not here before
+                    for metrics in log.rows:
+                        _track(run, metrics)
                 yield Recording(title, output, settings, log, hours, run, told, on_metrics)
         finally:
             hours.end()
+
+
+def _track(run: TrackedRun, metrics: Metrics) -> None:
+    run.log({key: value for key, value in metrics.items() if key != "step"}, step=metrics["step"])
 
 
 @dataclass
@@ -94,7 +101,7 @@ class Recording:
         self.log.add(metrics)
         self.told.add(metrics)
         if self.run is not None:
-            self.run.log({key: value for key, value in metrics.items() if key != "step"}, step=metrics["step"])
+            _track(self.run, metrics)
         self.on_metrics(metrics)
 
     def finish(self, figures: dict[str, Any], *, delta: Path | None = None, register_as: str | None = None) -> dict:

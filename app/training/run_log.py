@@ -11,6 +11,7 @@ from app.run_lock import LOCK_FILE
 from app.training.checkpoint_store import CheckpointStore
 from app.training.loop import Metrics
 
+_CONFIG, _INPUTS = "config.json", "inputs.sha256"
 _MAY_CHANGE = {
     "workers",
     "deepspeed",
@@ -41,7 +42,7 @@ def open_run(config: Config, *, inputs: str, checkpoints: CheckpointStore, resum
     """
     resolved = config.model_dump(mode="json")
     output = Path(resolved["output"])
-    stored, stored_inputs = output / "config.json", output / "inputs.sha256"
+    stored, stored_inputs = output / _CONFIG, output / _INPUTS
     if resume:
         if not stored.exists():
             raise UserError(f"output={str(output)!r} holds no run to resume; leave --resume out to start one")
@@ -62,9 +63,16 @@ def open_run(config: Config, *, inputs: str, checkpoints: CheckpointStore, resum
         raise UserError(
             f"checkpoints={checkpoints.place!r} holds step {step} of another run; name a place for this one alone"
         )
-    write_text(stored_inputs, inputs + "\n")
-    write_text(stored, json.dumps(resolved, indent=2) + "\n")
+    begin_folder(config, inputs=inputs)
     return 0
+
+
+def begin_folder(config: Config, *, inputs: str) -> None:
+    """Write down what `config.output` is the run of."""
+    resolved = config.model_dump(mode="json")
+    output = Path(resolved["output"])
+    write_text(output / _INPUTS, inputs + "\n")
+    write_text(output / _CONFIG, json.dumps(resolved, indent=2) + "\n")
 
 
 def check_is_new(output: Path) -> None:

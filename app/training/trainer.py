@@ -202,9 +202,11 @@ def train_on_worker(
     batches: Callable[[int], Iterator[Batch]],
     validation: Callable[[], Iterable[Batch]],
     channel: Any,
+    until: int | None = None,
     on_save: Callable[[Metrics], None] = lambda metrics: None,
 ) -> Metrics:
-    """Train `model`'s trainable weights from the newest checkpoint, if any, to the plan's end; ends on the device.
+    """Train `model`'s trainable weights from the newest checkpoint, if any, to the plan's end, or to the step `until`;
+    ends on the device.
 
     Returns the metrics of the last step, none where the checkpoint was of the last step already.
 
@@ -255,9 +257,10 @@ def train_on_worker(
         report=report,
         save=save,
         should_stop=should_stop,
+        until=until,
         loss_scale=checkpoint.state["metrics"].get("loss_scale") if checkpoint else None,
     )
-    if last_step < plan.total_steps:
+    if last_step < (plan.total_steps if until is None else until):
         raise Stopped(last_step, plan.total_steps)
     return saved
 

@@ -15,8 +15,8 @@ from tune.plots import _end_of_the_best, pareto_front
 from tune.records import TrialRecord, end_record, read_record, read_records
 from tune.results import command_of, importance_of, ranked, read_best, write_results
 from tune.search import open_search
-from tune.space import trial_config
-from tune.sweep import open_folder
+from tune.space import trial_config, with_secrets
+from tune.sweep import open_folder, plan_sweep
 
 SweepOf = Callable[..., SweepConfig]
 
@@ -138,3 +138,37 @@ def test_only_the_same_sweep_is_resumed(sweep_of: SweepOf, tmp_path: Path) -> No
     with pytest.raises(UserError, match="space: the sweep was started with"):
         open_folder(sweep_of(space={"method.rank": [1, 2]}), resume=True)
     open_folder(first.model_copy(update={"pack_size": 3}), resume=True)
+
+
+SECRET = "s3://key:hunter2@bucket/ranks?region=eu"
+
+
+def test_a_password_of_the_checkpoints_place_is_written_nowhere_and_trials_have_it_yet(sweep_of: SweepOf) -> None:
+    sweep = sweep_of(train={"checkpoints": SECRET})
+    open_folder(sweep, resume=False)
+    past_trial(sweep, 3, {"method.rank": 1}, [6.0, 5.0], state="stopped")
+    files = [path for path in Path(sweep.output).rglob("*") if path.is_file()]
+    assert len(files) > 3 and not any(b"hunter2" in path.read_bytes() for path in files)
+    record = read_record(Path(sweep.output) / "trials/0003")
+    assert record.config.checkpoints == "s3://key:***@bucket/ranks/0003/run?region=eu"
+    config = with_secrets(record.config, tracking_uri="none", checkpoints=sweep.train["checkpoints"])
+    assert config.checkpoints == "s3://key:hunter2@bucket/ranks/0003/run?region=eu"
+    assert config == trial_config(sweep, {"method.rank": 1}, number=3).model_copy(update={"tracking": config.tracking})
+
+
+def test_a_resumed_sweep_wants_the_password_again_from_the_command_or_the_environment(
+    sweep_of: SweepOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = sweep_of(train={"checkpoints": SECRET})
+    open_folder(sweep, resume=False)
+    stored = str(Path(sweep.output) / "sweep.json")
+    with pytest.raises(UserError, match=r"train\.checkpoints='s3://key:\*\*\*@bucket.* give the whole URI again"):
+        plan_sweep(load_config(SweepConfig, file=stored))
+    open_folder(load_config(SweepConfig, file=stored, overrides=[f"train.checkpoints={SECRET}"]), resume=True)
+    monkeypatch.setenv("PLACE", SECRET)
+    given = load_config(SweepConfig, file=stored, overrides=["train.checkpoints=${oc.env:PLACE}"])
+    assert given.train["checkpoints"] == SECRET
+    open_folder(given, resume=True)
+    with pytest.raises(UserError, match="train: the sweep was started with"):
+        open_folder(sweep_of(train={"checkpoints": "s3://key:hunter2@elsewhere/ranks"}), resume=True)
+    assert sweep_of(train={"checkpoints": "here"}).train["checkpoints"] == str(Path("here").absolute())

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -164,11 +165,27 @@ def test_the_best_are_trained_again_with_other_seeds_and_the_winner_is_tested_on
     assert again.best is not None and again.best.number == results.best.number
 
 
+def killed_once(config: SweepConfig, file: Path, is_far_enough: Callable[[], bool]) -> None:
+    """A driver of its own process, killed with all its threads as soon as the sweep has come so far."""
+    import ray
+
+    file.write_text(config.model_dump_json())
+    address = ray.get_runtime_context().gcs_address
+    command = [sys.executable, "-m", "tune.sweep", "--config", str(file), "--address", address]
+    driver = subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True, env={**os.environ, "PYTHONPATH": "."})
+    try:
+        deadline = time.monotonic() + 120
+        while not is_far_enough():
+            assert driver.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+    finally:
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
+
+
 def test_a_sweep_whose_driver_was_killed_goes_on_and_runs_no_finished_trial_again(
     ray_cluster: None, sweep_of: SweepOf, tmp_path: Path
 ) -> None:
-    import ray
-
     config = sweep_of(
         space={"method.rank": [1, 2, 3, 4, 5, 6]},
         train={"epochs": 2, "max_steps": 30, "eval_every": 5, "save_every": 5, "workers": {"cpus": 4, "threads": 1}},
@@ -177,19 +194,8 @@ def test_a_sweep_whose_driver_was_killed_goes_on_and_runs_no_finished_trial_agai
     )
     with pytest.raises(UserError, match="holds no sweep to resume"):
         run(config, resume=True)
-    file = tmp_path / "sweep.json"
-    file.write_text(config.model_dump_json())
-    address = ray.get_runtime_context().gcs_address
-    command = [sys.executable, "-m", "tune.sweep", "--config", str(file), "--address", address]
-    driver = subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True, env={**os.environ, "PYTHONPATH": "."})
-    try:
-        deadline = time.monotonic() + 120
-        while not any(trial.state == "finished" for trial in read_records(Path(config.output))):
-            assert driver.poll() is None and time.monotonic() < deadline
-            time.sleep(0.1)
-    finally:
-        os.killpg(driver.pid, signal.SIGKILL)
-        driver.wait()
+    output = Path(config.output)
+    killed_once(config, tmp_path / "sweep.json", lambda: any(t.state == "finished" for t in read_records(output)))
     before = {trial.number: trial for trial in read_records(Path(config.output)) if trial.state == "finished"}
     written = {n: (Path(trial.config.output) / "result.json").stat().st_mtime_ns for n, trial in before.items()}
     assert 0 < len(before) < 6
@@ -202,3 +208,115 @@ def test_a_sweep_whose_driver_was_killed_goes_on_and_runs_no_finished_trial_agai
     assert written == {n: (Path(trials[n].config.output) / "result.json").stat().st_mtime_ns for n in before}
     for trial in trials:
         assert [row["step"] for row in trial.rows] == list(range(31)), trial.folder
+
+
+def population(sweep_of: SweepOf, **settings: Any) -> SweepConfig:
+    return sweep_of(
+        search={"type": "random", "seed": 1},
+        scheduler={"type": "population", "mutate": ["optimizer.learning_rate"], "every": 2},
+        **settings,
+    )
+
+
+def check_winner(results: Any, tmp_path: Path) -> None:
+    """What an exchange has found is a setting, and so `pacos train` computes it again from the beginning."""
+    best = results.best
+    assert best is not None and best.config.changes
+    again = best.config.model_copy(update={"output": str(tmp_path / "again"), "tracking": TrackingConfig(uri="none")})
+    rows: list[dict[str, Any]] = []
+    fine_tune(plan_job(again), on_metrics=rows.append)
+    assert [row["step"] for row in best.rows] == [row["step"] for row in rows]
+    assert [row["loss"] for row in rows[1:]] == pytest.approx([row["loss"] for row in best.rows[1:]], abs=1e-4)
+    assert rows[-1]["eval_loss"] == pytest.approx(best.loss, abs=1e-4)
+
+
+def test_a_population_exchanges_and_its_winner_is_a_run_that_can_be_trained_again(
+    ray_cluster: None, sweep_of: SweepOf, tmp_path: Path, tracking_store: str
+) -> None:
+    config = population(
+        sweep_of,
+        space={"optimizer.learning_rate": {"log_uniform": [1e-5, 1e-2]}, "method.rank": [2, 3]},
+        budget={"trials": 4},
+        finals={"trials": 1, "seeds": 2},
+        train={"optimizer": {"schedule": "constant"}},
+        tracking={"experiment": "population-test"},
+    )
+    results, trials = run(config)
+    assert [trial.state for trial in trials] == ["finished"] * 6, [trial.error for trial in trials]
+    assert all([row["step"] for row in trial.rows] == list(range(9)) for trial in trials)
+    assert len(list(Path(config.output).glob("exchanges/*.json"))) == 3  # after 2, 4 and 6 of 8 steps
+    searched, finals = trials[:4], trials[4:]
+    changed = [trial for trial in searched if trial.lineage]
+    assert changed and all(trial.config.changes for trial in changed)
+    assert all(run.config.changes == trials[run.repeats or 0].config.changes for run in finals)
+    if not trials[finals[0].repeats or 0].config.changes:  # the best took over nobody: then one that did
+        results = SimpleNamespace(best=min(changed, key=lambda trial: trial.loss or 0))
+    check_winner(results, tmp_path)
+
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=tracking_store)
+    experiment = client.get_experiment_by_name("population-test")
+    found = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    trial = changed[0]
+    tracked = found[trial.config.tracking.run_name or ""]
+    assert json.loads(tracked.data.params["changes"])[-1]["after"] == trial.lineage[-1][1]
+    history = client.get_metric_history(tracked.info.run_id, "loss")
+    assert [point.step for point in history] == list(range(1, 9))
+
+
+def test_a_population_of_runs_of_their_own_exchanges_by_checkpoints(
+    ray_cluster: None, sweep_of: SweepOf, tmp_path: Path
+) -> None:
+    config = population(
+        sweep_of,
+        space={"method.type": "bitfit", "optimizer.learning_rate": {"log_uniform": [1e-5, 1e-2]}},
+        budget={"trials": 2},
+        train={"max_steps": 4, "save_every": 100, "optimizer": {"schedule": "constant"}},
+        tracking={"uri": "none"},
+    )
+    results, trials = run(config)
+    assert [trial.state for trial in trials] == ["finished"] * 2, [trial.error for trial in trials]
+    assert [len(trial.lineage) for trial in trials].count(1) == 1
+    results = SimpleNamespace(best=next(trial for trial in trials if trial.lineage))
+    check_winner(results, tmp_path)
+
+
+def test_a_population_whose_driver_was_killed_goes_on_with_what_was_exchanged(
+    ray_cluster: None, sweep_of: SweepOf, tmp_path: Path
+) -> None:
+    config = population(
+        sweep_of,
+        space={"optimizer.learning_rate": {"log_uniform": [1e-5, 1e-2]}},
+        budget={"trials": 4},
+        train={"epochs": 2, "max_steps": 30, "save_every": 5, "workers": {"cpus": 4, "threads": 1}},
+        tracking={"uri": "none"},
+    )
+    exchanges = Path(config.output) / "exchanges"
+    killed_once(config, tmp_path / "sweep.json", lambda: len(list(exchanges.glob("*.json"))) > 3)
+    decided = {file.name: file.read_text() for file in exchanges.glob("*.json")}
+    assert all(trial.state == "running" for trial in read_records(Path(config.output)))
+    _, trials = run(config, resume=True)
+    assert [trial.state for trial in trials] == ["finished"] * 4, [trial.error for trial in trials]
+    assert all([row["step"] for row in trial.rows] == list(range(31)) for trial in trials)
+    assert {name: (exchanges / name).read_text() for name in decided} == decided
+    assert len(list(exchanges.glob("*.json"))) == 14
+
+
+def test_trials_are_shared_out_over_two_packs_and_rank_as_in_one(
+    ray_cluster: None, sweep_of: SweepOf, tmp_path: Path
+) -> None:
+    config = sweep_of(space={"method.rank": [1, 2, 3, 4]}, pack_size=2, tracking={"uri": "none"})
+    seen: set[int] = set()
+    ends: list[TrialRecord] = []
+
+    def count_packs(record: TrialRecord) -> None:
+        ends.append(record)
+        seen.update(process.pid for process in pack_processes())
+
+    results, trials = run(config, on_end=count_packs)
+    assert len(seen) == 2 and len(ends) == 4
+    assert [trial.state for trial in trials] == ["finished"] * 4, [trial.error for trial in trials]
+    one, _ = run(config.model_copy(update={"output": str(tmp_path / "one"), "pack_size": 4}))
+    assert [trial.number for trial in one.ranking] == [trial.number for trial in results.ranking]
+    assert [t.loss for t in one.ranking] == pytest.approx([t.loss for t in results.ranking], abs=1e-4)

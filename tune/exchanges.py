@@ -1,0 +1,109 @@
+"""Where the trials of a population wait for each other: a Ray actor. Who takes over from whom is `population.py`'s."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from app.config.schema import TrainConfig
+from app.config.sweep import PopulationConfig, SweepConfig
+from tune.population import Exchange, decide, read_exchange, taken_over, write_exchange
+from tune.records import TrialRecord, begin_record, read_record
+from tune.space import trial_folder
+
+HandOver = Callable[[TrialRecord, TrainConfig, int | None], Awaitable[None]]
+"""Begins the run of a configuration where another trial stands, in the pack of that number, or in a run of its own."""
+
+
+class Exchanges:
+    def __init__(self, config: SweepConfig, hand_over: HandOver, *, size: int, gone: Iterable[int] = ()) -> None:
+        """`gone` are those of the `size` trials that are over."""
+        assert isinstance(config.scheduler, PopulationConfig)
+        self._config = config
+        self._every = config.scheduler.every
+        self._hand_over = hand_over
+        self._size = size
+        self._gone = set(gone)
+        self._there: dict[int, dict[int, int | None]] = {}
+        """By step, who has come, and in which pack it is."""
+        self._changed = asyncio.Condition()
+
+    async def enter(self, number: int) -> None:
+        """A trial begins, maybe again: wherever it was, it has yet to come there."""
+        async with self._changed:
+            for there in self._there.values():
+                there.pop(number, None)
+
+    async def leave(self, number: int) -> None:
+        """It is over: nobody waits for it any more."""
+        async with self._changed:
+            self._gone.add(number)
+            self._changed.notify_all()
+
+    async def meet(self, number: int, step: int, pack: int | None) -> bool:
+        """Wait, if there is an exchange after `step`, until it is done; whether the trial has taken over another."""
+        if not step or step % self._every:
+            return False
+        before = self._record(number).lineage
+        async with self._changed:
+            there = self._there.setdefault(step, {})
+            there[number] = pack
+            self._changed.notify_all()
+            await self._changed.wait_for(lambda: self._is_over(step) or len(there.keys() | self._gone) >= self._size)
+            if not self._is_over(step):
+                await self._exchange(step, there)
+                self._changed.notify_all()
+        return self._record(number).lineage != before
+
+    async def _exchange(self, step: int, there: dict[int, int | None]) -> None:
+        """Where it was decided before the driver was killed, what is left of it."""
+        output = Path(self._config.output)
+        exchange = read_exchange(output, step)
+        if exchange is None:
+            exchange = decide(self._config, [self._record(n) for n in there.keys() - self._gone], step=step)
+            write_exchange(output, exchange)
+        for takeover in self._left_of(exchange):
+            weak, strong = self._record(takeover.weak), self._record(takeover.strong)
+            successor = taken_over(self._config, weak, strong, exchange)
+            await self._hand_over(strong, successor.config, there[strong.number])
+            begin_record(successor)
+
+    def _is_over(self, step: int) -> bool:
+        exchange = read_exchange(Path(self._config.output), step)
+        return exchange is not None and not self._left_of(exchange)
+
+    def _left_of(self, exchange: Exchange) -> list[Any]:
+        """What is still to be done."""
+        return [
+            takeover
+            for takeover in exchange.takeovers
+            if not {takeover.weak, takeover.strong} & self._gone
+            and (takeover.strong, exchange.step) not in self._record(takeover.weak).lineage
+        ]
+
+    def _record(self, number: int) -> TrialRecord:
+        return read_record(trial_folder(self._config, number))
+
+
+def start_exchanges(
+    config: SweepConfig,
+    *,
+    size: int,
+    gone: Iterable[int],
+    packs: list[Any],
+    with_secrets: Callable[[TrainConfig], TrainConfig],
+) -> Any:
+    """The actor, for trials in `packs` and in runs of their own."""
+    import ray
+
+    async def hand_over(strong: TrialRecord, target: TrainConfig, pack: int | None) -> None:
+        target = with_secrets(target)
+        if pack is not None:
+            await packs[pack].hand_over.remote(str(strong.number), target)
+            return
+        from app.training.takeover import hand_over as by_checkpoint
+
+        await ray.remote(by_checkpoint).options(num_cpus=0).remote(with_secrets(strong.config), target)
+
+    actor = ray.remote(Exchanges).options(num_cpus=0, max_concurrency=max(1000, 2 * size))
+    return actor.remote(config, hand_over, size=size, gone=gone)
