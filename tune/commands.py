@@ -17,9 +17,9 @@ Address = str | None
 
 
 def sweep(config: SweepConfig, *, address: Address, resume: bool) -> None:
+    from tune.plan import needed_resources, plan_sweep
     from tune.report import ranking_table
     from tune.results import command_of
-    from tune.sweep import needed_resources, plan_sweep
     from tune.sweep import sweep as run
 
     with console.console.status("checking the space"):

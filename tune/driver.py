@@ -18,13 +18,14 @@ from ray.tune.search import Searcher
 from app.config.sweep import BudgetConfig, SweepConfig
 from app.training.optimizer import trained_parameters
 from app.training.pack import why_not_packed
+from tune.plan import base_of
 from tune.records import State, TrialRecord, begin_record, end_record, read_record, read_records
 from tune.search import Search
 from tune.space import trial_config, trial_folder
 
 LOOK_EVERY_S = 2.0
 Packs = dict[str, list[Any]]
-"""Actors by what their trials must have in common (`base_key`)."""
+"""Actors by what their trials must have in common (`base_of`)."""
 
 
 class Watch:
@@ -126,7 +127,7 @@ class TrialSource(_NotKept, Searcher):
         """The emptiest of those that hold its base; None: it has a run of its own."""
         if self._config.pack == "never" or why_not_packed(record.config):
             return None
-        key, load = base_key(record.config), Counter(self._pack_of.values())
+        key, load = base_of(record.config), Counter(self._pack_of.values())
         return min((n for n, of_pack in enumerate(self._pack_keys) if of_pack == key), key=lambda n: load[n])
 
     def _release(self, trial_id: str, record: TrialRecord) -> None:
@@ -188,11 +189,6 @@ class Budget(_NotKept, Stopper):
 
 def _next_number(config: SweepConfig) -> int:
     return max((record.number for record in read_records(Path(config.output))), default=-1) + 1
-
-
-def base_key(config: Any) -> str:
-    """What trials of one pack have in common."""
-    return f"{config.model} {config.precision} {config.workers.model_dump_json(exclude={'count', 'price_per_hour'})}"
 
 
 def count_trained(config: Any) -> int:

@@ -12,26 +12,25 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from app.atomic import make_folder, write_text
-from app.config.schema import TrainConfig
 from app.config.sweep import AshaConfig, MedianConfig, PopulationConfig, SweepConfig
 from app.errors import Interrupted, UserError
 from app.run_lock import locked
 from app.tracking.run import open_tracker, tracked_run
 from app.training.interruption import interruptible
-from app.training.pack import why_not_packed
 from app.training.recording import log_warning
 from app.training.run_log import check_is_new
 from tune.finals import begin_finals, choose_finalists
 from tune.held_back import evaluate_winner
+from tune.plan import alone_of, base_of, most_trials, packed_of
 from tune.records import TrialRecord, end_record, read_records
 from tune.results import Results, ranked, write_results
 from tune.search import open_search
-from tune.space import Checked, check_space, num_combinations, with_secrets
+from tune.space import Checked, with_secrets
 
 SWEEP_FILE = "sweep.json"
 _MAY_CHANGE = {"budget", "finals", "pack", "pack_size", "pass_tokens", "max_retries", "tracking", "register_as"}
@@ -46,74 +45,6 @@ _TUNE_SETTINGS = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial may end without any evaluation
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # they stand in the trials' folders
 }
-
-
-def plan_sweep(config: SweepConfig) -> Checked:
-    """Check all that can be checked before a trial starts.
-
-    Raises:
-        UserError: a setting, data, model or technique that a trial could not start with.
-    """
-    _check_secrets(config)
-    checked = check_space(config)
-    total = _most_trials(config)
-    if config.search.type == "grid" and config.budget.trials and total and config.budget.trials < total:
-        raise UserError(
-            f"budget.trials={config.budget.trials} is less than the grid's {total} combinations; leave it out, or take "
-            "search.type=random"
-        )
-    if config.budget.cost is not None:
-        for trial in checked.trials:
-            if trial.workers.price_per_hour is None:
-                raise UserError("budget.cost needs a price; set train.workers.price_per_hour")
-    if isinstance(config.scheduler, PopulationConfig):
-        _check_population(config.scheduler, config, checked)
-    return checked
-
-
-def _check_secrets(config: SweepConfig) -> None:
-    """Refuse URIs as a run's files have them, with which nothing could be reached."""
-    given = {"train.checkpoints": config.train.get("checkpoints"), "tracking.uri": config.tracking.uri}
-    for key, uri in given.items():
-        if uri is not None and "***" in uri:
-            raise UserError(
-                f"{key}={uri!r} has its password masked, as all files of a sweep have it; give the whole URI again, as "
-                f"{key}=URI, or in the configuration as ${{oc.env:NAME}}, which takes it from the environment"
-            )
-
-
-def _check_population(scheduler: PopulationConfig, config: SweepConfig, checked: Checked) -> None:
-    every, evaluated = scheduler.every, {trial.eval_every for trial in checked.trials}
-    if checked.least_steps < checked.most_steps or len(evaluated) > 1:
-        raise UserError(
-            "space: the trials of a population make as many steps each, and are evaluated after the same ones; take "
-            "epochs, max_steps, eval_every and, without max_steps, batch_size out of the space"
-        )
-    if every % max(evaluated):
-        raise UserError(
-            f"scheduler.every={every}: trials are compared by their held-out losses, so it must be a multiple of "
-            f"train.eval_every={max(evaluated)}"
-        )
-    if every >= checked.most_steps:
-        raise UserError(f"scheduler.every={every} is no less than the {checked.most_steps} steps of a trial; lower it")
-    if any(trial.changes for trial in checked.trials):
-        raise UserError("changes: those of a population's trials are what its exchanges make; leave them out")
-    bases = {_base_of(trial) for trial in _packed(config, checked)}
-    if bases and (len(bases) > 1 or _alone(config, checked)):
-        raise UserError(
-            "pack='auto': trials of a population take over from each other, so all are packed over one base with the "
-            "same precision and workers, or none is; set pack=never"
-        )
-
-
-def needed_resources(config: SweepConfig, checked: Checked) -> tuple[float, float]:
-    """CPUs and GPUs that must be there at once: a pack's for each base, and the largest run of its own."""
-    packs = {_base_of(trial): trial.workers for trial in _packed(config, checked)}
-    alone = [trial.workers for trial in _alone(config, checked)]
-    return (
-        sum(workers.cpus for workers in packs.values()) + max((w.least * w.cpus for w in alone), default=0.0),
-        sum(workers.gpus for workers in packs.values()) + max((w.least * w.gpus for w in alone), default=0.0),
-    )
 
 
 def sweep(
@@ -217,7 +148,7 @@ def _run_trials(
     from tune.exchanges import start_exchanges
     from tune.pack_actor import Turnstile
 
-    output, most = Path(config.output), _most_trials(config)
+    output, most = Path(config.output), most_trials(config)
     places, packs, keys = _places(config, checked, parent=parent)
     turnstile = ray.remote(Turnstile).options(num_cpus=0).remote(places)
     secrets = functools.partial(with_secrets, tracking_uri=tracking_uri, checkpoints=config.train.get("checkpoints"))
@@ -226,31 +157,24 @@ def _run_trials(
         with interruptible() as is_interrupted:
             budget = Budget(config.budget, watch, is_interrupted)
             source = functools.partial(TrialSource, config, packs=packs, pack_keys=keys, turnstile=turnstile)
-            fit = functools.partial(
-                _fit,
-                config,
-                packs=packs,
-                turnstile=turnstile,
-                budget=budget,
-                with_secrets=secrets,
-                parent=parent,
-                on_end=on_end,
-            )
+            shared = {"packs": packs, "turnstile": turnstile, "with_secrets": secrets, "parent": parent}
+            fit = functools.partial(_fit, config, budget=budget, on_end=on_end)
             at_once = config.pack_size * len(packs) + places
             searched = [record for record in read_records(output) if record.repeats is None]
             if most is None or sum(record.state != "running" for record in searched) < most:
+                every, room = None, at_once
                 if isinstance(config.scheduler, PopulationConfig):
                     assert most is not None  # else the settings would have been refused
                     _check_room(config, packs, size=most)
-                    at_once = most  # they wait for each other
+                    every, room = config.scheduler.every, most  # they wait for each other
                     gone = [record.number for record in searched if record.state != "running"]
                     exchanges = start_exchanges(config, size=most, gone=gone, packs=packs, with_secrets=secrets)
                 fit(
                     "search",
                     source(open_search(config), searched, exchanges=exchanges),
+                    {**shared, "exchanges": exchanges, "exchange_every": every},
                     scheduler=_scheduler(config, checked),
-                    exchanges=exchanges,
-                    at_once=at_once,
+                    at_once=room,
                 )
             if config.finals.trials and not budget.stop_all():
                 records = read_records(output)
@@ -258,7 +182,7 @@ def _run_trials(
                 begin_finals(config, records, choose_finalists(ranking, config.finals.trials))
                 records = read_records(output)
                 if waiting := [r for r in records if r.repeats is not None and r.state == "running"]:
-                    fit("finals", source(None, waiting), scheduler=None, at_once=config.pack_size * len(packs) + places)
+                    fit("finals", source(None, waiting), shared, scheduler=None, at_once=at_once)
     finally:
         release_all(packs, read_records(output))
         for actor in filter(None, (turnstile, exchanges)):
@@ -272,33 +196,22 @@ def _fit(
     config: SweepConfig,
     stage: str,
     source: Any,
+    shared: Mapping[str, Any],
     *,
     scheduler: Any,
-    packs: list[Any],
-    turnstile: Any,
     at_once: int,
     budget: Any,
-    with_secrets: Callable[[TrainConfig], TrainConfig],
-    parent: str | None,
     on_end: Callable[[TrialRecord], None],
-    exchanges: Any = None,
 ) -> None:
-    """The trials of `source` through Ray Tune, `at_once` side by side; without a scheduler each runs to its end."""
+    """The trials of `source` through Ray Tune, `at_once` side by side, each told what is `shared`; without a scheduler
+    they run to their ends."""
     from ray import tune
 
     from tune.driver import Ends
     from tune.trial import run_trial
 
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    trainable = tune.with_parameters(
-        run_trial,
-        packs=packs,
-        turnstile=turnstile,
-        exchanges=exchanges,
-        exchange_every=None if exchanges is None else getattr(config.scheduler, "every", None),
-        with_secrets=with_secrets,
-        parent=parent,
-    )
+    trainable = tune.with_parameters(run_trial, **shared)
     tuner = tune.Tuner(
         # Almost no CPU: those are for packs and for the workers of runs.
         tune.with_resources(trainable, {"CPU": 0.01}),
@@ -325,11 +238,11 @@ def _places(config: SweepConfig, checked: Checked, *, parent: str | None) -> tup
     from tune.pack_actor import start_pack
 
     total = ray.cluster_resources()
-    alone = [trial.workers for trial in _alone(config, checked)]
-    bases = {_base_of(trial): trial for trial in _packed(config, checked)}
+    alone = [trial.workers for trial in alone_of(config, checked)]
+    bases = {base_of(trial): trial for trial in packed_of(config, checked)}
     packs, keys = [], []
-    most_trials = _most_trials(config)
-    needed = most_trials if most_trials is None else -(-most_trials // config.pack_size)
+    most = most_trials(config)
+    needed = None if most is None else -(-most // config.pack_size)
     for key, trial in bases.items():
         workers, share = trial.workers, len(bases) + bool(alone)
         room = min(
@@ -359,27 +272,6 @@ def _check_room(config: SweepConfig, packs: list[Any], *, size: int) -> None:
             f"a population of {size} trials is in packs all at once, and the cluster has room for {len(packs)} of "
             f"pack_size={config.pack_size}; raise pack_size"
         )
-
-
-def _most_trials(config: SweepConfig) -> int | None:
-    """None where another budget than their number ends them."""
-    if config.search.type == "grid":
-        return sum(map(num_combinations, config.space))
-    return config.budget.trials
-
-
-def _base_of(trial: TrainConfig) -> str:
-    from tune.driver import base_key
-
-    return base_key(trial)
-
-
-def _packed(config: SweepConfig, checked: Checked) -> list[TrainConfig]:
-    return [trial for trial in checked.trials if config.pack == "auto" and not why_not_packed(trial)]
-
-
-def _alone(config: SweepConfig, checked: Checked) -> list[TrainConfig]:
-    return [trial for trial in checked.trials if config.pack == "never" or why_not_packed(trial)]
 
 
 def _scheduler(config: SweepConfig, checked: Checked) -> Any:

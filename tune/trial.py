@@ -29,10 +29,10 @@ def run_trial(
     *,
     packs: list[Any],
     turnstile: Any,
-    exchanges: Any,
-    exchange_every: int | None,
     with_secrets: Callable[[TrainConfig], TrainConfig],
     parent: str | None,
+    exchanges: Any = None,
+    exchange_every: int | None = None,
 ) -> None:
     """`settings` are what `TrialSource` suggested: the trial's folder, and the pack that it is for. In a population
     trials meet at `exchanges` after each `exchange_every` steps."""

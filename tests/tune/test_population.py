@@ -17,11 +17,11 @@ from app.training.checkpoint_store import CheckpointStore
 from app.training.packed_runs import PackedRuns
 from app.training.takeover import hand_over
 from tune.exchanges import Exchanges
+from tune.plan import plan_sweep
 from tune.population import Exchange, Takeover, decide, read_exchange, taken_over, value_of, write_exchange
 from tune.records import TrialRecord, begin_record, read_record, read_records
 from tune.results import command_of, write_results
 from tune.space import trial_config, trial_folder
-from tune.sweep import plan_sweep
 
 SweepOf = Callable[..., SweepConfig]
 RATE = "optimizer.learning_rate"

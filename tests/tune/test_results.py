@@ -11,12 +11,13 @@ from past_trials import past_trial
 
 from app.config import SweepConfig, TrainConfig, load_config
 from app.errors import UserError
+from tune.plan import plan_sweep
 from tune.plots import _end_of_the_best, pareto_front
 from tune.records import TrialRecord, end_record, read_record, read_records
 from tune.results import command_of, importance_of, ranked, read_best, write_results
 from tune.search import open_search
 from tune.space import trial_config, with_secrets
-from tune.sweep import open_folder, plan_sweep
+from tune.sweep import open_folder
 
 SweepOf = Callable[..., SweepConfig]
 

@@ -8,9 +8,9 @@ import pytest
 
 from app.config import SweepConfig, load_config
 from app.errors import UserError
+from tune.plan import plan_sweep
 from tune.search import open_search
 from tune.space import check_space, grid_of, trial_config
-from tune.sweep import plan_sweep
 
 SweepOf = Callable[..., SweepConfig]
 REPOSITORY = Path(__file__).parents[2]

@@ -20,8 +20,9 @@ from app.training.evaluate import evaluate, plan_evaluation
 from app.training.fine_tuning import fine_tune, plan_job
 from tune.commands import promote_best
 from tune.driver import Budget
+from tune.plan import plan_sweep
 from tune.records import TrialRecord, read_records
-from tune.sweep import plan_sweep, sweep
+from tune.sweep import sweep
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 REPOSITORY = Path(__file__).parents[2]
