@@ -9,6 +9,19 @@ def masked(text: str) -> str:
     return re.sub(r"(?i)\b(\w*(?:password|secret)\w*|(?:\w*_)?token)=[^&\s]+", r"\1=***", text)
 
 
+def check_not_masked(key: str, uri: str | None) -> None:
+    """Refuse a URI as a run's files have it, with which nothing could be reached.
+
+    Raises:
+        UserError: it says how to give the whole one.
+    """
+    if uri is not None and "***" in uri:
+        raise UserError(
+            f"{key}={uri!r} has its password masked, as all files of a run have it; give the whole URI again, as "
+            f"{key}=URI, or in the configuration as ${{oc.env:NAME}}, which takes it from the environment"
+        )
+
+
 class UserError(Exception):
     """A mistake in input, configuration or environment; the message names what, its value and the remedy.
 

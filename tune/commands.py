@@ -2,23 +2,20 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from app import console
 from app.commands import on_ray
 from app.config import PromoteBestConfig, PromoteConfig, SweepConfig, WorkersConfig
 from app.display.sweep import show_end, show_results, watched_trials
 from app.display.training import show_promoted
-
-if TYPE_CHECKING:
-    from tune.records import TrialRecord
+from app.errors import check_not_masked
 
 Address = str | None
 
 
 def sweep(config: SweepConfig, *, address: Address, resume: bool) -> None:
     from tune.plan import needed_resources, plan_sweep
-    from tune.report import ranking_table
+    from tune.report import ranking_table, shown
     from tune.results import command_of
     from tune.sweep import sweep as run
 
@@ -30,19 +27,12 @@ def sweep(config: SweepConfig, *, address: Address, resume: bool) -> None:
             config,
             checked,
             resume=resume,
-            on_end=lambda trial: show_end(trial, _values(trial)),
+            on_end=lambda trial: show_end(trial, {key: shown(value) for key, value in trial.values_now.items()}),
             watched=watched_trials,
             warn=lambda text: console.say(text, style="yellow"),
         )
     best = results.best
     show_results(config.output, results, *ranking_table(results), command=command_of(best.config) if best else None)
-
-
-def _values(trial: "TrialRecord") -> dict[str, str]:
-    from tune.report import changes_text, shown
-
-    changes = {"changes": changes_text(trial)} if trial.config.changes else {}
-    return {**{key: shown(value) for key, value in trial.values.items()}, **changes}
 
 
 def promote_best(config: PromoteBestConfig) -> None:
@@ -55,7 +45,9 @@ def promote_best(config: PromoteBestConfig) -> None:
     run = read_best(folder)
     of_sweep = SweepConfig.model_validate(json.loads((folder / SWEEP_FILE).read_text()))
     name = config.name or of_sweep.register_as or folder.name
-    uri = tracking_uri(of_sweep.tracking.uri, output=of_sweep.output)
+    store = config.tracking or of_sweep.tracking
+    check_not_masked("tracking.uri", store.uri)
+    uri = tracking_uri(store.uri, output=of_sweep.output)
     version = register_finished(run, name, uri=uri)
     chosen = PromoteConfig.model_validate(
         {"name": name, "version": version, "alias": config.alias, "tracking": {"uri": uri}}

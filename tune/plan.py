@@ -2,7 +2,7 @@
 
 from app.config.schema import TrainConfig
 from app.config.sweep import PopulationConfig, SweepConfig
-from app.errors import UserError
+from app.errors import UserError, check_not_masked
 from app.training.pack import why_not_packed
 from tune.space import Checked, check_space, num_combinations
 
@@ -13,7 +13,8 @@ def plan_sweep(config: SweepConfig) -> Checked:
     Raises:
         UserError: a setting, data, model or technique that a trial could not start with.
     """
-    _check_secrets(config)
+    check_not_masked("train.checkpoints", config.train.get("checkpoints"))
+    check_not_masked("tracking.uri", config.tracking.uri)
     checked = check_space(config)
     total = most_trials(config)
     if config.search.type == "grid" and config.budget.trials and total and config.budget.trials < total:
@@ -28,17 +29,6 @@ def plan_sweep(config: SweepConfig) -> Checked:
     if isinstance(config.scheduler, PopulationConfig):
         _check_population(config.scheduler, config, checked)
     return checked
-
-
-def _check_secrets(config: SweepConfig) -> None:
-    """Refuse URIs as a run's files have them, with which nothing could be reached."""
-    given = {"train.checkpoints": config.train.get("checkpoints"), "tracking.uri": config.tracking.uri}
-    for key, uri in given.items():
-        if uri is not None and "***" in uri:
-            raise UserError(
-                f"{key}={uri!r} has its password masked, as all files of a sweep have it; give the whole URI again, as "
-                f"{key}=URI, or in the configuration as ${{oc.env:NAME}}, which takes it from the environment"
-            )
 
 
 def _check_population(scheduler: PopulationConfig, config: SweepConfig, checked: Checked) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from app.atomic import write_text
 from app.config.methods import name_of, parts_of
 from app.config.schema import TrainConfig
+from tune.space import flattened_values
 
 TRIAL_FILE, ENDED_FILE, ERROR_FILE, METRICS_FILE = "trial.json", "ended.json", "error.txt", "metrics.jsonl"
 State = Literal["running", "finished", "stopped", "failed"]
@@ -42,6 +43,12 @@ class TrialRecord:
     rows: Sequence[dict[str, Any]] = field(default=(), repr=False)
     """Of metrics.jsonl."""
     cost: float | None = None
+
+    @property
+    def values_now(self) -> Mapping[str, Any]:
+        """`values`, with what has changed since."""
+        changes = (flattened_values(change.model_dump()) for change in self.config.changes)
+        return {**self.values, **{key: value for change in changes for key, value in change.items() if key != "after"}}
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:

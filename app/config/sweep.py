@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, TypeAdapter, model_validator
 
 from app.config.base import Config, LocalPath, Positive, Seed, StorageName
-from app.config.tracking import RegisteredName, TrackingConfig
+from app.config.tracking import RegisteredName, StoreConfig, TrackingConfig
 from app.errors import masked
 
 _RANGES = ("uniform", "log_uniform", "int_uniform", "log_int_uniform")
@@ -211,6 +211,8 @@ class PromoteBestConfig(Config):
     name: RegisteredName | None = None
     """Under which it is registered; none takes the sweep's `register_as`."""
     alias: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")] = "production"
+    tracking: StoreConfig | None = None
+    """None takes the sweep's; a URI with a password must be given again, since the sweep's files do not have it."""
 
 
 def _with_storage(train: dict[str, Any]) -> dict[str, Any]:

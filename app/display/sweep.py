@@ -69,7 +69,7 @@ def _table(trials: Sequence[Any]) -> Any:
         (
             str(trial.number),
             trial.state,
-            ", ".join(f"{key.rpartition('.')[2]}={_short(value)}" for key, value in trial.values.items()),
+            ", ".join(f"{key.rpartition('.')[2]}={_short(value)}" for key, value in trial.values_now.items()),
             console.short_number(trial.tokens),
             f"{trial.step:,}",
             "" if trial.loss is None else f"{trial.loss:.4f}",

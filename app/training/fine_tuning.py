@@ -81,10 +81,7 @@ def plan_job(config: TrainConfig) -> Job:
     """
     manifest = read_manifest(config.data)
     check_fits(manifest, data=config.data, model=config.model, method=config.method)
-    steps_per_epoch = manifest.num_rows("train") // config.batch_size
-    if not steps_per_epoch:
-        raise UserError(f"batch_size={config.batch_size} is more than the {manifest.num_rows('train')} training rows")
-    total_steps = min(config.epochs * steps_per_epoch, config.max_steps or 2**62)
+    total_steps = count_steps(config, manifest)
     with torch.device("meta"):
         model = empty_decoder(model_folder(config.model))
         total_count = describe(model).parameters
@@ -98,6 +95,18 @@ def plan_job(config: TrainConfig) -> Job:
         trained_count=sum(parameter.numel() for parameter in trained_parameters(model).values()),
         total_count=total_count,
     )
+
+
+def count_steps(config: TrainConfig, manifest: Manifest) -> int:
+    """Of a whole run.
+
+    Raises:
+        UserError: there are not enough rows for one.
+    """
+    steps_per_epoch = manifest.num_rows("train") // config.batch_size
+    if not steps_per_epoch:
+        raise UserError(f"batch_size={config.batch_size} is more than the {manifest.num_rows('train')} training rows")
+    return min(config.epochs * steps_per_epoch, config.max_steps or 2**62)
 
 
 def fine_tune(

@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from past_trials import past_trial
 
-from app.config import SweepConfig, TrainConfig, load_config
+from app.config import PromoteBestConfig, SweepConfig, TrainConfig, load_config
 from app.errors import UserError
+from tune.commands import promote_best
 from tune.plan import plan_sweep
 from tune.plots import _end_of_the_best, pareto_front
 from tune.records import TrialRecord, end_record, read_record, read_records
@@ -173,3 +174,14 @@ def test_a_resumed_sweep_wants_the_password_again_from_the_command_or_the_enviro
     with pytest.raises(UserError, match="train: the sweep was started with"):
         open_folder(sweep_of(train={"checkpoints": "s3://key:hunter2@elsewhere/ranks"}), resume=True)
     assert sweep_of(train={"checkpoints": "here"}).train["checkpoints"] == str(Path("here").absolute())
+
+
+def test_a_promotion_wants_the_tracking_password_again(sweep_of: SweepOf) -> None:
+    sweep = sweep_of(tracking={"uri": "postgresql://me:hunter2@db/mlflow", "artifacts": "s3://bucket"})
+    open_folder(sweep, resume=False)
+    past_trial(sweep, 0, {"method.rank": 1}, [6.0, 5.0])
+    write_results(sweep, read_records(Path(sweep.output)), ended_by=None)
+    with pytest.raises(
+        UserError, match=r"tracking\.uri='postgresql://me:\*\*\*@db/mlflow' .* give the whole URI again"
+    ):
+        promote_best(PromoteBestConfig(best=sweep.output))

@@ -307,7 +307,9 @@ def test_a_population_whose_driver_was_killed_goes_on_with_what_was_exchanged(
 def test_trials_are_shared_out_over_two_packs_and_rank_as_in_one(
     ray_cluster: None, sweep_of: SweepOf, tmp_path: Path
 ) -> None:
-    config = sweep_of(space={"method.rank": [1, 2, 3, 4]}, pack_size=2, tracking={"uri": "none"})
+    settings: dict[str, Any] = {"space": {"method.rank": [1, 2, 3, 4]}, "tracking": {"uri": "none"}}
+    place = tmp_path / "password=hunter2"  # nobody may read this in the sweep's folder
+    config = sweep_of(**settings, pack_size=2, train={"checkpoints": str(place)})
     seen: set[int] = set()
     ends: list[TrialRecord] = []
 
@@ -318,6 +320,9 @@ def test_trials_are_shared_out_over_two_packs_and_rank_as_in_one(
     results, trials = run(config, on_end=count_packs)
     assert len(seen) == 2 and len(ends) == 4
     assert [trial.state for trial in trials] == ["finished"] * 4, [trial.error for trial in trials]
-    one, _ = run(config.model_copy(update={"output": str(tmp_path / "one"), "pack_size": 4}))
+    assert sorted(path.name for path in place.glob("*/run/*")) == ["step-00000008"] * 4
+    files = [path for path in Path(config.output).rglob("*") if path.is_file()]
+    assert len(files) > 40 and not any(b"hunter2" in path.read_bytes() for path in files)
+    one, _ = run(sweep_of(**settings, output=str(tmp_path / "one")))
     assert [trial.number for trial in one.ranking] == [trial.number for trial in results.ranking]
     assert [t.loss for t in one.ranking] == pytest.approx([t.loss for t in results.ranking], abs=1e-4)
