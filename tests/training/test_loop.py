@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,8 +22,10 @@ from app.config import (
     LoraConfig,
     OptimizerConfig,
     PromptConfig,
+    TrainConfig,
 )
 from app.config.base import Precision
+from app.config.schema import ChangeConfig
 from app.data.batches import Batch, collate
 from app.errors import UserError
 from app.methods import apply_method
@@ -112,6 +115,49 @@ def train(
 
 def losses(metrics: list[loop.Metrics]) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in metrics if "loss" in row}
+
+
+def test_a_change_counts_from_the_step_after_it_and_as_if_the_run_had_begun_with_it(tiny_model: Path) -> None:
+    """As a run that is stopped there and gone on from with other settings."""
+    first = OptimizerConfig(learning_rate=1e-2, schedule="linear", weight_decay=0.1)
+    then = first.model_copy(update={"learning_rate": 3e-3, "weight_decay": 0.7})
+    changes = (
+        ChangeConfig.model_validate({"after": 4, "optimizer": {"learning_rate": 3e-3}, "label_smoothing": 0.2}),
+        ChangeConfig.model_validate({"after": 6, "optimizer": {"weight_decay": 0.7}}),
+    )
+
+    def run(resume: Checkpoint | None = None, until: int | None = None, **settings: Any) -> tuple[Checkpoint, list]:
+        model = load_decoder(tiny_model)
+        torch.manual_seed(0)
+        apply_method(model, LoraConfig(rank=4))
+        if resume:
+            load_trained(model, resume.weights)
+        given = {"optimizer": first, **settings}
+        optimizer = PlainOptimizer(model, given["optimizer"], resume=resume)
+        start, seen = resume.step if resume else 0, []
+        plan = loop.Plan(9, eval_every=3, save_every=100, precision="fp32", seed=7, is_packed=False, **given)
+        last = loop.run(
+            model, optimizer, plan=plan, start_step=start, batches=batches(start), validation=validation,
+            report=seen.append, save=lambda step, metrics: None, until=until,
+        )  # fmt: skip
+        return Checkpoint(last, optimizer.weights(), optimizer.moments()), seen
+
+    whole, rows = run(changes=changes)
+    stood, told = run(until=4)
+    assert stood.step == 4
+    for settings in (
+        {"optimizer": first.model_copy(update={"learning_rate": 3e-3}), "until": 6},
+        {"optimizer": then},
+    ):
+        stood, more = run(resume=stood, label_smoothing=0.2, **settings)
+        told += more
+    assert [{**row, "step_s": 0} for row in rows] == [{**row, "step_s": 0} for row in told]
+    assert whole.weights.keys() == stood.weights.keys()
+    assert all(torch.equal(whole.weights[name], stood.weights[name]) for name in whole.weights)
+    assert rows[4]["learning_rate"] == pytest.approx(1e-2 * (0.1 + 0.9 * 5 / 7))
+    assert rows[5]["learning_rate"] == pytest.approx(3e-3 * (0.1 + 0.9 * 4 / 7))
+    with pytest.raises(ValidationError, match="must rise from one change to the next"):
+        TrainConfig(data="a", output="b", changes=changes[::-1])
 
 
 def test_two_runs_with_one_seed_are_bit_equal(tiny_model: Path) -> None:

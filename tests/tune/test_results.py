@@ -164,7 +164,7 @@ def test_a_resumed_sweep_wants_the_password_again_from_the_command_or_the_enviro
     sweep = sweep_of(train={"checkpoints": SECRET})
     open_folder(sweep, resume=False)
     stored = str(Path(sweep.output) / "sweep.json")
-    with pytest.raises(UserError, match=r"train\.checkpoints='s3://key:\*\*\*@bucket.* give the whole URI again"):
+    with pytest.raises(UserError, match=r"train\.checkpoints='s3://key:\*\*\*@bucket.* whole URI again"):
         plan_sweep(load_config(SweepConfig, file=stored))
     open_folder(load_config(SweepConfig, file=stored, overrides=[f"train.checkpoints={SECRET}"]), resume=True)
     monkeypatch.setenv("PLACE", SECRET)
