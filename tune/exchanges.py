@@ -16,13 +16,16 @@ HandOver = Callable[[TrialRecord, TrainConfig, int | None], Awaitable[None]]
 
 
 class Exchanges:
-    def __init__(self, config: SweepConfig, hand_over: HandOver, *, size: int, gone: Iterable[int] = ()) -> None:
-        """`gone` are those of the `size` trials that are over."""
+    def __init__(
+        self, config: SweepConfig, hand_over: HandOver, *, size: int, total_steps: int, gone: Iterable[int] = ()
+    ) -> None:
+        """Of `size` trials, which make `total_steps` each, `gone` are over."""
         assert isinstance(config.scheduler, PopulationConfig)
         self._config = config
         self._every = config.scheduler.every
         self._hand_over = hand_over
         self._size = size
+        self._total_steps = total_steps
         self._gone = set(gone)
         self._there: dict[int, dict[int, int | None]] = {}
         """By step, who has come, and in which pack it is."""
@@ -42,7 +45,7 @@ class Exchanges:
 
     async def meet(self, number: int, step: int, pack: int | None) -> bool:
         """Wait, if there is an exchange after `step`, until it is done; whether the trial has taken over another."""
-        if not step or step % self._every:
+        if not step or step % self._every or step >= self._total_steps:
             return False
         before = self._record(number).lineage
         async with self._changed:
@@ -89,6 +92,7 @@ def start_exchanges(
     config: SweepConfig,
     *,
     size: int,
+    total_steps: int,
     gone: Iterable[int],
     packs: list[Any],
     with_secrets: Callable[[TrainConfig], TrainConfig],
@@ -106,4 +110,4 @@ def start_exchanges(
         await ray.remote(by_checkpoint).options(num_cpus=0).remote(with_secrets(strong.config), target)
 
     actor = ray.remote(Exchanges).options(num_cpus=0, max_concurrency=max(1000, 2 * size))
-    return actor.remote(config, hand_over, size=size, gone=gone)
+    return actor.remote(config, hand_over, size=size, total_steps=total_steps, gone=gone)

@@ -57,7 +57,7 @@ def place_of(config: SweepConfig, number: int, *, since: int | None = None) -> d
     goes on in places of its own."""
     run = RUN if since is None else f"{RUN}-from-{since}"
     name = f"{Path(config.output).name}-{number:04d}{run.removeprefix(RUN)}"
-    place = {
+    place: dict[str, Any] = {
         "output": str(trial_folder(config, number) / run),
         "tracking": config.tracking.model_copy(update={"run_name": name}),
     }

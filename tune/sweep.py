@@ -29,6 +29,7 @@ from tune.held_back import evaluate_winner
 from tune.plan import alone_of, base_of, most_trials, packed_of
 from tune.records import TrialRecord, end_record, read_records
 from tune.results import Results, ranked, write_results
+from tune.room import share_out
 from tune.search import open_search
 from tune.space import Checked, with_secrets
 
@@ -149,7 +150,7 @@ def _run_trials(
     from tune.pack_actor import Turnstile
 
     output, most = Path(config.output), most_trials(config)
-    places, packs, keys = _places(config, checked, parent=parent)
+    places, packs, keys = _start_packs(config, checked, parent=parent)
     turnstile = ray.remote(Turnstile).options(num_cpus=0).remote(places)
     secrets = functools.partial(with_secrets, tracking_uri=tracking_uri, checkpoints=config.train.get("checkpoints"))
     exchanges = None
@@ -168,7 +169,14 @@ def _run_trials(
                     _check_room(config, packs, size=most)
                     every, room = config.scheduler.every, most  # they wait for each other
                     gone = [record.number for record in searched if record.state != "running"]
-                    exchanges = start_exchanges(config, size=most, gone=gone, packs=packs, with_secrets=secrets)
+                    exchanges = start_exchanges(
+                        config,
+                        size=most,
+                        total_steps=checked.most_steps,
+                        gone=gone,
+                        packs=packs,
+                        with_secrets=secrets,
+                    )
                 fit(
                     "search",
                     source(open_search(config), searched, exchanges=exchanges),
@@ -230,36 +238,20 @@ def _fit(
     tuner.fit()
 
 
-def _places(config: SweepConfig, checked: Checked, *, parent: str | None) -> tuple[int, list[Any], list[str]]:
-    """How many runs of their own have room at once; the packs, as many for each base as the cluster has room for
-    beside the others, and which base each holds."""
+def _start_packs(config: SweepConfig, checked: Checked, *, parent: str | None) -> tuple[int, list[Any], list[str]]:
+    """How many runs of their own have room at once; the packs, and which base each holds."""
     import ray
 
     from tune.pack_actor import start_pack
 
-    total = ray.cluster_resources()
-    alone = [trial.workers for trial in alone_of(config, checked)]
-    bases = {base_of(trial): trial for trial in packed_of(config, checked)}
-    packs, keys = [], []
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    packed = {base_of(trial): trial for trial in packed_of(config, checked)}
     most = most_trials(config)
-    needed = None if most is None else -(-most // config.pack_size)
-    for key, trial in bases.items():
-        workers, share = trial.workers, len(bases) + bool(alone)
-        room = min(
-            total.get("CPU", 0) / share / workers.cpus,
-            total.get("GPU", 0) / share / workers.gpus if workers.gpus else float("inf"),
-        )
-        for _ in range(max(1, int(room) if needed is None else min(int(room), needed))):
-            packs.append(start_pack(trial, size=config.pack_size, pass_tokens=config.pass_tokens, parent=parent))
-            keys.append(key)
-    if not alone:
-        return 0, packs, keys
-    taken = sum(bases[key].workers.cpus for key in keys), sum(bases[key].workers.gpus for key in keys)
-    cpus, gpus = max(w.least * w.cpus for w in alone), max(w.least * w.gpus for w in alone)
-    room = (total.get("CPU", 0) - taken[0]) / cpus
-    if gpus:
-        room = min(room, (total.get("GPU", 0) - taken[1]) / gpus)
-    return max(1, int(room)), packs, keys
+    most_packs = None if most is None else -(-most // config.pack_size)
+    counts, places = share_out(nodes, packed=packed, alone=alone_of(config, checked), most_packs=most_packs)
+    keys = [key for key, count in counts.items() for _ in range(count)]
+    start = functools.partial(start_pack, size=config.pack_size, pass_tokens=config.pass_tokens, parent=parent)
+    return places, [start(packed[key]) for key in keys], keys
 
 
 def _check_room(config: SweepConfig, packs: list[Any], *, size: int) -> None:
@@ -289,7 +281,11 @@ def _scheduler(config: SweepConfig, checked: Checked) -> Any:
         )
     if isinstance(scheduler, MedianConfig):
         return MedianStoppingRule(
-            grace_period=scheduler.first_steps, min_samples_required=scheduler.trials, hard_stop=True, **by
+            grace_period=scheduler.first_steps,
+            min_samples_required=scheduler.trials,
+            min_time_slice=float("inf"),  # else trials that wait for others to compare with are ended and begun again
+            hard_stop=True,
+            **by,
         )
     return None
 

@@ -132,7 +132,7 @@ class _Trials:
     def __init__(self, sweep: SweepConfig, *, size: int = 4, gone: tuple[int, ...] = ()) -> None:
         self.handed: list[tuple[int, str, int | None]] = []
         self.fails = False
-        self.exchanges = Exchanges(sweep, self._hand_over, size=size, gone=gone)
+        self.exchanges = Exchanges(sweep, self._hand_over, size=size, total_steps=8, gone=gone)
 
     async def _hand_over(self, strong: TrialRecord, target: TrainConfig, pack: int | None) -> None:
         if self.fails:
@@ -149,7 +149,8 @@ def test_trials_wait_for_each_other_and_the_weak_one_alone_takes_over(population
 
     async def run() -> None:
         trials = _Trials(sweep)
-        assert not await trials.exchanges.meet(0, 0, 0) and not await trials.exchanges.meet(0, 3, 0)  # none is due
+        for step in (0, 3, 8):  # none is due, and after the last step none is of use
+            assert not await trials.exchanges.meet(0, step, 0)
         waiting = [trials.meet(number, pack=number % 2) for number in (0, 1, 3)]
         await asyncio.sleep(0.05)
         assert not any(task.done() for task in waiting)
