@@ -32,6 +32,8 @@ def plan_sweep(config: SweepConfig) -> Checked:
 
 
 def _check_population(scheduler: PopulationConfig, config: SweepConfig, checked: Checked) -> None:
+    if most_trials(config) == 1:
+        raise UserError("space: a population has two trials at least, and the grid has one combination; add to it")
     every, evaluated = scheduler.every, {trial.eval_every for trial in checked.trials}
     if checked.least_steps < checked.most_steps or len(evaluated) > 1:
         raise UserError(

@@ -120,6 +120,11 @@ def open_folder(config: SweepConfig, *, resume: bool) -> None:
         for key in sorted(resolved.keys() - _MAY_CHANGE):
             if before[key] != resolved[key]:
                 raise UserError(f"{key}: the sweep was started with {before[key]!r}, not {resolved[key]!r}; keep it")
+        if isinstance(config.scheduler, PopulationConfig) and config.budget.trials != before["budget"]["trials"]:
+            raise UserError(
+                f"budget.trials: the population was started with {before['budget']['trials']}, not "
+                f"{config.budget.trials}; it can neither grow nor shrink, keep it"
+            )
     make_folder(output)
     write_text(stored, json.dumps(resolved, indent=2) + "\n")
 

@@ -22,6 +22,7 @@ from tune.population import Exchange, Takeover, decide, read_exchange, taken_ove
 from tune.records import TrialRecord, begin_record, read_record, read_records
 from tune.results import command_of, write_results
 from tune.space import trial_config, trial_folder
+from tune.sweep import open_folder
 
 SweepOf = Callable[..., SweepConfig]
 RATE = "optimizer.learning_rate"
@@ -76,6 +77,13 @@ def test_what_a_population_cannot_change_or_compare_is_refused_before_any_trial(
     plan_sweep(population_of())
     with pytest.raises(UserError, match=told):
         plan_sweep(population_of(**settings))
+
+
+def test_a_population_that_is_resumed_has_the_trials_that_it_had(population_of: SweepOf) -> None:
+    open_folder(population_of(), resume=False)
+    open_folder(population_of(budget={"trials": 4, "hours": 3}), resume=True)
+    with pytest.raises(UserError, match=r"budget\.trials: the population was started with 4, not 6; .* keep it"):
+        open_folder(population_of(budget={"trials": 6}), resume=True)
 
 
 def test_the_worst_take_over_the_best_and_change_what_may_change(population_of: SweepOf) -> None:
