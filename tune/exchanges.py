@@ -7,7 +7,7 @@ from typing import Any
 
 from app.config.schema import TrainConfig
 from app.config.sweep import PopulationConfig, SweepConfig
-from tune.population import Exchange, decide, read_exchange, taken_over, write_exchange
+from tune.population import Exchange, Takeover, decide, read_exchange, taken_over, write_exchange
 from tune.records import TrialRecord, begin_record, read_record
 from tune.space import trial_folder
 
@@ -75,7 +75,7 @@ class Exchanges:
         exchange = read_exchange(Path(self._config.output), step)
         return exchange is not None and not self._left_of(exchange)
 
-    def _left_of(self, exchange: Exchange) -> list[Any]:
+    def _left_of(self, exchange: Exchange) -> list[Takeover]:
         """What is still to be done."""
         return [
             takeover

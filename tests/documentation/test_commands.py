@@ -123,6 +123,7 @@ def test_python_in_the_documents_is_python_and_finds_what_it_imports() -> None:
                     assert all(hasattr(module, alias.name) for alias in node.names), where
 
 
-def test_the_sweep_in_the_documents_is_one() -> None:
-    (sweep,) = [block for block in code("yaml") if block.document.name == "sweeps.md"]
-    validate(SweepConfig, yaml.safe_load(sweep.text))
+def test_the_sweeps_in_the_documents_are_sweeps() -> None:
+    sweep, population = [yaml.safe_load(block.text) for block in code("yaml") if block.document.name == "sweeps.md"]
+    validate(SweepConfig, sweep)
+    validate(SweepConfig, sweep | population)  # what of the first is another
