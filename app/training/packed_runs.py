@@ -97,6 +97,7 @@ class PackedRuns:
         self._runs: dict[str, _Run] = {}
         self._held_out: dict[tuple[str, int], list[Batch]] = {}
         self._changed = threading.Condition()
+        self._joining = threading.Lock()  # initial weights come from torch's one random stream
         self._finishing = ThreadPoolExecutor(1)
         threading.Thread(target=self._work, name="pack", daemon=True).start()
 
@@ -129,14 +130,15 @@ class PackedRuns:
             if checkpoint is not None:
                 expected = about_step(job, checkpoint.step, inputs=inputs)
                 check_continues(checkpoint, expected, place=job.checkpoints.place)
-            member = self._pack.new_member(
-                name,
-                config.method,
-                plan=loop_plan(job, workers=1),
-                batches=job.feed.local_batches,
-                validation=self._validation(job),
-                resume=checkpoint,
-            )
+            with self._joining:
+                member = self._pack.new_member(
+                    name,
+                    config.method,
+                    plan=loop_plan(job, workers=1),
+                    batches=job.feed.local_batches,
+                    validation=self._validation(job),
+                    resume=checkpoint,
+                )
             kept = resources.pop_all()
         with self._changed:
             run = self._runs[name] = _Run(job, inputs, member, recording, kept)

@@ -2,13 +2,16 @@
 
 import json
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from app.config import TrainConfig, validate
 from app.methods.delta import read_delta
+from app.training import pack
 from app.training.packed_runs import PackedRuns
 from app.training.recording import Recording
 
@@ -184,3 +187,30 @@ def test_a_loss_that_diverges_is_told_to_its_own_run(run_config) -> None:
     assert [row["step"] for row in finish(runs, "good")] == [0, 2, 4, 6]
     thread.join(60)
     assert "lower optimizer.learning_rate" in str(failures[0])
+
+
+def test_runs_that_join_at_once_begin_with_the_weights_that_each_has_alone(
+    run_config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch has one random stream for all threads: who is between its seed and its draws has it to itself."""
+    apply_method = pack.apply_method
+
+    def apply_slowly(*given: Any) -> Any:
+        time.sleep(0.1)  # the others' seeds come now
+        return apply_method(*given)
+
+    monkeypatch.setattr(pack, "apply_method", apply_slowly)
+    names = [f"seed-{seed}" for seed in range(4)]
+    runs = PackedRuns(run_config("a"), pass_tokens=256)
+    threads = [
+        threading.Thread(target=runs.join, args=(name, run_config(name, seed=seed))) for seed, name in enumerate(names)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    alone = PackedRuns(run_config("a"), pass_tokens=256)
+    for seed, name in enumerate(names):
+        alone.join(name, run_config(f"alone-{name}", seed=seed))
+        mine, expected = (pack_of._runs[name].member.optimizer.weights() for pack_of in (runs, alone))
+        assert all(torch.equal(mine[key], expected[key]) for key in expected), name
