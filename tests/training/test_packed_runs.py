@@ -214,3 +214,24 @@ def test_runs_that_join_at_once_begin_with_the_weights_that_each_has_alone(
         alone.join(name, run_config(f"alone-{name}", seed=seed))
         mine, expected = (pack_of._runs[name].member.optimizer.weights() for pack_of in (runs, alone))
         assert all(torch.equal(mine[key], expected[key]) for key in expected), name
+
+
+def test_losses_do_not_depend_on_who_shares_a_pack_with_whom(run_config) -> None:
+    def losses_in(packs: list[list[int]], where: str) -> dict[int, list[float]]:
+        found = {}
+        for ranks in packs:
+            configs = {rank: run_config(f"{where}-{rank}", method={"type": "lora", "rank": rank}) for rank in ranks}
+            runs = PackedRuns(configs[ranks[0]], pass_tokens=256)
+            threads = [threading.Thread(target=runs.join, args=(str(rank), configs[rank])) for rank in ranks]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(60)
+            rows = together(runs, [str(rank) for rank in ranks])
+            found |= {rank: [row["eval_loss"] for row in rows[str(rank)]] for rank in ranks}
+        return found
+
+    expected = losses_in([[1, 2, 3, 4]], "one")
+    assert len({losses[-1] for losses in expected.values()}) == 4
+    for rank, losses in losses_in([[1, 3], [4, 2]], "two").items():
+        assert losses == pytest.approx(expected[rank], abs=1e-5)
