@@ -8,8 +8,9 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,6 @@ class Cluster:
             if not self.redis.processes(f":{port}"):
                 self.start_redis(port)
         if not self.head.processes("gcs_server"):
-            self.head.end_processes()
             self.start_head()
         self.start_workers([worker for worker in self.workers if not worker.processes("raylet/raylet")])
         self.wait_for_nodes([self.head, *self.workers])
@@ -72,30 +72,35 @@ class Cluster:
         )  # fmt: skip
 
     def start_head(self) -> None:
-        self.head.start(
-            ["ray", "start", "--head", "--block", "--num-cpus=0", f"--port={GCS_PORT}",
-             f"--dashboard-host={self.head.address}", f"--dashboard-port={DASHBOARD_PORT}", *self._node(self.head)],
-            log="ray.log", RAY_REDIS_ADDRESS=f"{self.redis.address}:{GCS_REDIS_PORT}", **NOTICES_SOONER,
-        )  # fmt: skip
-        wait_for(lambda: _answers(_health(self.head)), what="the head", within_s=START_WITHIN_S)
+        def command() -> subprocess.Popen[bytes]:
+            return self.head.start(
+                ["ray", "start", "--head", "--block", "--num-cpus=0", f"--port={GCS_PORT}",
+                 f"--dashboard-host={self.head.address}", f"--dashboard-port={DASHBOARD_PORT}", *self._node(self.head)],
+                log="ray.log", RAY_REDIS_ADDRESS=f"{self.redis.address}:{GCS_REDIS_PORT}", **NOTICES_SOONER,
+            )  # fmt: skip
+
+        self._start_nodes({self.head: command})
         wait_for(self._takes_jobs, what="the head's job agent", within_s=START_WITHIN_S)
 
     def start_workers(self, workers: Sequence[Host]) -> None:
+        def command(worker: Host) -> subprocess.Popen[bytes]:
+            words = ["ray", "start", "--block", f"--address={self.gcs}", f"--num-cpus={CPUS}", *self._node(worker)]
+            return worker.start(words, log="ray.log")
+
+        self._start_nodes({worker: partial(command, worker) for worker in workers})
+
+    def _start_nodes(self, commands: Mapping[Host, Callable[[], subprocess.Popen[bytes]]]) -> None:
         """Again and again, as a supervisor would: Ray gives a node up whose own agents take 15 s to start."""
-        running = {worker: self._start_worker(worker) for worker in workers}
+        running: dict[Host, subprocess.Popen[bytes]] = {}
 
         def all_healthy() -> bool:
-            for worker, process in running.items():
-                if process.poll() is not None:
-                    running[worker] = self._start_worker(worker)
-            return all(_answers(_health(worker)) for worker in workers)
+            for host, command in commands.items():
+                if host not in running or running[host].poll() is not None:
+                    host.end_processes()  # what a node that was given up has left
+                    running[host] = command()
+            return all(_answers(_health(host)) for host in commands)
 
-        wait_for(all_healthy, what=" ".join(worker.name for worker in workers), within_s=START_WITHIN_S)
-
-    def _start_worker(self, worker: Host) -> subprocess.Popen[bytes]:
-        worker.end_processes()  # what a node that was given up has left
-        command = ["ray", "start", "--block", f"--address={self.gcs}", f"--num-cpus={CPUS}", *self._node(worker)]
-        return worker.start(command, log="ray.log")
+        wait_for(all_healthy, what=" ".join(host.name for host in commands), within_s=START_WITHIN_S)
 
     def on_head(self, *command: object, timeout_s: float = 500) -> str:
         """Of the project's documentation: with the two variables that it says to export."""

@@ -180,7 +180,7 @@ class Host:
     def _environment(self, values: Mapping[str, str]) -> dict[str, str]:
         folder = "/tmp" if self.in_namespaces else str(self.disk)
         ours = {"HOME": f"{folder}/home", "TMPDIR": folder, "RAY_TMPDIR": folder, _OF_HOST: self.address}
-        return self.environment | ours | values
+        return {**self.environment, **ours, **values}
 
     def _has(self, pid: int) -> bool:
         if not self.in_namespaces:
@@ -218,7 +218,7 @@ def hosts(names: Sequence[str], folder: Path, *, environment: Mapping[str, str])
             subprocess.run(
                 ["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK_BYTES}", "none", shared / "small"], check=True
             )
-            stack.callback(subprocess.run, ["umount", shared / "small"])
+            stack.callback(lambda: subprocess.run(["umount", shared / "small"]))
         else:
             stack.callback(shutil.rmtree, disks, ignore_errors=True)
         for host in made.values():
