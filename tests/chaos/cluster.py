@@ -24,7 +24,10 @@ GCS_PORT, DASHBOARD_PORT, AGENT_PORT, SERVE_PORT = 6379, 8265, 52365, 8000
 GCS_REDIS_PORT, CACHE_REDIS_PORT = 6379, 6380
 OBJECT_STORE_BYTES = 150_000_000
 START_WITHIN_S = 240.0
-NOTICES_SOONER = {"RAY_health_check_timeout_ms": "5000", "RAY_health_check_failure_threshold": "4"}
+NOTICES_SOONER = {
+    "RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "8",
+}  # fmt: skip
 """The head's environment, as docs/cluster.md advises."""
 
 
