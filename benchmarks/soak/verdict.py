@@ -40,6 +40,7 @@ def verdict(minutes: float, *, memory: dict[str, Any], requests: dict[str, list[
     return {
         "minutes": minutes,
         "bars": bars,
+        "processes": len(growth),
         "grown": large,
         "slower": slower,
         "met": met,
