@@ -222,7 +222,7 @@ def test_a_slow_node(cluster: Cluster, endpoint: Endpoint, record) -> None:
     figures["seconds"] = max(0.0, figures["seconds"] - (usual_at - slow_at))
     record(
         "a worker node with a generator has a fifth of its CPU and 2 Mbit/s, for 40 s",
-        f"requests go to the other generator; answers take {_spread(while_slow)} (before {_spread(before)})",
+        f"answers take {_spread(while_slow)} (before {_spread(before)})",
         **figures, met=goal(figures),
     )  # fmt: skip
     assert figures["lost"] == 0
