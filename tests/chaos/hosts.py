@@ -38,6 +38,7 @@ for path; do
 done
 mount --rbind "$disk" /tmp
 mount --bind /tmp/hosts /etc/hosts
+mount --bind /tmp/resolv.conf /etc/resolv.conf
 mount -t tmpfs none /dev/shm
 mount -o remount,bind,ro /
 ip link set lo up
@@ -68,6 +69,8 @@ class Host:
         (self.disk / "home").mkdir(exist_ok=True)
         known = {"127.0.0.1": "localhost", **self.names}
         (self.disk / "hosts").write_text("".join(f"{address} {name}\n" for address, name in known.items()))
+        # No name server can be reached, and one that is silent costs 10 s for each address that torch asks about.
+        (self.disk / "resolv.conf").write_text("")
         if not self.in_namespaces:
             return
         paths = dict.fromkeys([self.shared, REPOSITORY, Path(sys.prefix), Path(sys.base_prefix)])
