@@ -24,11 +24,12 @@ GCS_PORT, DASHBOARD_PORT, AGENT_PORT, SERVE_PORT = 6379, 8265, 52365, 8000
 GCS_REDIS_PORT, CACHE_REDIS_PORT = 6379, 6380
 OBJECT_STORE_BYTES = 150_000_000
 START_WITHIN_S = 240.0
-NOTICES_SOONER = {
+GIVES_UP_SOONER = {
     "RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "2000",
-    "RAY_health_check_failure_threshold": "8",
+    "RAY_health_check_failure_threshold": "8", "RAY_grpc_client_keepalive_time_ms": "20000",
+    "RAY_grpc_client_keepalive_timeout_ms": "20000",
 }  # fmt: skip
-"""The head's environment, as docs/cluster.md advises."""
+"""Every node's environment, as docs/cluster.md advises."""
 
 
 class Cluster:
@@ -79,7 +80,7 @@ class Cluster:
             return self.head.start(
                 ["ray", "start", "--head", "--block", "--num-cpus=0", f"--port={GCS_PORT}",
                  f"--dashboard-host={self.head.address}", f"--dashboard-port={DASHBOARD_PORT}", *self._node(self.head)],
-                log="ray.log", RAY_REDIS_ADDRESS=f"{self.redis.address}:{GCS_REDIS_PORT}", **NOTICES_SOONER,
+                log="ray.log", RAY_REDIS_ADDRESS=f"{self.redis.address}:{GCS_REDIS_PORT}",
             )  # fmt: skip
 
         self._start_nodes({self.head: command})
@@ -170,6 +171,7 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
         "RAY_gcs_rpc_server_reconnect_timeout_s": "600",  # as KubeRay has it: nodes wait for a head
+        **GIVES_UP_SOONER,
     }
     with hosts(("head", "redis", *WORKERS), folder, environment=environment) as machines:
         made = Cluster(machines, token)
