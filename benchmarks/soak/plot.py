@@ -10,7 +10,6 @@ COLORS = {"generator": "#2a6f97", "ingress": "#d1495b", "documents": "#edae49", 
           "RayTrainWorker": "#7b4b94"}  # fmt: skip
 GREY = "#c3c9d5"
 KIND_COLORS = ("#2a6f97", "#61a5c2", "#66a182", "#d1495b", "#edae49")
-NUM_INTERVALS = 60
 
 
 def draw(report: dict[str, Any], file: Path) -> None:
@@ -36,32 +35,26 @@ def _memory(absolute: Any, relative: Any, report: dict[str, Any]) -> None:
     """Of every process that was there from the end of the warm-up to the end of all."""
     moments = report["memory"]["elapsed_s"]
     minutes = [moment / 60 for moment in moments]
-    for process, values in report["memory"]["bytes"].items():
+    for process, values in report["memory"]["mib"].items():
         settled = after(moments, values, WARM_UP * 60 * report["minutes"])
-        if not settled or None in settled:
-            continue
         name = next((name for name in COLORS if name in process), None)
         style = {"color": COLORS[name], "zorder": 2} if name else {"color": GREY, "zorder": 1, "linewidth": 0.8}
         if name and name not in absolute.get_legend_handles_labels()[1]:
             style["label"] = name
         level = median(settled[: max(1, len(settled) // 10)])
         shares = [None if value is None else 100 * (value / level - 1) for value in values]
-        absolute.plot(minutes, [value and value / 2**20 for value in values], **style)
+        absolute.plot(minutes, values, **style)
         relative.plot(minutes, [share if share is None else max(share, -30) for share in shares], **style)
     for edge in (-100 * MAX_GROWTH, 100 * MAX_GROWTH):
         relative.axhline(edge, color="black", linewidth=0.8, linestyle="--")
     absolute.set(title="memory of each process", ylabel="MiB", yscale="log")
     relative.set(title="against its level after the warm-up", ylabel="%", ylim=(-30, 15))
-    absolute.legend(fontsize=7)
+    if absolute.get_legend_handles_labels()[1]:
+        absolute.legend(fontsize=7)
 
 
 def _latencies(axis: Any, report: dict[str, Any]) -> None:
-    width_s = 60 * report["minutes"] / NUM_INTERVALS
-    for (kind, asked), color in zip(report["requests"].items(), KIND_COLORS, strict=False):
-        buckets: dict[int, list[float]] = {}
-        for at, took, _ in asked:
-            buckets.setdefault(int(at // width_s), []).append(1000 * took)
-        middles = [(number + 0.5) * width_s / 60 for number in sorted(buckets)]
-        axis.plot(middles, [median(buckets[number]) for number in sorted(buckets)], color=color, label=kind)
+    for (kind, answers), color in zip(report["answers"].items(), KIND_COLORS, strict=False):
+        axis.plot(answers["minutes"], [1000 * took for took in answers["median_s"]], color=color, label=kind)
     axis.set(title="answers, median", ylabel="ms", yscale="log")
     axis.legend(fontsize=7)

@@ -5,14 +5,15 @@ from collections.abc import Sequence
 from statistics import median, quantiles
 from typing import Any
 
-WARM_UP = 0.25
+WARM_UP, NUM_INTERVALS = 0.25, 60
 MAX_GROWTH, MAX_SLOWDOWN = 0.05, 0.25
 Asked = tuple[float, float, list[int | str]]
 """When it was asked, how long the answer took, what each of its tries met."""
 
 
 def verdict(minutes: float, *, memory: dict[str, Any], requests: dict[str, list[Asked]]) -> dict[str, Any]:
-    """The report: `bars`, what they follow from, and the samples themselves."""
+    """The report: `bars`, what they follow from, and what is drawn: the memory of what is judged, and the answers in
+    `NUM_INTERVALS` parts of the time."""
     from_s = WARM_UP * 60 * minutes
     growth = {
         process: grown(values)
@@ -45,8 +46,11 @@ def verdict(minutes: float, *, memory: dict[str, Any], requests: dict[str, list[
         "slower": slower,
         "met": met,
         "latencies_s": latencies,
-        "memory": memory,
-        "requests": requests,
+        "memory": {
+            "elapsed_s": memory["elapsed_s"],
+            "mib": {process: [_mib(size) for size in memory["bytes"][process]] for process in growth},
+        },
+        "answers": {kind: _by_interval(asked, 60 * minutes / NUM_INTERVALS) for kind, asked in requests.items()},
     }
 
 
@@ -68,6 +72,20 @@ def in_thirds(asked: Sequence[Asked], *, from_s: float, to_s: float) -> dict[str
         "median": [round(median(third), 4) for third in thirds],
         "95th percentile": [round(quantiles(third, n=20)[-1], 4) for third in thirds],
     }
+
+
+def _by_interval(asked: Sequence[Asked], width_s: float) -> dict[str, list[float]]:
+    buckets: dict[int, list[float]] = {}
+    for at, took, _ in asked:
+        buckets.setdefault(int(at // width_s), []).append(took)
+    return {
+        "minutes": [round((number + 0.5) * width_s / 60, 2) for number in sorted(buckets)],
+        "median_s": [round(median(buckets[number]), 4) for number in sorted(buckets)],
+    }
+
+
+def _mib(size: int | None) -> float | None:
+    return None if size is None else round(size / 2**20, 1)
 
 
 def _bar(name: str, bar: str, measured: float, reached: bool) -> dict[str, Any]:
