@@ -168,7 +168,7 @@ def batch_of(job: Job, rows: pa.Table, share: Share) -> Batch:
     """What the worker gets of that step."""
     numbers = _row_numbers(share.step, share.worker, size=job.config.batch_size, workers=num_workers(job.config))
     mine = rows.take(pa.array(numbers))
-    columns = (list(mine[name].to_numpy()) for name in COLUMNS)
+    columns = [list(mine[name].to_numpy()) for name in COLUMNS]
     return collate(*columns, pad_to=job.feed.width(max(map(len, columns[0]))))
 
 
