@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OFFLINE := --redact --no-validate --no-update-check
 
-.PHONY: quickstart test chaos check secrets audit format manifests generated docs clean
+.PHONY: quickstart test chaos soak bench check secrets audit format manifests generated docs clean
 
 quickstart: .venv/.runtime  ## the main job on what the repository carries
 	$(BIN)/pacos quickstart
@@ -15,6 +15,17 @@ chaos: .venv/.dev  ## faults on one machine, whole sweeps; on hosts of their own
 	$(BIN)/python -m pytest -m chaos --durations=25
 	$(BIN)/python -m tests.chaos
 	$(BIN)/python -m tests.chaos.table
+
+MINUTES ?= 120
+soak: .venv/.dev  ## everything at once on one machine's hosts, for MINUTES; docs/chaos.md has what was seen
+	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES) --json benchmarks/results/soak.json --plot docs/images/soak.png
+	$(BIN)/python -m benchmarks.report
+
+# What they measure on is given: make bench RECORDS=alpaca_data.json PROMPTS="koala.jsonl vicuna.jsonl" TOKENIZER=gpt2
+bench: .venv/.dev  ## the recorded benchmarks anew, but those that lack a file, a GPU or a package; a day
+	$(BIN)/python -m benchmarks $(if $(RECORDS),--records $(RECORDS)) $(if $(PROMPTS),--prompts $(PROMPTS)) \
+		$(if $(TOKENIZER),--tokenizer $(TOKENIZER)) $(if $(PEERS),--peers $(PEERS))
+	$(MAKE) generated
 
 check: .venv/.dev secrets  ## lint, format, types, import contract, secrets
 	$(BIN)/ruff check .

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from app.data.batches import Batch
 
 WINDOW_TOKENS = 8_000_000
+_WIDTH_STEP = 8
 
 
 class Window(NamedTuple):
@@ -44,8 +45,10 @@ class Feed:
     total_steps: int
     seed: int
     pad_to: int | None
-    """What rows are padded to; None pads to the longest of a batch."""
+    """What rows are padded to; None pads to a little more than the longest of a batch."""
     window_rows: int
+    max_length: int | None = None
+    """No row is longer; None pads to just the longest of a batch."""
 
     @classmethod
     def of(cls, manifest: Manifest, *, batch_size: int, total_steps: int, seed: int) -> "Feed":
@@ -59,12 +62,20 @@ class Feed:
             seed=seed,
             pad_to=manifest.fixed_length,
             window_rows=max(batch_size, rows_of_tokens),
+            max_length=manifest.max_length,
         )
 
     @property
     def steps_per_epoch(self) -> int:
         """Whole batches; which rows are left over changes from epoch to epoch."""
         return sum(rows for _, rows in self.shards) // self.batch_size
+
+    def width(self, longest: int) -> int:
+        """Of a batch whose longest row has `longest` tokens: few widths come up, because oneDNN compiles each number of
+        rows that it multiplies, and keeps that. Else a process with bf16 grew for thousands of steps."""
+        if self.pad_to or self.max_length is None:
+            return self.pad_to or longest
+        return min(-(-longest // _WIDTH_STEP) * _WIDTH_STEP, self.max_length)
 
     def position(self, step: int) -> dict[str, int]:
         """Where the data stands after `step` steps: whole epochs, and rows read of all."""
@@ -117,7 +128,7 @@ class Feed:
             first, last = step * self.batch_size, (step + 1) * self.batch_size
             count = len(range(first + (worker - first) % workers, last, workers))
             ids, masks, lengths = (column[start : start + count] for column in columns)
-            yield collate(ids, masks, lengths, pad_to=self.pad_to)
+            yield collate(ids, masks, lengths, pad_to=self.width(max(map(len, ids))))
             start += count
 
     def local_batches(self, start_step: int = 0) -> Iterator["Batch"]:

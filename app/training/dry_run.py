@@ -160,7 +160,7 @@ def shares_of(job: Job, rows: pa.Table) -> list[Share]:
     for step in range(len(lengths) // size):
         for worker in range(workers):
             mine = lengths[_row_numbers(step, worker, size=size, workers=workers)]
-            found.append(Share(step, worker, len(mine) * (job.feed.pad_to or int(mine.max()))))
+            found.append(Share(step, worker, len(mine) * job.feed.width(int(mine.max()))))
     return found
 
 
@@ -168,8 +168,8 @@ def batch_of(job: Job, rows: pa.Table, share: Share) -> Batch:
     """What the worker gets of that step."""
     numbers = _row_numbers(share.step, share.worker, size=job.config.batch_size, workers=num_workers(job.config))
     mine = rows.take(pa.array(numbers))
-    columns = (list(mine[name].to_numpy()) for name in COLUMNS)
-    return collate(*columns, pad_to=job.feed.pad_to)
+    columns = [list(mine[name].to_numpy()) for name in COLUMNS]
+    return collate(*columns, pad_to=job.feed.width(max(map(len, columns[0]))))
 
 
 def _row_numbers(step: int, worker: int, *, size: int, workers: int) -> np.ndarray:

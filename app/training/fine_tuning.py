@@ -44,7 +44,7 @@ from app.training.deepspeed import DeepSpeedOptimizer
 from app.training.loop import Metrics
 from app.training.optimizer import trained_parameters
 from app.training.recording import log_warning, recorded
-from app.training.run_log import RunLog
+from app.training.run_log import RunLog, first, last
 from app.training.samples import sample_after, sample_before
 from app.training.trainer import check_attention, run_on_workers, train_on_worker
 from app.training.workers import rank, world_size
@@ -168,20 +168,21 @@ def title_of(job: Job) -> str:
 
 def figures_of(job: Job, log: RunLog) -> dict[str, Any]:
     """What the run's summary says of its training."""
-    steps = [row for row in log.rows if "step_s" in row][1:]  # the first step warms caches up
+    rows = log.rows
+    steps = [row for row in rows if "step_s" in row][1:]  # the first step warms caches up
     return {
         "steps": job.total_steps,
         "trained_parameters": job.trained_count,
-        "loss_first": log.first("loss"),
-        "loss_last": log.last("loss"),
-        "eval_loss_before": log.first("eval_loss"),
-        "eval_loss_after": log.last("eval_loss"),
-        "perplexity_before": log.first("perplexity"),
-        "perplexity_after": log.last("perplexity"),
-        "precision": log.first("precision"),
-        "kernels": log.first("kernels"),
+        "loss_first": first(rows, "loss"),
+        "loss_last": last(rows, "loss"),
+        "eval_loss_before": first(rows, "eval_loss"),
+        "eval_loss_after": last(rows, "eval_loss"),
+        "perplexity_before": first(rows, "perplexity"),
+        "perplexity_after": last(rows, "perplexity"),
+        "precision": first(rows, "precision"),
+        "kernels": first(rows, "kernels"),
         "tokens_per_s": sum(row["tokens"] for row in steps) / max(1e-9, sum(row["step_s"] for row in steps)),
-        "peak_worker_bytes": log.last("peak_worker_bytes"),
+        "peak_worker_bytes": last(rows, "peak_worker_bytes"),
         "result": str(job.result),
     }
 

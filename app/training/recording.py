@@ -110,17 +110,19 @@ class Recording:
         `delta` is the result's folder, which goes to MLflow, and under `register_as` into its registry.
         """
         self.hours.end()
-        tokens = int(sum(row.get("tokens", 0) for row in self.log.rows))
+        rows = self.log.rows
+        tokens = int(sum(row.get("tokens", 0) for row in rows))
         summary = {**figures, "tokens": tokens, **self.hours.figures(tokens=tokens)}
         if self.run is not None:
-            summary |= self._in_mlflow(self.run, summary, delta=delta, register_as=register_as)
+            step = rows[-1]["step"] if rows else 0
+            summary |= self._in_mlflow(self.run, summary, step=step, delta=delta, register_as=register_as)
         self.log.plot(self.output / "loss.png", title=self.title)
         write_text(self.output / "result.json", json.dumps(summary, indent=2) + "\n")
         write_report(
             Report(
                 self.title,
                 self.output,
-                rows=self.log.rows,
+                rows=rows,
                 summary=summary,
                 settings=flattened(self.settings),
                 samples=read_samples(self.output),
@@ -133,10 +135,10 @@ class Recording:
         return summary
 
     def _in_mlflow(
-        self, run: TrackedRun, summary: dict[str, Any], *, delta: Path | None, register_as: str | None
+        self, run: TrackedRun, summary: dict[str, Any], *, step: int, delta: Path | None, register_as: str | None
     ) -> dict[str, Any]:
         """The run's id, and where asked for the version that was registered; a store that fails costs a warning."""
-        run.log(summary, step=self.log.rows[-1]["step"] if self.log.rows else 0)
+        run.log(summary, step=step)
         kept = delta is not None and run.keep(delta)
         registered = None
         if delta is not None and register_as is not None and kept:

@@ -1,6 +1,7 @@
 """A run's folder: opened or reopened at its start, metrics.jsonl while it goes, loss.png at its end."""
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,37 +102,34 @@ def _refuse_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 class RunLog:
-    """Metrics by step, one JSON line each. A step that comes again, after a resume, replaces what followed it."""
+    """Metrics by step, one JSON line each. A step that comes again, after a resume, replaces what followed it.
+
+    They are in the file alone: a run may have millions of steps.
+    """
 
     def __init__(self, folder: Path, *, start_step: int) -> None:
         self._file = folder / "metrics.jsonl"
-        self.rows: list[Metrics] = []
-        if start_step and self._file.exists():
-            lines = self._file.read_text(encoding="utf-8").splitlines()
-            self.rows = [row for row in map(_parse, lines) if row and row["step"] <= start_step]
-        self._rewrite()
+        self._last_step = -1
+        self._keep_until(start_step if start_step and self._file.exists() else -1)
+
+    @property
+    def rows(self) -> list[Metrics]:
+        lines = self._file.read_text(encoding="utf-8").splitlines()
+        return [row for row in map(_parse, lines) if row]
 
     def add(self, metrics: Metrics) -> None:
         """
         Raises:
             UserError: the file cannot be written.
         """
-        if self.rows and metrics["step"] <= self.rows[-1]["step"]:
-            self.rows = [row for row in self.rows if row["step"] < metrics["step"]]
-            self._rewrite()
-        self.rows.append(metrics)
+        if metrics["step"] <= self._last_step:
+            self._keep_until(metrics["step"] - 1)
+        self._last_step = metrics["step"]
         try:
             with self._file.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(metrics) + "\n")
         except OSError as error:
             raise UserError(f"{str(self._file)!r} cannot be written: {error.strerror}") from None
-
-    def last(self, key: str) -> Any:
-        """The newest value of `key`."""
-        return next((row[key] for row in reversed(self.rows) if key in row), None)
-
-    def first(self, key: str) -> Any:
-        return next((row[key] for row in self.rows if key in row), None)
 
     def plot(self, file: Path, *, title: str) -> None:
         """Training and held-out loss by step, as a PNG."""
@@ -141,8 +139,9 @@ class RunLog:
         from matplotlib import pyplot
 
         figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-        train = [(row["step"], row["loss"]) for row in self.rows if "loss" in row]
-        held_out = [(row["step"], row["eval_loss"]) for row in self.rows if "eval_loss" in row]
+        rows = self.rows
+        train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+        held_out = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
         if train:
             axes.plot(*zip(*train, strict=True), color="0.7", linewidth=0.8, label="training batch")
         if held_out:
@@ -154,8 +153,19 @@ class RunLog:
             figure.savefig(staging, dpi=130, format="png")
         pyplot.close(figure)
 
-    def _rewrite(self) -> None:
-        write_text(self._file, "".join(json.dumps(row) + "\n" for row in self.rows))
+    def _keep_until(self, step: int) -> None:
+        rows = [row for row in self.rows if row["step"] <= step] if step >= 0 else []
+        self._last_step = rows[-1]["step"] if rows else -1
+        write_text(self._file, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def last(rows: Sequence[Metrics], key: str) -> Any:
+    """The newest value of `key`."""
+    return first(reversed(rows), key)
+
+
+def first(rows: Iterable[Metrics], key: str) -> Any:
+    return next((row[key] for row in rows if key in row), None)
 
 
 def _parse(line: str) -> Metrics | None:

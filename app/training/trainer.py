@@ -78,13 +78,16 @@ def run_on_workers(
 
     from app.training.channel import Channel
     from app.training.ending import EndRun
+    from app.training.regrouping import CountAgain
 
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # else the dashboard's Train tab stays empty
-    if workers.least < workers.most:
-        # When a node is lost Ray Train counts on its room until the cluster has given it up, and waits for that, by
-        # default a minute at a time. What is there is had at once.
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     channel = Channel()
+    callbacks: list[Any] = [EndRun(channel)]
+    if workers.least < workers.most:
+        # When a node is lost Ray Train may count on its room once more, and waits for it, by default for a minute. Room
+        # that is there is had within moments.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "3")
+        callbacks.append(CountAgain())
     trainer = TorchTrainer(
         _on_shared_storage(function),
         train_loop_config={**payload, "channel": channel, "output": output, "lock": lock_text(output)},
@@ -100,7 +103,7 @@ def run_on_workers(
             storage_path=str(output / "ray"),
             failure_config=FailureConfig(max_failures=max_failures),
             worker_runtime_env={"env_vars": worker_environment(workers)},
-            callbacks=[EndRun(channel)],
+            callbacks=callbacks,
         ),
         datasets={feeding.name: feeding.feed} if feeding else None,
         dataset_config=feeding,

@@ -269,6 +269,25 @@ def engine_soak(result: Result) -> str:
     )
 
 
+def soak(result: Result) -> str:
+    met, latencies = result["met"], result["latencies_s"]
+    rows = (
+        [
+            kind,
+            ", ".join(f"{count:,} × {status}" for status, count in met[kind].items()),
+            *(" → ".join(number(1000 * third) for third in latencies[kind][part]) for part in latencies[kind]),
+        ]
+        for kind in met
+    )
+    grown = ", ".join(f"{process} by {percent(share)}" for process, share in result["grown"].items())
+    return (
+        f"{result['minutes']:.0f} minutes, {result['promotions']} promotions and {result['training_steps']:,} training "
+        f"steps beside the requests. Milliseconds are those of each third after the first quarter.\n\n"
+        f"{table(['', 'answered', 'median', '95th percentile'], rows)}\n\n"
+        f"Of {result['processes']} processes, grown by more than 5 %: {grown or 'none'}."
+    )
+
+
 def any_result(result: Result) -> str:
     """Every number and text of a result that nobody has described here, by its path, without lists of single runs."""
     rows = [[path, value] for path, value in _leaves(result) if not path.startswith(("machine", "bars"))]
@@ -318,6 +337,7 @@ SECTIONS = {
         "Generation on a GPU", gpu_generation, "engine.md#on-a-gpu", module="benchmarks.gpu.generation"
     ),
     "gpu-training": Section("Training on a GPU", gpu_training, "training.md", module="benchmarks.gpu.training"),
+    "soak": Section("Everything at once on a cluster", soak, "chaos.md#soak", ("../docs/images/soak.png",)),
     "engine_soak": Section(
         "Twenty minutes of everything at once", engine_soak, "engine.md#twenty-minutes-of-everything-at-once"
     ),

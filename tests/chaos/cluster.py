@@ -8,8 +8,9 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,12 @@ GCS_PORT, DASHBOARD_PORT, AGENT_PORT, SERVE_PORT = 6379, 8265, 52365, 8000
 GCS_REDIS_PORT, CACHE_REDIS_PORT = 6379, 6380
 OBJECT_STORE_BYTES = 150_000_000
 START_WITHIN_S = 240.0
-NOTICES_SOONER = {"RAY_health_check_timeout_ms": "5000", "RAY_health_check_failure_threshold": "4"}
-"""The head's environment, as docs/cluster.md advises."""
+GIVES_UP_SOONER = {
+    "RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "8", "RAY_grpc_client_keepalive_time_ms": "20000",
+    "RAY_grpc_client_keepalive_timeout_ms": "20000",
+}  # fmt: skip
+"""Every node's environment, as docs/cluster.md advises."""
 
 
 class Cluster:
@@ -55,7 +60,6 @@ class Cluster:
             if not self.redis.processes(f":{port}"):
                 self.start_redis(port)
         if not self.head.processes("gcs_server"):
-            self.head.end_processes()
             self.start_head()
         self.start_workers([worker for worker in self.workers if not worker.processes("raylet/raylet")])
         self.wait_for_nodes([self.head, *self.workers])
@@ -72,30 +76,35 @@ class Cluster:
         )  # fmt: skip
 
     def start_head(self) -> None:
-        self.head.start(
-            ["ray", "start", "--head", "--block", "--num-cpus=0", f"--port={GCS_PORT}",
-             f"--dashboard-host={self.head.address}", f"--dashboard-port={DASHBOARD_PORT}", *self._node(self.head)],
-            log="ray.log", RAY_REDIS_ADDRESS=f"{self.redis.address}:{GCS_REDIS_PORT}", **NOTICES_SOONER,
-        )  # fmt: skip
-        wait_for(lambda: _answers(_health(self.head)), what="the head", within_s=START_WITHIN_S)
+        def command() -> subprocess.Popen[bytes]:
+            return self.head.start(
+                ["ray", "start", "--head", "--block", "--num-cpus=0", f"--port={GCS_PORT}",
+                 f"--dashboard-host={self.head.address}", f"--dashboard-port={DASHBOARD_PORT}", *self._node(self.head)],
+                log="ray.log", RAY_REDIS_ADDRESS=f"{self.redis.address}:{GCS_REDIS_PORT}",
+            )  # fmt: skip
+
+        self._start_nodes({self.head: command})
         wait_for(self._takes_jobs, what="the head's job agent", within_s=START_WITHIN_S)
 
     def start_workers(self, workers: Sequence[Host]) -> None:
+        def command(worker: Host) -> subprocess.Popen[bytes]:
+            words = ["ray", "start", "--block", f"--address={self.gcs}", f"--num-cpus={CPUS}", *self._node(worker)]
+            return worker.start(words, log="ray.log")
+
+        self._start_nodes({worker: partial(command, worker) for worker in workers})
+
+    def _start_nodes(self, commands: Mapping[Host, Callable[[], subprocess.Popen[bytes]]]) -> None:
         """Again and again, as a supervisor would: Ray gives a node up whose own agents take 15 s to start."""
-        running = {worker: self._start_worker(worker) for worker in workers}
+        running: dict[Host, subprocess.Popen[bytes]] = {}
 
         def all_healthy() -> bool:
-            for worker, process in running.items():
-                if process.poll() is not None:
-                    running[worker] = self._start_worker(worker)
-            return all(_answers(_health(worker)) for worker in workers)
+            for host, command in commands.items():
+                if host not in running or running[host].poll() is not None:
+                    host.end_processes()  # what a node that was given up has left
+                    running[host] = command()
+            return all(_answers(_health(host)) for host in commands)
 
-        wait_for(all_healthy, what=" ".join(worker.name for worker in workers), within_s=START_WITHIN_S)
-
-    def _start_worker(self, worker: Host) -> subprocess.Popen[bytes]:
-        worker.end_processes()  # what a node that was given up has left
-        command = ["ray", "start", "--block", f"--address={self.gcs}", f"--num-cpus={CPUS}", *self._node(worker)]
-        return worker.start(command, log="ray.log")
+        wait_for(all_healthy, what=" ".join(host.name for host in commands), within_s=START_WITHIN_S)
 
     def on_head(self, *command: object, timeout_s: float = 500) -> str:
         """Of the project's documentation: with the two variables that it says to export."""
@@ -162,6 +171,7 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
         "RAY_gcs_rpc_server_reconnect_timeout_s": "600",  # as KubeRay has it: nodes wait for a head
+        **GIVES_UP_SOONER,
     }
     with hosts(("head", "redis", *WORKERS), folder, environment=environment) as machines:
         made = Cluster(machines, token)

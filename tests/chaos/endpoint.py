@@ -1,7 +1,8 @@
 """The application as `serve deploy` deploys it from the head, with a proxy and an ingress on every worker."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,8 +11,10 @@ import yaml
 
 from tests.chaos.cluster import SERVE_PORT, Cluster, wait_for
 from tests.chaos.hosts import REPOSITORY
+from tests.chaos.traffic import Request
 
 DEPLOY_WITHIN_S = 300.0
+_NOTHING: Mapping[str, Any] = {}
 REPLICAS = {"ingress": 3, "generator": 2, "retriever": 1}
 
 
@@ -20,7 +23,7 @@ class Endpoint:
 
     def __init__(
         self, cluster: Cluster, model: Path, *, deltas: Mapping[str, str], documents: Path | None = None,
-        tracking: str = "none",
+        tracking: str = "none", generator: Mapping[str, Any] = _NOTHING, cache: Mapping[str, Any] = _NOTHING,
     ) -> None:  # fmt: skip
         self._cluster = cluster
         values = yaml.safe_load((REPOSITORY / "serve_config.yaml").read_text())
@@ -30,10 +33,10 @@ class Endpoint:
         application["args"] |= {
             "generator": {
                 "model": str(model), "deltas": dict(deltas), "precision": "fp32", "threads": 1, "max_batch_size": 16,
-                "refresh_s": 0.5, **({"tracking": {"uri": tracking}} if tracking != "none" else {}),
+                "refresh_s": 0.5, **({"tracking": {"uri": tracking}} if tracking != "none" else {}), **generator,
             },
             "retriever": {"documents": str(documents)} if documents else {},
-            "cache": {"backend": {"type": "redis", "url": cluster.cache_redis}},
+            "cache": {"backend": {"type": "redis", "url": cluster.cache_redis}, **cache},
             "request_timeout_s": 60,
         }  # fmt: skip
         for deployment in application["deployments"]:
@@ -78,14 +81,16 @@ class Endpoint:
         try:
             for name, number in REPLICAS.items():
                 wait_for(
-                    lambda name=name, number=number: len([a for a in self.replicas(name) if a in alive]) == number,
-                    what=f"{number} replicas of {name}", within_s=within_s,
-                )  # fmt: skip
+                    partial(self._runs, name, number, alive), what=f"{number} replicas of {name}", within_s=within_s
+                )
             for url in self.urls:
-                wait_for(lambda url=url: answers(url), what=url, within_s=within_s)
+                wait_for(partial(answers, url), what=url, within_s=within_s)
         except TimeoutError as error:
             raise TimeoutError(f"{error}\n{self._cluster.on_head('serve', 'status')}") from None
         return time.monotonic() - began
+
+    def _runs(self, deployment: str, number: int, alive: Container[str]) -> bool:
+        return sum(address in alive for address in self.replicas(deployment)) == number
 
 
 def answers(url: str) -> bool:
@@ -95,11 +100,11 @@ def answers(url: str) -> bool:
         return False
 
 
-def completion(model: str, **more: Any) -> Any:
-    """Bodies that no cache knows and that take some time."""
+def completion(model: str, **more: Any) -> Callable[[int], Request]:
+    """Requests that no cache knows and that take some time."""
 
-    def body(number: int) -> dict[str, Any]:
+    def request(number: int) -> Request:
         asked = {"model": model, "prompt": f"An adult alpaca {number}", "max_tokens": 60, "temperature": 0}
-        return asked | more
+        return Request(asked | more)
 
-    return body
+    return request

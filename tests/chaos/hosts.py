@@ -38,6 +38,7 @@ for path; do
 done
 mount --rbind "$disk" /tmp
 mount --bind /tmp/hosts /etc/hosts
+mount --bind /tmp/resolv.conf /etc/resolv.conf
 mount -t tmpfs none /dev/shm
 mount -o remount,bind,ro /
 ip link set lo up
@@ -68,6 +69,8 @@ class Host:
         (self.disk / "home").mkdir(exist_ok=True)
         known = {"127.0.0.1": "localhost", **self.names}
         (self.disk / "hosts").write_text("".join(f"{address} {name}\n" for address, name in known.items()))
+        # No name server can be reached, and one that is silent costs 10 s for each address that torch asks about.
+        (self.disk / "resolv.conf").write_text("")
         if not self.in_namespaces:
             return
         paths = dict.fromkeys([self.shared, REPOSITORY, Path(sys.prefix), Path(sys.base_prefix)])
@@ -180,7 +183,7 @@ class Host:
     def _environment(self, values: Mapping[str, str]) -> dict[str, str]:
         folder = "/tmp" if self.in_namespaces else str(self.disk)
         ours = {"HOME": f"{folder}/home", "TMPDIR": folder, "RAY_TMPDIR": folder, _OF_HOST: self.address}
-        return self.environment | ours | values
+        return {**self.environment, **ours, **values}
 
     def _has(self, pid: int) -> bool:
         if not self.in_namespaces:
@@ -218,7 +221,7 @@ def hosts(names: Sequence[str], folder: Path, *, environment: Mapping[str, str])
             subprocess.run(
                 ["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK_BYTES}", "none", shared / "small"], check=True
             )
-            stack.callback(subprocess.run, ["umount", shared / "small"])
+            stack.callback(lambda: subprocess.run(["umount", shared / "small"]))
         else:
             stack.callback(shutil.rmtree, disks, ignore_errors=True)
         for host in made.values():

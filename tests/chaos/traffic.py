@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -16,6 +16,13 @@ WAIT_S, CONNECT_WITHIN_S = 20.0, 3.0
 """For an answer. A host without power does not even close its connections."""
 
 
+@dataclass(frozen=True)
+class Request:
+    body: dict[str, Any]
+    path: str = "/v1/completions"
+    method: str = "POST"
+
+
 @dataclass
 class Asked:
     """One request, and what each try of it met: a status, or the name of what broke the connection."""
@@ -24,6 +31,7 @@ class Asked:
     met: list[int | str] = field(default_factory=list)
     ended: float = 0.0
     text: str = ""
+    """Of a completion."""
 
     @property
     def is_answered(self) -> bool:
@@ -44,18 +52,17 @@ class Asked:
 
 
 class Traffic:
-    """Within the block, `clients` ask one after the other for whole answers, `body(number)` each time.
+    """Within the block, `clients` ask one after the other for whole answers, `request(number)` each time.
 
     A balancer as plain as they come: the nodes in turn, without those that broke a request and whose /healthz has not
     answered since; and each request tried `TRIES` times at most.
     """
 
     def __init__(
-        self, urls: Sequence[str], body: Callable[[int], Mapping[str, Any]], *, path: str = "/v1/completions",
-        clients: int = 6,
-    ) -> None:  # fmt: skip
+        self, urls: Sequence[str], request: Callable[[int], Request], *, clients: int = 6, pause_s: float = 0.0
+    ) -> None:
         self.asked: list[Asked] = []
-        self._urls, self._body, self._path, self._clients = list(urls), body, path, clients
+        self._urls, self._request, self._clients, self._pause_s = list(urls), request, clients, pause_s
         self._turn, self._numbers = itertools.count(), itertools.count(time.time_ns() % 10**9)
         self._left_out: set[str] = set()
         self._stop = threading.Event()
@@ -108,23 +115,37 @@ class Traffic:
     async def _ask_on(self, client: httpx.AsyncClient) -> None:
         while not self._stop.is_set():
             asked = Asked(time.monotonic())
-            body = self._body(next(self._numbers))
+            request = self._request(next(self._numbers))
             for _ in range(TRIES):
                 url = self._next_url()
                 try:
-                    response = await client.post(url + self._path, json=body)
+                    response = await client.request(request.method, url + request.path, json=request.body)
                 except httpx.TransportError as error:
                     asked.met.append(type(error).__name__)
                 else:
-                    asked.met.append(response.status_code)
+                    asked.met.append(response.status_code if _is_whole(response) else "cut off")
                 if asked.is_answered:
-                    asked.text = response.json()["choices"][0]["text"]
+                    asked.text = _text(response)
                     break
                 self._left_out.add(url)
                 await asyncio.sleep(0.2)
             asked.ended = time.monotonic()
             self.asked.append(asked)
+            await asyncio.sleep(self._pause_s)
 
     def _next_url(self) -> str:
         good = [url for url in self._urls if url not in self._left_out] or self._urls
         return good[next(self._turn) % len(good)]
+
+
+def _is_whole(response: httpx.Response) -> bool:
+    return not _is_stream(response) or response.text.endswith("data: [DONE]\n\n")
+
+
+def _is_stream(response: httpx.Response) -> bool:
+    return response.headers.get("content-type", "").startswith("text/event-stream")
+
+
+def _text(response: httpx.Response) -> str:
+    choices = [] if _is_stream(response) else response.json().get("choices", [])
+    return str(choices[0].get("text", "")) if choices else ""

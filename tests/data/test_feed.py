@@ -80,6 +80,15 @@ def test_batches_of_a_fixed_layout_are_padded_to_it(shards) -> None:
     assert batch.input_ids.shape == (4, 9)
 
 
+def test_batches_come_in_few_widths_and_none_is_wider_than_the_longest_row_may_be(shards) -> None:
+    assert [feed(shards, max_length=20).width(longest) for longest in (1, 8, 9, 16, 17, 20)] == [8, 8, 16, 16, 20, 20]
+    assert feed(shards, pad_to=9, max_length=20).width(4) == 9 and feed(shards).width(5) == 5
+    whole = feed(shards, max_length=20, total_steps=1)
+    (window,) = whole.windows()
+    (batch,) = whole.batches(*whole.packets(window, workers=1), workers=1)
+    assert batch.input_ids.shape == batch.loss_mask.shape == (4, 8) and not batch.loss_mask[:, 5:].any()
+
+
 def test_a_packet_that_is_a_slice_of_a_larger_block_is_read_right(shards) -> None:
     whole = feed(shards, total_steps=3)
     (window,) = whole.windows()

@@ -30,7 +30,7 @@ STEPS, SAVE_EVERY, LOST_AFTER = 80, 10, 25
 
 def in_a_process(function: str, *args: object) -> str:
     """What the function of this file prints, on a cluster of its own."""
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10"}
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:  # short, for the sockets in it
         result = subprocess.run(
             [sys.executable, __file__, function, *map(str, args)],

@@ -1,4 +1,5 @@
 import threading
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from app.atomic import told_if_unwritable
 from app.errors import Diverged, Interrupted, UserError
 from app.training.ending import EndRun
 from app.training.interruption import Stopped
-from app.training.run_log import RunLog
+from app.training.run_log import RunLog, first, last
 from app.training.trainer import _ending, _fit, _on_shared_storage
 
 
@@ -86,6 +87,24 @@ def test_where_metrics_cannot_be_recorded_the_run_is_stopped_and_that_is_told() 
     with pytest.raises(UserError, match=r"metrics.jsonl cannot be written"):
         _fit(both, both, record)
     assert both.stop.is_set()
+
+
+def test_metrics_lie_in_the_file_alone_and_a_step_that_comes_again_replaces_what_followed(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, start_step=0)
+    tracemalloc.start()
+    for step in range(3000):
+        log.add({"step": step, "loss": 1.0 + step})
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 50_000, "a run may have millions of steps"
+    log.add({"step": 10, "loss": 0.5})
+    assert [row["step"] for row in log.rows] == list(range(11))
+    assert (first(log.rows, "loss"), last(log.rows, "loss"), last(log.rows, "other")) == (1.0, 0.5, None)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 11, "lo')  # killed while it wrote
+    resumed = RunLog(tmp_path, start_step=9)
+    resumed.add({"step": 10, "loss": 2.0})
+    assert [row["loss"] for row in resumed.rows][-2:] == [10.0, 2.0] and len(resumed.rows) == 11
 
 
 def test_a_full_disk_under_metrics_or_result_is_told(tmp_path: Path) -> None:
