@@ -273,50 +273,65 @@ def test_checkpoints_hold_trained_weights_and_where_the_run_stands(unbroken) -> 
         assert state["metrics"]["loss"] == row["loss"] and state["metrics"]["learning_rate"] == row["learning_rate"]
 
 
-def test_a_stopped_run_resumes_with_another_number_of_workers_and_zero_stage(
-    unbroken, small_data: Path, tiny_model: Path, tmp_path: Path
-) -> None:
-    # Stopped after step 6, by taking the later checkpoints away, as a kill between them would leave it.
-    output = tmp_path / "run"
-    shutil.copytree(unbroken[0], output)
-    for path in (output / "checkpoints").iterdir():
-        if path.name > "step-00000006":
-            shutil.rmtree(path)
-    shutil.rmtree(output / "delta")
-    changes = ["workers.count=1", "deepspeed.zero_stage=0", "samples=2"]
-    summary, seen = train(config(small_data, tiny_model, output, *changes), resume=True)
-    assert list(losses(seen)) == [7, 8]
-    # the same records, but dropout falls otherwise on one worker than on two
-    assert losses(seen)[8] == pytest.approx(losses(unbroken[2])[8], abs=0.1)
-    assert summary["eval_loss_after"] == pytest.approx(unbroken[1]["eval_loss_after"], abs=0.1)
-    assert (output / "delta/delta.json").exists()
-    assert summary["mlflow_run"] == unbroken[1]["mlflow_run"], "it goes on in the same run"
-    assert summary["worker_hours"] > unbroken[1]["worker_hours"], "the hours of both sessions"
+@pytest.fixture(scope="module")
+def packed(small_source: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory):
+    """All weights trained on packed rows, by two workers; then stopped after step 3 and resumed by three, without ZeRO.
 
-
-def test_packed_rows_train_and_another_number_of_workers_sees_the_same_rows(
-    small_source: Path, tiny_model: Path, tmp_path: Path
-) -> None:
-    data, output = tmp_path / "data", tmp_path / "run"
+    Stopped by taking the later checkpoint away, as a kill before it would leave it.
+    """
+    folder = tmp_path_factory.mktemp("packed")
+    data, output = folder / "data", folder / "run"
     made = {"source": str(small_source), "output": str(data), "model": str(tiny_model), "max_length": 96}
     prepare(PrepareConfig.model_validate({**made, "layout": {"type": "packed", "length": 384}}))
-    no_dropout = ["method.dropout=0", "epochs=4", "max_steps=6"]
-    unbroken, seen = train(config(data, tiny_model, output, *no_dropout))
-    assert plan_job(config(data, tiny_model, output)).feed.steps_per_epoch < 6, "it goes through an epoch's end"
-    assert unbroken["eval_loss_after"] < unbroken["eval_loss_before"]
+    settings = [
+        f"data={data}", f"model={tiny_model}", f"output={output}", "method.type=full", "batch_size=8", "epochs=4",
+        "max_steps=6", "eval_every=4", "save_every=3", "precision=fp32", "workers.cpus=0.5", "samples=2",
+        "optimizer.learning_rate=3e-3", "deepspeed.zero_stage=2",
+    ]  # fmt: skip
+    whole = train(load_config(TrainConfig, overrides=settings))
+    shutil.copytree(output / "model", folder / "whole")
     shutil.rmtree(output / "checkpoints/step-00000006")
-    resumed, of_three = train(config(data, tiny_model, output, *no_dropout, "workers.count=3"), resume=True)
+    shutil.rmtree(output / "model")
+    changes = ["workers.count=3", "deepspeed.zero_stage=0"]
+    resumed = train(load_config(TrainConfig, overrides=[*settings, *changes]), resume=True)
+    return data, folder / "whole", output, whole, resumed
+
+
+def test_packed_rows_lower_the_loss_through_an_epochs_end(packed, tiny_model: Path, tmp_path: Path) -> None:
+    data, _, _, (summary, _), _ = packed
+    assert plan_job(config(data, tiny_model, tmp_path)).feed.steps_per_epoch < 6
+    assert summary["eval_loss_after"] < summary["eval_loss_before"]
+
+
+def test_full_fine_tuning_leaves_a_whole_model(packed, tiny_model: Path) -> None:
+    _, model, _, (summary, _), _ = packed
+    assert summary["trained_parameters"] == sum(p.numel() for p in load_decoder(tiny_model).parameters())
+    assert (model / "tokenizer.json").exists()
+    changed = load_decoder(model).state_dict()
+    assert all(not torch.equal(changed[name], w) for name, w in load_decoder(tiny_model).state_dict().items())
+
+
+def test_a_stopped_run_resumes_with_another_number_of_workers_and_zero_stage(packed) -> None:
+    _, _, output, (whole, before), (resumed, after) = packed
+    assert list(losses(after)) == [4, 5, 6]
+    for step, loss in losses(after).items():
+        assert loss == pytest.approx(losses(before)[step], abs=1e-4), "the same rows"
+    assert resumed["eval_loss_after"] == pytest.approx(whole["eval_loss_after"], abs=1e-4)
+    assert (output / "model/tokenizer.json").exists()
+    assert resumed["mlflow_run"] == whole["mlflow_run"], "it goes on in the same run"
+    assert resumed["worker_hours"] > whole["worker_hours"], "the hours of both sessions"
+
+
+def test_the_samples_of_packed_rows_are_one_record_each(packed, tiny_model: Path) -> None:
+    data = packed[0]
     on_training_rows = EvaluateConfig(
         data=str(data), model=str(tiny_model), split="train", samples=3, workers={"cpus": 0.5}
     )
     (seen_by_evaluate,) = evaluate(plan_evaluation(on_training_rows))
     assert seen_by_evaluate.records == read_manifest(str(data)).num_records("train")
-    for sample in seen_by_evaluate.samples:  # of packed rows, one record each
+    for sample in seen_by_evaluate.samples:
         assert sample.prompt.count("Instruction:") == 1 and sample.prompt.endswith("Response:")
         assert "Instruction:" not in sample.reference
-    for step in (4, 5, 6):
-        assert losses(of_three)[step] == pytest.approx(losses(seen)[step], abs=1e-4)
-    assert resumed["eval_loss_after"] == pytest.approx(unbroken["eval_loss_after"], abs=1e-4)
 
 
 @pytest.mark.chaos
@@ -343,24 +358,6 @@ def test_a_store_that_goes_away_ends_the_run_at_once_and_the_run_goes_on_when_it
     _, after = train(settings, resume=True)
     assert list(losses(after)) == list(range(kept + 1, 81))
     assert 80 in job.checkpoints.steps() and not (tmp_path / "run/checkpoints").exists()
-
-
-def test_full_fine_tuning_leaves_a_whole_model(small_data: Path, tiny_model: Path, tmp_path: Path) -> None:
-    output = tmp_path / "full"
-    settings = TrainConfig(
-        data=str(small_data),
-        model=str(tiny_model),
-        output=str(output),
-        method={"type": "full"},
-        batch_size=8,
-        max_steps=2,
-        workers={"count": 2, "cpus": 0.5},
-    )
-    summary, _ = train(settings)
-    assert summary["trained_parameters"] == sum(p.numel() for p in load_decoder(tiny_model).parameters())
-    assert (output / "model/tokenizer.json").exists()
-    changed = load_decoder(output / "model").state_dict()
-    assert all(not torch.equal(changed[name], w) for name, w in load_decoder(tiny_model).state_dict().items())
 
 
 def test_a_run_folder_is_not_overwritten_and_a_resumed_run_not_changed(

@@ -55,13 +55,19 @@ def config(source: Path, output: Path) -> PretrainConfig:
     )
 
 
+@pytest.fixture(scope="module")
+def first(
+    ray_cluster: None, small_source: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict, list[Metrics]]:
+    """A run from scratch: its summary, its metrics."""
+    seen: list[Metrics] = []
+    return pretrain(config(small_source, tmp_path_factory.mktemp("first") / "run"), on_metrics=seen.append), seen
+
+
 @pytest.mark.ray
 @pytest.mark.slow
-def test_text_becomes_a_tokenizer_and_a_model(
-    ray_cluster: None, tracking_store: str, small_source: Path, tmp_path: Path
-) -> None:
-    seen: list[Metrics] = []
-    summary = pretrain(config(small_source, tmp_path / "run"), on_metrics=seen.append)
+def test_text_becomes_a_tokenizer_and_a_model(first: tuple[dict, list[Metrics]], tracking_store: str) -> None:
+    summary, seen = first
     losses = [row["eval_loss"] for row in seen if "eval_loss" in row]
     assert len(losses) == 1 + STEPS // EVAL_EVERY and losses == sorted(losses, reverse=True)
     assert summary["step"] == STEPS and summary["eval_loss"] == losses[-1]
@@ -75,7 +81,8 @@ def test_text_becomes_a_tokenizer_and_a_model(
         ids = torch.tensor([tokenizer.encode("An adult alpaca")])
         theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
         torch.testing.assert_close(model.head(model(ids)), theirs, atol=1e-4, rtol=0)
-    assert (tmp_path / "run/loss.png").exists() and "Throughput" in (tmp_path / "run/report.html").read_text()
+    output = folder.parent
+    assert (output / "loss.png").exists() and "Throughput" in (output / "report.html").read_text()
     run = open_store(tracking_store).get_run(summary["mlflow_run"])
     assert run.info.status == "FINISHED" and run.data.metrics["eval_loss"] == pytest.approx(losses[-1])
     assert summary["tokens"] == STEPS * 4 * 32 and summary["worker_hours"] > 0
@@ -126,12 +133,13 @@ def test_a_quantized_model_is_not_gone_on_from(tiny_model: Path, small_source: P
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_going_on_lowers_the_loss_from_where_it_stood(ray_cluster: None, small_source: Path, tmp_path: Path) -> None:
-    first = pretrain(config(small_source, tmp_path / "first"))
+def test_going_on_lowers_the_loss_from_where_it_stood(
+    first: tuple[dict, list[Metrics]], small_source: Path, tmp_path: Path
+) -> None:
     seen: list[Metrics] = []
-    again = continued(small_source, Path(first["result"]), output=str(tmp_path / "again"))
+    again = continued(small_source, Path(first[0]["result"]), output=str(tmp_path / "again"))
     summary = pretrain(again, on_metrics=seen.append)
     # the model is stored in bf16
-    assert seen[0]["step"] == 0 and seen[0]["eval_loss"] == pytest.approx(first["eval_loss"], abs=0.02)
+    assert seen[0]["step"] == 0 and seen[0]["eval_loss"] == pytest.approx(first[0]["eval_loss"], abs=0.02)
     assert summary["eval_loss"] < seen[0]["eval_loss"]
     assert seen[-1]["learning_rate"] == 0.0
