@@ -39,7 +39,7 @@ def told_to_prometheus(sweep: str, records: Callable[[], Sequence[TrialRecord]])
         while not ending.wait(_TELL_EVERY_S):
             told.set(records())
 
-    thread = threading.Thread(target=tell, name="metrics", daemon=True)
+    thread = threading.Thread(target=tell, name="sweep metrics", daemon=True)
     thread.start()
     try:
         yield

@@ -48,7 +48,7 @@ class Feed:
     """What rows are padded to; None pads to a little more than the longest of a batch."""
     window_rows: int
     max_length: int | None = None
-    """No row is longer; None pads to just the longest of a batch."""
+    """No record is longer (packed rows are); None pads to just the longest of a batch."""
 
     @classmethod
     def of(cls, manifest: Manifest, *, batch_size: int, total_steps: int, seed: int) -> "Feed":
@@ -75,7 +75,7 @@ class Feed:
         rows that it multiplies, and keeps that. Else a process with bf16 grew for thousands of steps."""
         if self.pad_to or self.max_length is None:
             return self.pad_to or longest
-        return min(-(-longest // _WIDTH_STEP) * _WIDTH_STEP, self.max_length)
+        return max(longest, min(-(-longest // _WIDTH_STEP) * _WIDTH_STEP, self.max_length))
 
     def position(self, step: int) -> dict[str, int]:
         """Where the data stands after `step` steps: whole epochs, and rows read of all."""

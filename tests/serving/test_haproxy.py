@@ -10,7 +10,7 @@ import pytest
 from tests.serving.load import until
 from tests.serving.served_process import client_of, pacos_serve
 
-pytestmark = [pytest.mark.own_ray, pytest.mark.slow]
+pytestmark = [pytest.mark.own_ray, pytest.mark.chaos]
 
 LONG = {"model": "pacos", "prompt": "An adult alpaca", "max_tokens": 1900, "temperature": 1.0, "ignore_eos": True}
 

@@ -4,6 +4,7 @@ import signal
 
 import pytest
 
+from app.data.tokenization import load_tokenizer
 from tests.serving.collector import collector
 from tests.serving.load import until
 from tests.serving.served_process import client_of, pacos_serve
@@ -37,8 +38,9 @@ def client(process, free_port):
         yield client
 
 
-def test_a_request_is_one_trace_from_the_proxy_to_the_engines_steps(client, traced):
-    body = {"model": "pacos", "prompt": "traced", "max_tokens": 5, "temperature": 1.0}
+def test_a_request_is_one_trace_from_the_proxy_to_the_engines_steps(client, traced, model_dir):
+    letter = load_tokenizer(model_dir).encode("a")[0]  # a token with a text of its own: half a character is held back
+    body = {"model": "pacos", "prompt": "traced", "max_tokens": 5, "temperature": 1.0, "logit_bias": {str(letter): 100}}
     headers = {"traceparent": f"00-{TRACE}-{ROOT}-01"}  # sampled, whatever sampling_ratio is
     assert client.post("/v1/completions", json=body, headers=headers).status_code == 200
 

@@ -42,4 +42,4 @@ def test_it_is_told_again_and_again_until_the_sweep_is_over(seen) -> None:
 
     with metrics.told_to_prometheus("ranks", records):
         assert told.wait(30)
-    assert "metrics" not in {thread.name for thread in threading.enumerate()}
+    assert "sweep metrics" not in {thread.name for thread in threading.enumerate()}
