@@ -143,6 +143,8 @@ class Feed:
         """
         import ray.data
 
+        from app.data.pacing import pace
+
         windows = [{"window": list(window)} for window in self.windows(start_step)]
         dataset = ray.data.from_items(windows, override_num_blocks=len(windows)).map_batches(
             _read_packets,
@@ -154,6 +156,7 @@ class Feed:
         dataset.context.execution_options.preserve_order = True
         # Blocks are cut at this size, at rows: each packet becomes one, which a worker gets as a whole.
         dataset.context.target_max_block_size = 1
+        pace(dataset)
         return dataset
 
     def _stream(self, epoch: int, first: int, last: int) -> pa.Table:

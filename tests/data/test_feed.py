@@ -1,4 +1,7 @@
+import time
+
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -122,3 +125,26 @@ def test_streaming_split_gives_every_worker_one_packet_of_each_window(ray_cluste
             assert [step for step, _ in seen] == list(range(start, 25))
         for place, step in enumerate(range(start, 25)):
             assert sorted(row for seen in per_worker for row in seen[place][1]) == expected[step]
+
+
+@pytest.mark.ray
+def test_a_feed_that_is_ahead_of_its_workers_leaves_the_processor_to_them(ray_cluster: None, shards) -> None:
+    dataset = feed(shards, total_steps=500).dataset(start_step=0, workers=1)
+    dataset.context.execution_options.resource_limits = dataset.context.execution_options.resource_limits.copy(
+        object_store_memory=2000
+    )
+    (split,) = dataset.streaming_split(1, equal=True)
+    packets = iter(split.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
+    next(packets)
+
+    def seconds() -> float:
+        """Of the processor, that what executes the dataset has used."""
+        (coordinator,) = (p for p in psutil.process_iter(["name"]) if "SplitCoordinator" in " ".join(p.cmdline()))
+        used = coordinator.cpu_times()
+        return float(used.user + used.system)
+
+    time.sleep(2)
+    before, began = seconds(), time.monotonic()
+    time.sleep(3)
+    assert seconds() - before < 0.4 * (time.monotonic() - began)
+    assert next(packets)["first_step"][0].as_py() > 0, "and it goes on"
