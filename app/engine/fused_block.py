@@ -65,8 +65,7 @@ class _Product:
             if rounded is not None:
                 integers, steps = self._kernels.round_rows(values, rounded.levels)
         y = layer.base(values) if rounded is None else rounded.of_rounded(integers, steps, x.dtype)
-        if layer.is_active:
-            layer.update(values, y)
+        layer.update(values, y)
         return y
 
 

@@ -142,9 +142,11 @@ class PackedRuns:
             kept = resources.pop_all()
         with self._changed:
             run = self._runs[name] = _Run(job, inputs, member, recording, kept)
+        last = next(reversed(recording.log.rows), None)
         if member.is_done:  # its process was lost between the last step and the result
-            self._finishing.submit(self._finish, run, recording.log.rows[-1])
-        return recording.log.rows[-1] if recording.log.rows else None
+            assert last is not None
+            self._finishing.submit(self._finish, run, last)
+        return last
 
     def hand_over(self, name: str, config: TrainConfig) -> None:
         """Begin the run of `config`, in its folder, with the weights and the optimizer that run `name` has here.
@@ -152,11 +154,11 @@ class PackedRuns:
         It waits between two steps meanwhile: nobody has asked it to go on.
         """
         run = self._runs[name]
-        last = run.recording.log.rows[-1]
         with run.writing:
+            rows = run.recording.log.rows
             about = about_step(run.job, run.member.step, inputs=run.inputs)
-            checkpoint = checkpoint_of(run.member.optimizer, last, about=about)
-            begin_from(plan_job(config), checkpoint, rows=run.recording.log.rows)
+            checkpoint = checkpoint_of(run.member.optimizer, rows[-1], about=about)
+            begin_from(plan_job(config), checkpoint, rows=rows)
 
     def _validation(self, job: Job) -> list[Batch]:
         """The held-out records; runs over the same data share them, and the base's loss on them."""

@@ -34,8 +34,9 @@ INLINE void fetch(const void *p, int64_t at, int64_t count, int format) {
     for (int64_t i = 0; i < count * size; i += 64) __builtin_prefetch((const char *)p + at * size + i);
 }
 
-/* Numbers as multiples of a step of their own, which is returned, from -127 to 127. */
-INLINE float round_to_bytes(int8_t *to, const void *x, int64_t at, int64_t width, int is_bf16) {
+/* `width` numbers of x from `at` on, with zeros behind up to a whole vector, as integers from -levels to levels with `zero`
+ * added; returns the step of which these are multiples, the largest absolute value / levels. */
+INLINE float round_to_bytes(void *to, const void *x, int64_t at, int64_t width, int is_bf16, int32_t levels, int32_t zero) {
     const float magic = 12582912.0f; /* 1.5 * 2^23: added and taken away it rounds, ties to even */
     vec most = all(0);
     for (int64_t i = 0; i < width; i += LANES) {
@@ -44,11 +45,12 @@ INLINE float round_to_bytes(int8_t *to, const void *x, int64_t at, int64_t width
     }
     float largest = 1e-12f;
     for (int i = 0; i < LANES; i++) largest = most[i] > largest ? most[i] : largest;
-    const float step = largest / 127;
+    const float step = largest / levels;
     for (int64_t i = 0; i < width; i += LANES) {
         vec rounded = (load(x, at + i, is_bf16) / step + magic) - magic;
-        sbvec bytes = __builtin_convertvector(__builtin_convertvector(rounded, ivec), sbvec);
-        memcpy(to + i, &bytes, sizeof bytes);
+        bvec bytes = __builtin_convertvector(__builtin_convertvector(rounded, ivec) + zero, bvec);
+        if (i + LANES <= width) memcpy((uint8_t *)to + i, &bytes, LANES);
+        else memcpy((uint8_t *)to + i, &bytes, width - i);
     }
     return step;
 }
@@ -108,7 +110,7 @@ INLINE void attend_head(const void *query, void *out, int q_is_bf16, const cache
     float q[256], scores[CHUNK * BLOCK], q_step = 0;
     int8_t q_bytes[256];
     const int64_t parts = width / LANES;
-    if (format == BYTES) q_step = scale * round_to_bytes(q_bytes, query, 0, width, q_is_bf16);
+    if (format == BYTES) q_step = scale * round_to_bytes(q_bytes, query, 0, width, q_is_bf16, 127, 0);
     for (int64_t i = 0; i < parts; i++) store_f32(q + i * LANES, load(query, i * LANES, q_is_bf16) * scale);
     for (int64_t i = 0; i < parts; i++) mixed[i] = all(0);
     float largest = -INFINITY;
@@ -226,9 +228,9 @@ void write_cache(const void *k, int64_t k_row, int64_t k_head, const void *v, in
             int64_t to_key = at + offsets[r], to_value = at + offsets[r] * width;
             if (format == BYTES) {
                 int8_t bytes[256];
-                key_steps[place] = round_to_bytes(bytes, k, key, width, from_bf16);
+                key_steps[place] = round_to_bytes(bytes, k, key, width, from_bf16, 127, 0);
                 for (int64_t i = 0; i < width; i += 4) memcpy((int8_t *)keys + at + i * BLOCK + 4 * offsets[r], bytes + i, 4);
-                value_steps[place] = round_to_bytes((int8_t *)values + to_value, v, value, width, from_bf16);
+                value_steps[place] = round_to_bytes((int8_t *)values + to_value, v, value, width, from_bf16, 127, 0);
                 continue;
             }
             for (int64_t i = 0; i < width; i += LANES)
@@ -377,19 +379,12 @@ void multiply_row(const void *x, int64_t in, const void *w, const void *bias, vo
 
 enum { AS_IT_IS, LAYER_NORM, RMS_NORM, WITH_GELU }; /* what a row goes through before a product */
 
-INLINE vec as_stored(vec x, int is_bf16) { /* rounded to the format, in fp32 */
-    if (!is_bf16) return x;
-    uvec bits = (uvec)x;
-    return (vec)((bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000);
-}
-
 /* One row of `prepare_rows`, of which `row` keeps the numbers, with zeros behind up to a whole vector. */
 INLINE void prepare_row(int kind, void *x, const void *added, int is_bf16, const void *weight, const void *bias,
                         float epsilon, void *out, uint8_t *integers, float *step, int64_t at, int64_t width,
                         int32_t levels, float *row) {
-    const float magic = 12582912.0f; /* 1.5 * 2^23: added and taken away it rounds, ties to even */
     const int64_t whole = width / LANES * LANES, rest = width - whole;
-    vec sums = all(0), squares = all(0), most = all(0);
+    vec sums = all(0), squares = all(0);
     for (int64_t i = 0; i < width; i += LANES) {
         vec v = i < whole ? load(x, at + i, is_bf16) : load_some(x, at + i, rest, is_bf16);
         if (added) {
@@ -427,19 +422,7 @@ INLINE void prepare_row(int kind, void *x, const void *added, int is_bf16, const
         for (int64_t i = 0; i < whole; i += LANES) store(out, at + i, load_f32(row + i), is_bf16);
         if (rest) store_some(out, at + whole, rest, load_f32(row + whole), is_bf16);
     }
-    if (!integers) return;
-    for (int64_t i = 0; i < width; i += LANES) {
-        vec size = absolute(load_f32(row + i));
-        most = either(size > most, size, most);
-    }
-    float largest = 1e-12f;
-    for (int i = 0; i < LANES; i++) largest = most[i] > largest ? most[i] : largest;
-    *step = largest / levels;
-    for (int64_t i = 0; i < width; i += LANES) {
-        vec rounded = (load_f32(row + i) / *step + magic) - magic;
-        bvec bytes = __builtin_convertvector(__builtin_convertvector(rounded, ivec) + (levels + 1), bvec);
-        memcpy(integers + at + i, &bytes, i < whole ? LANES : rest);
-    }
+    if (integers) *step = round_to_bytes(integers + at, row, 0, width, 0, levels, levels + 1);
 }
 
 /* Rows of x [rows, width], to which `added` is added first, if it is not null, in place: through what `kind` says into

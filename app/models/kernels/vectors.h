@@ -60,11 +60,19 @@ INLINE vec load(const void *p, int64_t at, int is_bf16) {
     return is_bf16 ? load_bf16((const uint16_t *)p + at) : load_f32((const float *)p + at);
 }
 
-INLINE void store_bf16(uint16_t *p, vec x) { /* to the nearest, ties to even */
+/* Bits whose upper halves are x in bf16: to the nearest, ties to even. */
+INLINE uvec bf16_bits(vec x) {
     uvec bits = (uvec)x;
-    hvec halves = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, hvec);
+    return bits + 0x7fff + ((bits >> 16) & 1);
+}
+
+INLINE void store_bf16(uint16_t *p, vec x) {
+    hvec halves = __builtin_convertvector(bf16_bits(x) >> 16, hvec);
     memcpy(p, &halves, sizeof halves);
 }
+
+/* x as `store` and `load` would give it back. */
+INLINE vec as_stored(vec x, int is_bf16) { return is_bf16 ? (vec)(bf16_bits(x) & 0xffff0000) : x; }
 
 INLINE void store(void *p, int64_t at, vec x, int is_bf16) {
     if (is_bf16) store_bf16((uint16_t *)p + at, x);
