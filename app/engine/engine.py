@@ -138,7 +138,7 @@ class Engine:
             max_step_tokens=max(settings.max_step_tokens, settings.max_batch_size + BLOCK_SIZE),
         )
         self._cache = cache
-        self._runner = Runner(mixed, head, cache, kernels, paged=paged, has_packed_products=is_packed)
+        self._runner = Runner(mixed, head, cache, kernels, paged=paged)
         self._decoding: Decoding | None = None
         if paged is not None and settings.cuda_graphs:
             max_blocks = blocks_for(model.config.context_length)

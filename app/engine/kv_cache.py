@@ -24,6 +24,9 @@ if TYPE_CHECKING:  # Triton may be missing
 
 _FEW_ROWS = 32
 """Up to here a sequence's new tokens go to the kernel that reads the cache in place, one by one."""
+_FEW_ROWS_OF_CPU = 256
+"""The same with the compiled kernels. For a prompt and a layer of GPT-2 124M in bf16, on two cores of an EPYC (Zen 4),
+72 tokens take 0.22 ms there and 0.66 by torch's attention, 200 take 1.1 and 2.0."""
 _ROWS_OF_BF16 = 64
 """torch's attention in bf16 on a CPU compiles products for each number of rows and places, for longer than a prompt
 takes; so these are rounded up to a multiple."""
@@ -217,7 +220,8 @@ class StepCache:
         self.blocks, self.offsets = to_device(rows.blocks, device), to_device(rows.places % BLOCK_SIZE, device)
         self.seen = rows.places + 1  # how many places each row sees
         self.tables, self.table_of_row = rows.tables, rows.sequence_of_row
-        self.long = [self._as_long(s, span) for s, span in rows.spans if span.stop - span.start > _FEW_ROWS]
+        few = _FEW_ROWS if kernels is None else _FEW_ROWS_OF_CPU
+        self.long = [self._as_long(s, span) for s, span in rows.spans if span.stop - span.start > few]
         self._parts: dict[tuple[int, int], _Part] = {}
         self._whole = self.part(slice(0, len(self.positions)))
 

@@ -4,8 +4,8 @@ torch's fp32 products go through MKL, which on AMD's processors is slow for few 
 [64, 768] x [768, 3072] at 60 GFLOP/s there and at 111 with weights that oneDNN has laid out, [8, 768] x [768, 50257] at
 16 and 45. The packed weights are a second copy: the plain ones stay, for the deltas to be built on.
 
-Where the processor has AMX, bf16 and int8 go through products of our own (`kernels/tiles.c`), which ask for weights
-ahead.
+Where the processor has AMX, or AVX-512 with BF16 or VNNI, bf16 and int8 go through products of our own
+(`kernels/products.c`), which ask for weights ahead and multiply no more rows than there are.
 """
 
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from app.engine.kernels import Kernels
-from app.engine.kernels.tiles import PackedBytes, PackedWeights, tiles
+from app.engine.kernels.products import PackedBytes, PackedWeights, Products, products
 from app.models.decoder import Decoder
 from app.models.quantization.int8 import Int8Dynamic
 from app.models.quantization.integer_product import OneDnnProduct
@@ -37,7 +37,7 @@ def round_up(num_rows: int) -> int:
 class PackedLinear(nn.Module):
     """Computes what `linear` does, for [1, rows, in] or [rows, in].
 
-    A single row is multiplied with the plain weights, which are read faster.
+    In fp32 a single row is multiplied with the plain weights, which are read faster than those that oneDNN lays out.
     """
 
     def __init__(self, linear: nn.Linear, kernels: Kernels | None) -> None:
@@ -45,24 +45,26 @@ class PackedLinear(nn.Module):
         self.bias = linear.bias
         self.weight = linear.weight
         self._kernels = kernels
-        self._tiles = tiles() if linear.weight.dtype == torch.bfloat16 else None
-        if self._tiles is not None:
-            self._for_tiles = PackedWeights(linear.weight, linear.bias)
+        ours = products()
+        self._products = ours if ours and ours.of_bf16 and linear.weight.dtype == torch.bfloat16 else None
+        self.is_onednns = self._products is None
+        if self._products is not None:
+            self._ours = PackedWeights(linear.weight, linear.bias)
         else:
             self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _ROWS)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._kernels is not None and x.numel() == x.shape[-1]:
-            return self._kernels.multiply_row(x.contiguous(), self.weight, self.bias)
-        if self._tiles is not None:
-            y = self._tiles.multiply(x.reshape(-1, x.shape[-1]), self._for_tiles)
+        if self._products is not None:
+            y = self._products.multiply(x.reshape(-1, x.shape[-1]), self._ours)
             return y.view(*x.shape[:-1], y.shape[-1])
+        if self._kernels is not None and x.numel() == x.shape[-1] and x.dtype == torch.float32:
+            return self._kernels.multiply_row(x.contiguous(), self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
 
 
 class PackedInt8(nn.Module):
     """Computes what `layer` does, for [..., in], with the rounding of activations and the scaling of products in one
-    pass each, and one row's product in one pass over the codes."""
+    pass each."""
 
     codes: Tensor
     scale: Tensor
@@ -72,19 +74,21 @@ class PackedInt8(nn.Module):
         super().__init__()
         for name in ("codes", "scale", "bias"):  # as buffers: by them a LoRA is known to be over this layer
             self.register_buffer(name, getattr(layer, name), persistent=False)
-        self._kernels, self._tiles = kernels, tiles()
-        if self._tiles is not None:  # its sums of 8 bits times 8 bits are exact
-            self.levels, self._zero = 127, 128
-            self._for_tiles = PackedBytes(layer.codes, layer.scale, layer.bias, zero=self._zero)
+        self._kernels, self._products = kernels, _products_of_bytes()
+        self.is_onednns = self._products is None
+        if self._products is not None:  # its sums of 8 bits times 8 bits are exact
+            self.levels = 127
+            self._ours = PackedBytes(layer.codes, layer.scale, layer.bias, zero=128)
         else:
             product = layer.product
             assert isinstance(product, OneDnnProduct)
-            self._product, self.levels, self._zero = product, product.levels, product.zero
-        self._sums = layer.codes.sum(dim=1, dtype=torch.int32) if kernels.has_byte_dots else None
+            self._product, self.levels = product, product.levels
 
     @staticmethod
     def suits(layer: nn.Module) -> bool:
-        return type(layer) is Int8Dynamic and (tiles() is not None or isinstance(layer.product, OneDnnProduct))
+        if type(layer) is not Int8Dynamic:
+            return False
+        return _products_of_bytes() is not None or isinstance(layer.product, OneDnnProduct)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
@@ -93,14 +97,14 @@ class PackedInt8(nn.Module):
 
     def of_rounded(self, integers: Tensor, steps: Tensor, dtype: torch.dtype) -> Tensor:
         """[rows, out] in `dtype`, of rows as `Kernels.round_rows` rounds them to `levels`."""
-        kernels = self._kernels
-        if len(integers) == 1 and self._sums is not None:
-            return kernels.multiply_row_of_bytes(
-                integers, steps.item(), self._zero, self.codes, self.scale, self._sums, self.bias
-            ).to(dtype)
-        if self._tiles is not None:
-            return self._tiles.multiply_bytes(integers, steps, self._for_tiles, dtype)
-        return kernels.scale_rows(self._product.of_integers(integers), steps, self.bias, dtype)
+        if self._products is not None:
+            return self._products.multiply_bytes(integers, steps, self._ours, dtype)
+        return self._kernels.scale_rows(self._product.of_integers(integers), steps, self.bias, dtype)
+
+
+def _products_of_bytes() -> Products | None:
+    ours = products()
+    return ours if ours is not None and ours.of_bytes else None
 
 
 def pack(layer: nn.Module, kernels: Kernels | None, *, is_packed: bool) -> nn.Module:
@@ -110,6 +114,12 @@ def pack(layer: nn.Module, kernels: Kernels | None, *, is_packed: bool) -> nn.Mo
     if kernels is not None and PackedInt8.suits(layer):
         return PackedInt8(layer, kernels)  # type: ignore[arg-type]
     return layer
+
+
+def has_onednns(*modules: nn.Module) -> bool:
+    """Whether any layer's product is one that oneDNN compiles for each number of rows."""
+    layers = (layer for module in modules for layer in module.modules())
+    return any(isinstance(layer, PackedLinear | PackedInt8) and layer.is_onednns for layer in layers)
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:

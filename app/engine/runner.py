@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from app.engine.deltas import MixedModel, Variant
 from app.engine.kernels import Kernels
 from app.engine.kv_cache import KVCache, StepCache, to_device
-from app.engine.packing import round_up
+from app.engine.packing import has_onednns, round_up
 from app.engine.sequence import Sequence
 
 if TYPE_CHECKING:  # Triton may be missing
@@ -27,14 +27,13 @@ class Runner:
         kernels: Kernels | None,
         *,
         paged: "PagedAttention | None" = None,
-        has_packed_products: bool,
     ) -> None:
         self.model = model
         self.head = head
         self.cache = cache
         self.kernels = kernels
         self.paged = paged
-        self._has_packed_products = has_packed_products
+        self._has_few_row_counts = has_onednns(model.decoder, head)
 
     @torch.inference_mode()
     def run(self, sequences: SequenceOf[Sequence]) -> tuple[list[Sequence], Tensor]:
@@ -59,7 +58,7 @@ class Runner:
         return [ordered[number] for number in sampling], logits
 
     def _rows(self, num_rows: int) -> int:
-        return round_up(num_rows) if self._has_packed_products else num_rows
+        return round_up(num_rows) if self._has_few_row_counts else num_rows
 
 
 def _groups(ordered: SequenceOf[Sequence]) -> list[tuple[Variant, slice]]:

@@ -55,8 +55,7 @@ class Kernels:
                 *[i64] * 3,
             ],
             "add_lora": [pointer, i64, pointer, i64, flag, pointer, pointer, i64, *[pointer] * 4],
-            "multiply_row": [pointer, i64, pointer, pointer, pointer, i64, flag, pointer],
-            "multiply_row_of_bytes": [pointer, i64, pointer, pointer, pointer, i32, f32, pointer, pointer, i64],
+            "multiply_row": [pointer, i64, pointer, pointer, pointer, i64],
             "prepare_rows": [flag, pointer, pointer, flag, pointer, pointer, f32, *[pointer] * 3, i64, i64, i32],
             "scale_rows": [pointer, pointer, pointer, pointer, flag, i64, i64],
             "largest_of_rows": [pointer, flag, pointer, i64, i64],
@@ -64,8 +63,6 @@ class Kernels:
         for name, types in arguments.items():
             getattr(library, name).argtypes, getattr(library, name).restype = types, None
         self._library = library
-        self.has_byte_dots = bool(library.has_byte_dots())
-        """Whether the processor sums products of bytes exactly, so that `multiply_row_of_bytes` can be called."""
 
     def attend(
         self, q: Tensor, cached: CachedLayer, out: Tensor, *, rows: Tensor, seen: Tensor, tables: Tensor,
@@ -74,13 +71,12 @@ class Kernels:
         """Into `out` [heads, rows, head_width], of `q` likewise, for those in `rows` int64 [n]: each over the first
         `seen` int64 [n] places of the sequence with the blocks `tables[table_of_row]`, int32 [sequences, blocks] and
         int64 [n]."""
-        keys = cached.keys
-        _, kv_heads, _, width = cached.values.shape
+        keys, width = cached.keys, q.shape[2]
         self._library.attend(
             q.data_ptr(), out.data_ptr(), is_bf16(q), q.stride(1), q.stride(0), out.stride(1), out.stride(0),
             keys.data_ptr(), cached.values.data_ptr(), address(cached.key_steps), address(cached.value_steps),
             _FORMATS[keys.dtype], rows.data_ptr(), seen.data_ptr(), table_of_row.data_ptr(), tables.data_ptr(),
-            tables.shape[1], len(rows), q.shape[0], kv_heads, width, width**-0.5,
+            tables.shape[1], len(rows), q.shape[0], keys.shape[1], width, width**-0.5,
         )  # fmt: skip
 
     def write(self, k: Tensor, v: Tensor, cached: CachedLayer, *, blocks: Tensor, offsets: Tensor) -> None:
@@ -95,14 +91,12 @@ class Kernels:
         )  # fmt: skip
 
     def multiply_row(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """[..., out] of `x` [..., in], one row, `weight` [out, in] and `bias` [out], all contiguous."""
+        """[..., out] of `x` [..., in], one row, `weight` [out, in] and `bias` [out], all fp32 and contiguous."""
         out_features, in_features = weight.shape
         y = x.new_empty(*x.shape[:-1], out_features)
-        room = torch.empty(in_features)
         self._library.multiply_row(
-            x.data_ptr(), in_features, weight.data_ptr(), address(bias), y.data_ptr(), out_features, is_bf16(x),
-            room.data_ptr(),
-        )  # fmt: skip
+            x.data_ptr(), in_features, weight.data_ptr(), address(bias), y.data_ptr(), out_features
+        )
         return y
 
     def prepare(
@@ -131,19 +125,6 @@ class Kernels:
         out = y if dtype == torch.float32 else torch.empty_like(y, dtype=dtype)
         self._library.scale_rows(y.data_ptr(), steps.data_ptr(), address(bias), out.data_ptr(), is_bf16(out), *y.shape)
         return out
-
-    def multiply_row_of_bytes(
-        self, integers: Tensor, step: float, zero: int, codes: Tensor, scale: Tensor, sums: Tensor, bias: Tensor | None
-    ) -> Tensor:
-        """fp32 [1, out] of uint8 `integers` [1, in], from which `zero` is taken: times `codes` int8 [out, in], whose
-        rows sum up to `sums` int32 [out], times `scale` fp32 [out] and `step`, plus `bias` fp32. Integers are summed
-        exactly."""
-        y = torch.empty(1, len(codes))
-        self._library.multiply_row_of_bytes(
-            integers.data_ptr(), codes.shape[1], codes.data_ptr(), scale.data_ptr(), sums.data_ptr(), zero, step,
-            address(bias), y.data_ptr(), len(codes),
-        )  # fmt: skip
-        return y
 
     def argmax(self, x: Tensor) -> Tensor:
         """int64 [rows]: the place of the largest in each row of `x` [rows, width], contiguous; the first of equals."""

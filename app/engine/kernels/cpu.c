@@ -17,7 +17,6 @@
 #endif
 #define BLOCK 16
 #define CHUNK 8 /* blocks whose scores are computed before their weights: their sums and maxima are found once */
-#define AHEAD 16384 /* bytes behind what one row is multiplied with, which are asked for meanwhile */
 #define PARTS (BLOCK / LANES) /* vectors that hold a value for each place of a block */
 
 enum { FP32, BF16, BYTES }; /* formats of the cache */
@@ -28,10 +27,10 @@ INLINE vec load_cached(const void *p, int64_t at, int format) {
     return format == BYTES ? load_bytes((const int8_t *)p + at) : load(p, at, format == BF16);
 }
 
-/* Have `count` numbers from `at` on in the processor's cache soon. */
+/* Have `count` numbers from `at` on in the processor's second cache soon: the first has no room for a head's. */
 INLINE void fetch(const void *p, int64_t at, int64_t count, int format) {
     const int64_t size = size_of(format);
-    for (int64_t i = 0; i < count * size; i += 64) __builtin_prefetch((const char *)p + at * size + i);
+    for (int64_t i = 0; i < count * size; i += 64) __builtin_prefetch((const char *)p + at * size + i, 0, 2);
 }
 
 /* `width` numbers of x from `at` on, with zeros behind up to a whole vector, as integers from -levels to levels with `zero`
@@ -120,9 +119,9 @@ INLINE void attend_head(const void *query, void *out, int q_is_bf16, const cache
         for (int64_t b = 0; b < blocks; b++) {
             int64_t head = (int64_t)table[first / BLOCK + b] * kv_heads + kv_head, at = head * width * BLOCK;
             int64_t ahead = place_ahead(next, first / BLOCK + b, kv_heads) * width * BLOCK;
+            if (ahead >= 0) fetch(c->keys, ahead, width * BLOCK, format);
             if (format == BYTES) {
                 ivec sums[PARTS];
-                if (ahead >= 0) fetch(c->keys, ahead, width * BLOCK, BYTES);
                 multiply_bytes_of_block(q_bytes, (const int8_t *)c->keys + at, width, sums);
                 for (int j = 0; j < PARTS; j++) {
                     vec steps = load_f32(c->key_steps + head * BLOCK + j * LANES) * q_step;
@@ -133,12 +132,10 @@ INLINE void attend_head(const void *query, void *out, int q_is_bf16, const cache
             vec sums[4][PARTS]; /* of every fourth part of the width: additions need not wait for each other */
             for (int i = 0; i < 4; i++)
                 for (int j = 0; j < PARTS; j++) sums[i][j] = all(0);
-            for (int64_t i = 0; i < width; i += 4) {
-                if (ahead >= 0) fetch(c->keys, ahead + i * BLOCK, 4 * BLOCK, format);
+            for (int64_t i = 0; i < width; i += 4)
                 for (int u = 0; u < 4; u++)
                     for (int j = 0; j < PARTS; j++)
                         sums[u][j] += q[i + u] * load_cached(c->keys, at + (i + u) * BLOCK + j * LANES, format);
-            }
             for (int j = 0; j < PARTS; j++)
                 store_f32(scores + b * BLOCK + j * LANES, (sums[0][j] + sums[1][j]) + (sums[2][j] + sums[3][j]));
         }
@@ -166,14 +163,13 @@ INLINE void attend_head(const void *query, void *out, int q_is_bf16, const cache
             int64_t ahead = place_ahead(next, first / BLOCK + b, kv_heads) * width * BLOCK;
             int64_t last = here - b * BLOCK < BLOCK ? here - b * BLOCK : BLOCK;
             float *weights = scores + b * BLOCK;
+            if (ahead >= 0) fetch(c->values, ahead, width * BLOCK, format);
             if (format == BYTES)
                 for (int64_t j = 0; j < BLOCK; j += LANES)
                     store_f32(weights + j, load_f32(weights + j) * load_f32(c->value_steps + head * BLOCK + j));
-            for (int64_t place = 0; place < last; place++) {
-                if (ahead >= 0) fetch(c->values, ahead + place * width, width, format);
+            for (int64_t place = 0; place < last; place++)
                 for (int64_t i = 0; i < parts; i++)
                     mixed[i] += weights[place] * load_cached(c->values, at + place * width + i * LANES, format);
-            }
         }
     }
     float sum = sum_of(total);
@@ -303,78 +299,31 @@ void add_lora(const void *x, int64_t in, void *y, int64_t out, int is_bf16, floa
     }
 }
 
-INLINE void multiply_row_of(const float *restrict x, int64_t in, const void *restrict w, const void *bias, void *y,
-                            int64_t out, int is_bf16) {
+/* y = W x + bias for one row, all fp32: W [out, in] as it is, read once; bias may be null. */
+void multiply_row(const float *restrict x, int64_t in, const float *restrict w, const float *bias, float *y, int64_t out) {
     const int64_t whole = in / (2 * LANES) * (2 * LANES);
 #pragma omp parallel for schedule(static) if (in * out > 65536)
     for (int64_t group = 0; group < (out + 3) / 4; group++) {
         int64_t first = group * 4, count = out - first < 4 ? out - first : 4;
         vec sums[4][2];
-        for (int r = 0; r < 4; r++) sums[r][0] = sums[r][1] = all(0);
-        int64_t rows[4];
-        for (int r = 0; r < 4; r++) rows[r] = (first + (r < count ? r : 0)) * in;
+        const float *rows[4];
+        for (int r = 0; r < 4; r++) sums[r][0] = sums[r][1] = all(0), rows[r] = w + (first + (r < count ? r : 0)) * in;
+        /* The next group is asked for in its own order: to the processor four rows at once look like no stream. */
+        const char *ahead = (const char *)(w + (first + 4) * in);
         for (int64_t i = 0; i < whole; i += 2 * LANES) {
             vec low = load_f32(x + i), high = load_f32(x + i + LANES);
-            for (int r = 0; r < 4; r++) { /* four rows in one page look like no stream to the processor */
-                const char *ahead = (const char *)w + (rows[r] + i) * (is_bf16 ? 2 : 4) + AHEAD;
-                __builtin_prefetch(ahead);
-                if (2 * LANES * (is_bf16 ? 2 : 4) > 64) __builtin_prefetch(ahead + 64);
-                sums[r][0] += low * load(w, rows[r] + i, is_bf16);
-                sums[r][1] += high * load(w, rows[r] + i + LANES, is_bf16);
+            for (int r = 0; r < 4; r++, ahead += 8 * LANES) {
+                for (int byte = 0; byte < 8 * LANES; byte += 64) __builtin_prefetch(ahead + byte, 0, 2);
+                sums[r][0] += low * load_f32(rows[r] + i);
+                sums[r][1] += high * load_f32(rows[r] + i + LANES);
             }
         }
         for (int r = 0; r < count; r++) {
             float sum = sum_of(sums[r][0] + sums[r][1]);
-            for (int64_t i = whole; i < in; i++) sum += x[i] * one(w, rows[r] + i, is_bf16);
-            if (bias) sum += one(bias, first + r, is_bf16);
-            if (is_bf16) ((uint16_t *)y)[first + r] = to_bf16(sum);
-            else ((float *)y)[first + r] = sum;
+            for (int64_t i = whole; i < in; i++) sum += x[i] * rows[r][i];
+            y[first + r] = bias ? sum + bias[first + r] : sum;
         }
     }
-}
-
-#if defined(__AVX512BF16__) && defined(__AVX512BW__)
-/* The same in bf16, two neighbours at once. */
-static void multiply_row_of_pairs(const uint16_t *restrict x, int64_t in, const uint16_t *restrict w, const uint16_t *bias,
-                                  uint16_t *y, int64_t out) {
-    const int64_t whole = in / 32 * 32;
-    const __mmask32 rest = ((__mmask32)1 << (in - whole)) - 1;
-    const __m512i last = _mm512_maskz_loadu_epi16(rest, x + whole);
-#pragma omp parallel for schedule(static) if (in * out > 65536)
-    for (int64_t group = 0; group < (out + 3) / 4; group++) {
-        int64_t first = group * 4, count = out - first < 4 ? out - first : 4;
-        __m512 sums[4];
-        const uint16_t *rows[4];
-        for (int r = 0; r < 4; r++) sums[r] = _mm512_setzero_ps(), rows[r] = w + (first + (r < count ? r : 0)) * in;
-        for (int64_t i = 0; i < whole; i += 32) {
-            __m512bh both = (__m512bh)_mm512_loadu_si512(x + i);
-            for (int r = 0; r < 4; r++) {
-                __builtin_prefetch((const char *)(rows[r] + i) + AHEAD);
-                sums[r] = _mm512_dpbf16_ps(sums[r], both, (__m512bh)_mm512_loadu_si512(rows[r] + i));
-            }
-        }
-        if (rest)
-            for (int r = 0; r < 4; r++)
-                sums[r] = _mm512_dpbf16_ps(sums[r], (__m512bh)last, (__m512bh)_mm512_maskz_loadu_epi16(rest, rows[r] + whole));
-        for (int r = 0; r < count; r++) {
-            float sum = _mm512_reduce_add_ps(sums[r]);
-            y[first + r] = to_bf16(bias ? sum + one(bias, first + r, 1) : sum);
-        }
-    }
-}
-#endif
-
-/* y = W x + bias for one row, all fp32 or all bf16: W [out, in] as it is, read once; bias may be null. `room` holds `in`
- * floats. */
-void multiply_row(const void *x, int64_t in, const void *w, const void *bias, void *y, int64_t out, int is_bf16,
-                  float *room) {
-    if (!is_bf16) return multiply_row_of(x, in, w, bias, y, out, 0);
-#if defined(__AVX512BF16__) && defined(__AVX512BW__)
-    multiply_row_of_pairs(x, in, w, bias, y, out);
-#else
-    copy_f32(room, x, 0, in, 1);
-    multiply_row_of(room, in, w, bias, y, out, 1);
-#endif
 }
 
 enum { AS_IT_IS, LAYER_NORM, RMS_NORM, WITH_GELU }; /* what a row goes through before a product */
@@ -462,44 +411,6 @@ void scale_rows(const float *y, const float *steps, const float *bias, void *out
             else ((float *)out)[at + i] = scaled;
         }
     }
-}
-
-int has_byte_dots(void) { return HAS_BYTE_DOTS; }
-
-/* y = step * scales * W (integers - zero) + bias for one row: W int8 [out, in]; `sums` those of W's rows; y and
- * bias fp32, bias may be null. */
-void multiply_row_of_bytes(const uint8_t *integers, int64_t in, const int8_t *w, const float *scales,
-                           const int32_t *sums, int32_t zero, float step, const float *bias, float *y, int64_t out) {
-#if HAS_BYTE_DOTS
-    const int64_t whole = in / 64 * 64;
-    const __mmask64 rest = ((__mmask64)1 << (in - whole)) - 1;
-    const __m512i last = _mm512_maskz_loadu_epi8(rest, integers + whole);
-#pragma omp parallel for schedule(static) if (in * out > 131072)
-    for (int64_t group = 0; group < (out + 3) / 4; group++) {
-        int64_t first = group * 4, count = out - first < 4 ? out - first : 4;
-        __m512i dots[4];
-        const int8_t *rows[4];
-        for (int r = 0; r < 4; r++) {
-            dots[r] = _mm512_setzero_si512();
-            rows[r] = w + (first + (r < count ? r : 0)) * in;
-        }
-        for (int64_t i = 0; i < whole; i += 64) {
-            __m512i x = _mm512_loadu_si512(integers + i);
-            for (int r = 0; r < 4; r++) {
-                __builtin_prefetch(rows[r] + i + AHEAD);
-                dots[r] = _mm512_dpbusd_epi32(dots[r], x, _mm512_loadu_si512(rows[r] + i));
-            }
-        }
-        if (rest)
-            for (int r = 0; r < 4; r++)
-                dots[r] = _mm512_dpbusd_epi32(dots[r], last, _mm512_maskz_loadu_epi8(rest, rows[r] + whole));
-        for (int r = 0; r < count; r++) {
-            int64_t row = first + r;
-            int32_t dot = _mm512_reduce_add_epi32(dots[r]) - zero * sums[row];
-            y[row] = (float)dot * scales[row] * step + (bias ? bias[row] : 0);
-        }
-    }
-#endif
 }
 
 /* The place of the largest value of each row of x [rows, width], the first of equals. */

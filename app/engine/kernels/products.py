@@ -1,4 +1,4 @@
-"""Products of packed weights with rows, in the tile registers of Intel's AMX; see `tiles.c`."""
+"""Products of packed weights with rows, by AMX or AVX-512's dot products; see `products.c`."""
 
 import ctypes
 import functools
@@ -11,24 +11,28 @@ from torch import Tensor
 
 from app.models.kernels.native import address, is_bf16, load_library
 
-_SOURCE = Path(__file__).with_name("tiles.c")
+_SOURCE = Path(__file__).with_name("products.c")
 _PANEL = 32
 """Outputs that are computed together."""
 
 
-class Tiles:
-    """`can_use_tiles` of the library must have been true."""
-
-    def __init__(self, library: ctypes.CDLL) -> None:
+class Products:
+    def __init__(self, library: ctypes.CDLL, *, use_tiles: bool = True) -> None:
         i64, pointer = ctypes.c_int64, ctypes.c_void_p
         library.multiply_bf16.argtypes = [pointer, i64, i64, pointer, pointer, pointer, i64, pointer]
         library.multiply_bytes.argtypes = [pointer, i64, i64, *[pointer] * 6, i64, ctypes.c_int, pointer]
         library.multiply_bf16.restype = library.multiply_bytes.restype = None
+        library.rows_of_room.argtypes, library.rows_of_room.restype = [i64], i64
         self._library = library
+        kinds = library.prepare_products(use_tiles)
+        self.of_bf16, self.of_bytes = bool(kinds & 1), bool(kinds & 2)
+        """What can be multiplied here; the methods below count on it."""
+        self.uses_tiles = bool(library.uses_tiles())
         self._of_thread = threading.local()
 
     def multiply(self, x: Tensor, weights: "PackedWeights") -> Tensor:
-        """bf16 [rows, out] of bf16 `x` [rows, in]. A row's result does not depend on the others."""
+        """bf16 [rows, out] of bf16 `x` [rows, in]. A row's result does not depend on the others, but with AMX on
+        whether there are any."""
         x = x.contiguous()
         y = x.new_empty(len(x), weights.out_features)
         self._library.multiply_bf16(
@@ -50,7 +54,7 @@ class Tiles:
     def _room(self, x: Tensor) -> int:
         """The address of memory for `x` in tiles, kept from call to call: to get it anew would cost more than to fill
         it."""
-        size = -(-len(x) // 32) * 32 * -(-x.shape[1] * x.element_size() // 64) * 64
+        size = self._library.rows_of_room(len(x)) * -(-x.shape[1] * x.element_size() // 64) * 64
         room: Tensor | None = getattr(self._of_thread, "room", None)
         if room is None or room.numel() < size:
             room = self._of_thread.room = torch.empty(size, dtype=torch.uint8)
@@ -58,7 +62,7 @@ class Tiles:
 
 
 class PackedWeights:
-    """bf16 `weight` [out, in] and `bias` [out], as `Tiles.multiply` reads them."""
+    """bf16 `weight` [out, in] and `bias` [out], as `Products.multiply` reads them."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.out_features = len(weight)
@@ -67,7 +71,7 @@ class PackedWeights:
 
 
 class PackedBytes:
-    """int8 `codes` [out, in], `scale` and `bias` fp32 [out], as `Tiles.multiply_bytes` reads them; `zero` is what
+    """int8 `codes` [out, in], `scale` and `bias` fp32 [out], as `Products.multiply_bytes` reads them; `zero` is what
     stands for 0 in its inputs."""
 
     def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None, *, zero: int) -> None:
@@ -79,16 +83,17 @@ class PackedBytes:
 
 
 @functools.cache
-def tiles() -> Tiles | None:
-    """None where the processor has no such registers, or the system or the compiler does not know them."""
-    if not torch.cpu._is_amx_tile_supported():
+def products() -> Products | None:
+    """None where neither bf16 nor bytes can be multiplied: for want of instructions, or of a compiler."""
+    if not torch.cpu._is_avx512_supported():
         return None
     library = load_library(_SOURCE)
-    return Tiles(library) if library is not None and library.can_use_tiles() else None
+    found = None if library is None else Products(library)
+    return found if found and (found.of_bf16 or found.of_bytes) else None
 
 
 def _pack(weight: Tensor, *, neighbours: int) -> Tensor:
-    """Panels of two tiles of 16 outputs side by side, as `tiles.c` says; zeros fill them up."""
+    """Panels of two tiles of 16 outputs side by side, as `products.c` says; zeros fill them up."""
     inputs = 16 * neighbours
     filled = F.pad(weight.detach(), (0, -weight.shape[1] % inputs, 0, -len(weight) % _PANEL))
     panels = filled.view(len(filled) // _PANEL, 2, 16, filled.shape[1] // inputs, 16, neighbours)
