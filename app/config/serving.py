@@ -29,7 +29,10 @@ class GeneratorConfig(Config):
     max_queue: Positive = 512
     """Answers that may wait; the next request is refused with 429."""
     max_kv_bytes: Positive | None = None
-    """Of the KV cache; none: room for `max_batch_size` whole contexts. Memory is taken as it is used."""
+    """Of the KV cache; none: room for `max_batch_size` whole contexts."""
+    prefault_kv: bool = False
+    """On a CPU: take the cache's memory at the start, not as it is first used: the first requests then do not wait for
+    it."""
     kv_dtype: Literal["auto", "fp32", "bf16", "int8"] = "auto"
     """Of the KV cache; auto: the model's own. int8, on a CPU: half of bf16's memory, keys and values rounded."""
     max_delta_bytes: Positive = 2**30

@@ -51,6 +51,7 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         reuse: bool,
+        prefault: bool = False,
     ) -> None:
         layers = config.num_layers + num_extra_layers
         shape = (layers, num_blocks, config.kv_heads)
@@ -62,6 +63,9 @@ class KVCache:
         steps: list[Any] = [[None] * layers] * 2
         if dtype == torch.int8:
             steps = [_zeros((*shape, BLOCK_SIZE), torch.float32, device) for _ in range(2)]
+        if prefault:
+            self.keys[: config.num_layers].zero_()
+            self.values[: config.num_layers].zero_()
         self.layers = [CachedLayer(*parts) for parts in zip(self.keys, self.values, *steps, strict=True)]
         self.pool = BlockPool(num_blocks)
         self.reuse = reuse

@@ -213,6 +213,7 @@ class ModelLibrary:
             max_batch_size=config.max_batch_size,
             max_queue=config.max_queue,
             max_kv_bytes=config.max_kv_bytes,
+            prefault_kv=config.prefault_kv,
             kv_dtype=config.kv_dtype,
             max_delta_bytes=config.max_delta_bytes,
         )

@@ -41,6 +41,8 @@ def pacos(
         max_batch_size=128,
         max_queue=1000,
         int8_head=precision == "int8",
+        max_kv_bytes=5 << 29,
+        prefault_kv=True,  # as vLLM does
         kv_dtype="int8" if precision == "int8" else "auto",
         kernels=kernels,  # type: ignore[arg-type]
     )

@@ -1,7 +1,9 @@
 """No block is lost, held twice or found with another's content, whatever happens."""
 
 import random
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from single import alone
@@ -106,3 +108,16 @@ def test_max_kv_bytes_is_honoured(model, max_kv_blocks):
     engine = Engine(model, max_kv_bytes=max_kv_blocks * size + size - 1)
     cache = engine._cache
     assert cache.keys.nbytes + cache.values.nbytes == max_kv_blocks * size
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from Linux")
+def test_the_caches_memory_is_taken_as_it_is_used_or_at_once(model):
+    size = 64 << 20
+    grown = {}
+    for prefault in (False, True):
+        before = psutil.Process().memory_info().rss
+        engine = Engine(model, EngineSettings(max_kv_bytes=size, max_extra_blocks=0, prefault_kv=prefault))
+        grown[prefault] = psutil.Process().memory_info().rss - before
+        assert engine._cache.keys.nbytes + engine._cache.values.nbytes > size * 0.9
+        del engine
+    assert grown[False] < size / 4 and grown[True] > size * 0.9
