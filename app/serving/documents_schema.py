@@ -131,7 +131,7 @@ async def _form_files(request: Request, max_files: int) -> list[File]:
         if not parts:
             raise ApiError(Refusal(422, "the form has no file", code="invalid_value", param="file"))
         if fields.title and len(parts) > 1:
-            raise ApiError(Refusal(422, "title: is of one file, and there are more", "invalid_value", "title"))
+            raise ApiError(Refusal(400, "title: is of one file, and there are more", "invalid_value", "title"))
         return [await _file(part, fields.title) for part in parts]
 
 
