@@ -39,8 +39,8 @@ class EngineSettings:
     max_kv_bytes: int | None = None
     """Of the KV cache; None: room for `max_batch_size` whole contexts."""
     prefault_kv: bool = False
-    """On a CPU: take the cache's memory when the engine is made. Else it is taken page by page, as it is first used, for
-    which the first requests wait, on a virtual machine for a tenth of their time; and a machine may run out of it late."""
+    """On a CPU: take the cache's memory when the engine is made. Else it is taken page by page, as it is first used,
+    for which the first requests wait (on a virtual machine for a tenth of their time), and it may run out late."""
     kv_dtype: Literal["auto", "fp32", "bf16", "int8"] = "auto"
     """auto: the weights' own. int8, on a CPU: half of bf16's memory; keys and values are rounded, each by itself."""
     reuse_prefixes: bool = True

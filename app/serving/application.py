@@ -9,6 +9,7 @@ from ray.serve.schema import LoggingConfig
 
 from app.config import ApplicationConfig, validate
 from app.errors import UserError
+from app.ray_cluster import BESIDE_OTHERS
 from app.serving.access import KeyRing, keys_of_environment
 from app.serving.documents import DocumentsDeployment
 from app.serving.generator import GeneratorDeployment
@@ -20,9 +21,6 @@ from app.tracking.registry import is_reference
 
 # Serve's default of 5 requests at once would leave the batching engine with nothing to batch.
 _MAX_ONGOING = 1000
-# By default OpenMP threads spin while they wait for each other. Where a job computes on the same cores, that made two
-# threads many times slower than one.
-_GENERATOR_ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -43,7 +41,7 @@ def build(args: dict[str, Any]) -> Application:
     logs = LoggingConfig(encoding=config.log.format.upper(), log_level=config.log.level)
     generator = serve.deployment(
         name="generator",
-        ray_actor_options={"num_cpus": 0.5, "num_gpus": gpus, "runtime_env": {"env_vars": _GENERATOR_ENVIRONMENT}},
+        ray_actor_options={"num_cpus": 0.5, "num_gpus": gpus, "runtime_env": {"env_vars": BESIDE_OTHERS}},
         max_ongoing_requests=capacity + 32,
         max_queued_requests=capacity,
         health_check_period_s=10,
