@@ -40,8 +40,9 @@ class Turnstile:
         self._changed = asyncio.Condition()
 
     async def enter(self, number: int) -> None:
+        """A trial that is inside passes at once: its process was lost before it could leave, and it begins again."""
         async with self._changed:
-            await self._changed.wait_for(lambda: len(self._inside) < self._places)
+            await self._changed.wait_for(lambda: number in self._inside or len(self._inside) < self._places)
             self._inside.add(number)
 
     async def leave(self, number: int) -> None:

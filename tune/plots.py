@@ -120,13 +120,14 @@ def draw_schedules(axes: Any, trials: Sequence[TrialRecord], *, key: str) -> Non
     """What `key` was at each step of what has become a trial; the best is thick."""
     shown = with_loss(trials)
     colors = _colors(shown)
+    of_all: list[float] = []
     for place, trial in reversed(list(enumerate(shown))):
         steps = [0, *(change.after for change in trial.config.changes), trial.step]
         values = [value_of(trial.config, key, after=step) for step in steps]
         style = {"linewidth": 2.2, "zorder": 3} if not place else {"linewidth": 0.9, "alpha": 0.6}
         axes.plot(steps, values, drawstyle="steps-post", color=colors[trial.number], **style)
-    values = [value_of(trial.config, key, after=0) for trial in shown]
-    if min(values) > 0 and max(values) / min(values) > 20:
+        of_all += values
+    if min(of_all) > 0 and max(of_all) / min(of_all) > 5:
         axes.set_yscale("log")
     axes.set(xlabel="step", ylabel=key.rpartition(".")[2], title=f"{key.rpartition('.')[2]} (thick: the best)")
 
@@ -160,9 +161,8 @@ def _without_outliers(axes: Any, losses: Sequence[Any]) -> None:
         axes.set_ylim(low - margin, high + 4 * margin)
         above = sum(loss > high + 4 * margin for loss in losses)
         if above:
-            axes.annotate(
-                f"{above} points are higher", (0.5, 0.97), xycoords="axes fraction", ha="center", va="top", fontsize=7
-            )
+            text = f"{above} points are higher" if above > 1 else "1 point is higher"
+            axes.annotate(text, (0.5, 0.97), xycoords="axes fraction", ha="center", va="top", fontsize=7)
 
 
 def _end_of_the_best(losses: Sequence[float]) -> float:

@@ -20,11 +20,9 @@ def write_report(file: Path, config: SweepConfig, results: Results, *, importanc
     best = results.best
     parts = [pages.tiles(_tiles(results))]
     if with_loss(results.ranking):
-        parts.append(pages.figures(*_draws(results, importance)))
-        if isinstance(config.scheduler, PopulationConfig):
-            mutated = functools.partial(draw_schedules, trials=results.ranking)
-            parts.append(pages.figures(*(functools.partial(mutated, key=key) for key in config.scheduler.mutate)))
-        elif keys := varying_keys(results.ranking):
+        parts.append(pages.figures(*_draws(config, results, importance)))
+        keys = varying_keys(results.ranking)
+        if keys and not isinstance(config.scheduler, PopulationConfig):
             parts.append(pages.wide_figure(functools.partial(draw_parallel, trials=results.ranking, keys=keys)))
     parts += [pages.heading("Ranking", note=_note(results)), pages.ranking(*ranking_table(results))]
     if exchanges := read_exchanges(file.parent):
@@ -42,8 +40,8 @@ def write_report(file: Path, config: SweepConfig, results: Results, *, importanc
     write_text(file, pages.page(f"Sweep {file.parent.name}", note=config.output, parts=parts))
 
 
-def write_plot(file: Path, results: Results, *, importance: Mapping[str, float], title: str) -> None:
-    """The plots in one picture."""
+def write_plot(file: Path, config: SweepConfig, results: Results, *, importance: Mapping[str, float]) -> None:
+    """Four plots in one picture."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -52,14 +50,14 @@ def write_plot(file: Path, results: Results, *, importance: Mapping[str, float],
     if not with_loss(results.ranking):
         return
     figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
-    draws = _draws(results, importance)
+    draws = _draws(config, results, importance)
     for place, draw in zip(axes.flat, draws, strict=False):
         draw(place)
         place.grid(alpha=0.25)
         place.spines[["top", "right"]].set_visible(False)
     for place in list(axes.flat)[len(draws) :]:
         place.set_visible(False)
-    figure.suptitle(title)
+    figure.suptitle(file.parent.name)
     with replaced_file(file) as staging:
         figure.savefig(staging, dpi=120, format="png")
     pyplot.close(figure)
@@ -125,7 +123,7 @@ def shown(value: Any) -> str:
     return "" if value is None else ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _draws(results: Results, importance: Mapping[str, float]) -> list[Callable[[Any], None]]:
+def _draws(config: SweepConfig, results: Results, importance: Mapping[str, float]) -> list[Callable[[Any], None]]:
     trials = results.ranking
     has_cost = all(trial.cost is not None for trial in with_loss(trials))
     draws: list[Callable[[Any], None]] = [
@@ -149,6 +147,8 @@ def _draws(results: Results, importance: Mapping[str, float]) -> list[Callable[[
     ]
     if importance:
         draws.append(functools.partial(draw_importance, importance=importance))
+    if isinstance(config.scheduler, PopulationConfig):
+        draws += [functools.partial(draw_schedules, trials=trials, key=key) for key in config.scheduler.mutate]
     return draws
 
 

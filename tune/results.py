@@ -105,7 +105,7 @@ def write_results(config: SweepConfig, trials: Sequence[TrialRecord], *, ended_b
         write_text(output / BEST, json.dumps(_about_best(results, results.best), indent=2) + "\n")
     # In a population a loss comes from values that changed on the way.
     importance = {} if isinstance(config.scheduler, PopulationConfig) else importance_of(config, results.ranking)
-    write_plot(output / PLOT, results, importance=importance, title=output.name)
+    write_plot(output / PLOT, config, results, importance=importance)
     write_report(output / REPORT, config, results, importance=importance)
     return results
 

@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import ActorUnavailableError
 
 from app.config.schema import TrainConfig
-from tune.records import note_error, read_record, read_rows
+from tune.records import note_error, read_record
 
 RESTARTED_WITHIN_S = 60.0
 
@@ -112,13 +112,22 @@ def _train_alone(
     while True:
         job = plan_job(current())
         step = job.checkpoints.latest_step()
-        if meet(next((row for row in read_rows(Path(job.config.output)) if row["step"] == step), None)):
+        if exchange_every is not None and step and meet(_last_row(job, step)):
             continue
         until = None if exchange_every is None else (step // exchange_every + 1) * exchange_every
         until = None if until is None or until >= job.total_steps else until
         _train_until(until, job, turnstile, number=number, parent=parent)
         if until is None:
             return
+
+
+def _last_row(job: Any, step: int) -> dict[str, Any] | None:
+    """What was told of the saved `step`; written down here if the trial's process was lost before it had."""
+    from app.training.run_log import RunLog
+
+    log = RunLog(Path(job.config.output), start_step=step)
+    log.recover(job.checkpoints.unwritten_rows())
+    return next(reversed(log.rows), None)
 
 
 def _train_until(until: int | None, job: Any, turnstile: Any, *, number: int, parent: str | None) -> None:

@@ -21,14 +21,16 @@ class _ChannelActor:
 
     def __init__(self) -> None:
         self._items: list[Any] = []
+        self._taken: list[Any] = []
         self._stop = asyncio.Event()
 
-    async def put(self, item: Any) -> None:
+    async def put(self, item: Any) -> int:
         self._items.append(item)
+        return len(self._taken) + len(self._items)
 
     async def take(self) -> list[Any]:
-        items, self._items = self._items, []
-        return items
+        self._taken, self._items = self._items, []
+        return self._taken
 
     async def ask_to_stop(self) -> None:
         self._stop.set()
@@ -53,7 +55,7 @@ class Channel:
     # --- the driver's end ---
 
     def take(self) -> list[Any]:
-        """All that was sent since the last call, in order."""
+        """All that was sent since the last call, in order; whoever calls again has dealt with what that returned."""
         return ray.get(self._actor.take.remote())
 
     def ask_to_stop(self) -> None:
@@ -66,8 +68,9 @@ class Channel:
 
     # --- the other end ---
 
-    def send(self, item: Any) -> None:
-        ray.get(self._actor.put.remote(item))
+    def send(self, item: Any) -> int:
+        """Returns how many items the driver may not have dealt with, this one among them."""
+        return ray.get(self._actor.put.remote(item))
 
     def watch(self) -> Callable[[], bool]:
         """Whether the driver has asked to stop, known without a call; the process ends when the channel is closed.

@@ -24,6 +24,8 @@ from app.atomic import replaced_folder
 from app.errors import UserError
 from app.training.checkpointing import CHECKPOINT_FILES, STATE_FILE, Checkpoint, read_checkpoint, write_checkpoint
 
+UNWRITTEN = "unwritten"
+"""In a checkpoint's state: rows of metrics that the driver may not have written down when it was made."""
 _PREFIX = "step-"
 _BUFFER_BYTES = 1 << 20
 
@@ -54,6 +56,19 @@ class CheckpointStore:
     def latest_step(self) -> int:
         """The newest, 0 where there is none."""
         return max(self.steps(), default=0)
+
+    def unwritten_rows(self) -> list[dict[str, Any]]:
+        """Rows of metrics, in order, that the run's folder may lack until the newest checkpoint.
+
+        Raises:
+            UserError: the place cannot be reached.
+        """
+        step = self.latest_step()
+        with self._told("cannot be read", "is it there, and are you allowed to read it?"):
+            try:
+                return self._steps.state(step).get(UNWRITTEN, []) if step else []
+            except (ValueError, AttributeError):  # damaged: who loads it says so
+                return []
 
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint, None where there is none.

@@ -61,6 +61,7 @@ def recorded(
         tracker = open_tracker(config.tracking, output=config.output)  # first: it may fail, and no folder is begun
         start_step = open_run(config, inputs=inputs, checkpoints=checkpoints, resume=resume)
         log = RunLog(output, start_step=start_step)
+        recovered = log.recover(checkpoints.unwritten_rows()) if start_step else []
         workers = config.workers
         hours = WorkerHours(output, workers=workers.least, price_per_hour=workers.price_per_hour, resume=resume)
         name = config.tracking.run_name or output.name
@@ -72,8 +73,8 @@ def recorded(
                 ) as run,
                 RunMetrics(name) as told,
             ):
-                if run is not None and run.is_new:  # one that goes on, but not here before
-                    for metrics in log.rows:
+                if run is not None:
+                    for metrics in log.rows if run.is_new else recovered:  # new: it goes on, but was not here before
                         _track(run, metrics)
                 yield Recording(title, output, settings, log, hours, run, told, on_metrics)
         finally:

@@ -131,6 +131,13 @@ class RunLog:
         except OSError as error:
             raise UserError(f"{str(self._file)!r} cannot be written: {error.strerror}") from None
 
+    def recover(self, rows: Iterable[Metrics]) -> list[Metrics]:
+        """Add those of `rows` that follow what there is, and return them: a driver that was killed had yet to."""
+        missing = [row for row in rows if row["step"] > self._last_step]
+        for row in missing:
+            self.add(row)
+        return missing
+
     def plot(self, file: Path, *, title: str) -> None:
         """Training and held-out loss by step, as a PNG."""
         import matplotlib

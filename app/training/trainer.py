@@ -27,7 +27,7 @@ from app.models.precision import resolve_precision
 from app.ray_cluster import thread_environment, trainers_know_their_cluster
 from app.run_lock import lock_text
 from app.training import allocator, loop
-from app.training.checkpoint_store import CheckpointStore
+from app.training.checkpoint_store import UNWRITTEN, CheckpointStore
 from app.training.checkpointing import Checkpoint
 from app.training.interruption import Stopped, interruptible
 from app.training.loop import Metrics
@@ -216,7 +216,8 @@ def train_on_worker(
     `make_optimizer(model, checkpoint)` is called with the model on its device;
     `batches(start_step)` yields this worker's batches. `about(step)` is what identifies the run and its place in the
     data after that step: it is written into the checkpoint, and one that says something else is refused. Only rank 0
-    sends metrics through `channel`, writes checkpoints, and then calls `on_save`.
+    sends metrics through `channel`, writes checkpoints, and then calls `on_save`. A checkpoint has what the driver may
+    not have written down yet, which would else be lost with it.
 
     Raises:
         Stopped: the driver asked to stop; the last step is saved.
@@ -236,14 +237,17 @@ def train_on_worker(
     start_step = checkpoint.step if checkpoint else 0
     _check_agreed(start_step, checkpoints.place)
     saved: Metrics = {}
+    unwritten: list[Metrics] = []
 
     def report(metrics: Metrics) -> None:
         of_all = worker_memory() if "eval_loss" in metrics else {}  # collective, and evaluations are on all workers
         if rank() == 0:
-            channel.send({**metrics, **of_all, "workers": world_size(), "peak_worker_bytes": peak_memory_bytes()})
+            row = {**metrics, **of_all, "workers": world_size(), "peak_worker_bytes": peak_memory_bytes()}
+            unwritten.append(row)
+            del unwritten[: -channel.send(row)]
 
     def save(step: int, metrics: Metrics) -> None:
-        made = checkpoint_of(optimizer, metrics, about=about(step))  # collective
+        made = checkpoint_of(optimizer, metrics, about={**about(step), UNWRITTEN: list(unwritten)})  # collective
         saved.update(metrics)
         if rank() == 0:
             checkpoints.save(made, keep_last=keep_last, keep_best=keep_best)

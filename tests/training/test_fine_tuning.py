@@ -270,6 +270,7 @@ def test_checkpoints_hold_trained_weights_and_where_the_run_stands(unbroken) -> 
         (row,) = (row for row in seen if row["step"] == step)
         state = checkpoint.state
         assert (state["epoch"], state["rows"], state["seed"], state["workers"]) == (0, 8 * step, 0, 2)
+        assert state["unwritten"][-1] == row, "the driver may be killed before it writes it down"
         assert state["metrics"]["loss"] == row["loss"] and state["metrics"]["learning_rate"] == row["learning_rate"]
 
 

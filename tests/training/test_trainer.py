@@ -1,15 +1,22 @@
+import asyncio
 import threading
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ray.train import ControllerError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
 from app.atomic import told_if_unwritable
+from app.config import TrainConfig, validate
 from app.errors import Diverged, Interrupted, UserError
+from app.training.channel import _ChannelActor
+from app.training.checkpoint_store import UNWRITTEN, CheckpointStore
+from app.training.checkpointing import Checkpoint
 from app.training.ending import EndRun
 from app.training.interruption import Stopped
+from app.training.recording import recorded
 from app.training.run_log import RunLog, first, last
 from app.training.trainer import _ending, _fit, _on_shared_storage
 
@@ -105,6 +112,35 @@ def test_metrics_lie_in_the_file_alone_and_a_step_that_comes_again_replaces_what
     resumed = RunLog(tmp_path, start_step=9)
     resumed.add({"step": 10, "loss": 2.0})
     assert [row["loss"] for row in resumed.rows][-2:] == [10.0, 2.0] and len(resumed.rows) == 11
+
+
+def test_a_worker_is_told_how_much_the_driver_may_not_have_written() -> None:
+    async def run() -> None:
+        wire = _ChannelActor()
+        assert [await wire.put(step) for step in (0, 1)] == [1, 2]
+        assert await wire.take() == [0, 1]
+        assert await wire.put(2) == 3, "the driver may still be at it"
+        assert await wire.take() == [2] and await wire.put(3) == 2
+        assert await wire.take() == [3] and await wire.take() == [] and await wire.put(4) == 1
+
+    asyncio.run(run())
+
+
+def test_what_a_killed_driver_had_yet_to_write_comes_from_the_checkpoint(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    config = validate(TrainConfig, {"data": "data", "output": str(output), "tracking": {"uri": "none"}})
+    checkpoints = CheckpointStore(output / "checkpoints")
+    given: dict[str, Any] = {"inputs": "hash", "checkpoints": checkpoints, "title": "", "on_metrics": print}
+    with recorded(config, **given, resume=False, warn=print) as recording:
+        for step in range(4):
+            recording.add({"step": step, "loss": 1.0})
+    rows = [{"step": step, "loss": 2.0} for step in range(2, 7)]  # of which two have been written after all
+    checkpoints.save(Checkpoint(6, {}, {}, {UNWRITTEN: rows}), keep_last=1)
+    with recorded(config, **given, resume=True, warn=print) as recording:
+        assert [row["step"] for row in recording.log.rows] == list(range(7))
+        assert [row["loss"] for row in recording.log.rows] == [1.0] * 4 + [2.0] * 3
+    (output / "checkpoints/step-00000006/state.json").write_text("{")
+    assert checkpoints.unwritten_rows() == []
 
 
 def test_a_full_disk_under_metrics_or_result_is_told(tmp_path: Path) -> None:

@@ -130,6 +130,20 @@ def test_as_many_runs_of_their_own_pass_as_there_is_room_for() -> None:
     asyncio.run(run())
 
 
+def test_a_trial_whose_process_was_lost_has_its_place_still_and_no_other() -> None:
+    async def run() -> None:
+        turnstile = Turnstile(1)
+        await turnstile.enter(0)
+        await asyncio.wait_for(turnstile.enter(0), 5)  # it did not leave, and begins again
+        waiting = asyncio.create_task(turnstile.enter(1))
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        await turnstile.leave(0)
+        await asyncio.wait_for(waiting, 5)
+
+    asyncio.run(run())
+
+
 def test_the_terminal_has_a_table_while_it_runs_and_the_ranking_at_the_end(
     sweep_of: SweepOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:

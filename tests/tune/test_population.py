@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -13,7 +14,8 @@ from past_trials import end_with, past_trial
 
 from app.config import SweepConfig, TrainConfig
 from app.errors import UserError
-from app.training.checkpoint_store import CheckpointStore
+from app.training.checkpoint_store import UNWRITTEN, CheckpointStore
+from app.training.checkpointing import Checkpoint
 from app.training.packed_runs import PackedRuns
 from app.training.takeover import hand_over
 from tune.exchanges import Exchanges
@@ -23,6 +25,7 @@ from tune.records import TrialRecord, begin_record, read_record, read_records
 from tune.results import command_of, write_results
 from tune.space import trial_config, trial_folder
 from tune.sweep import open_folder
+from tune.trial import _last_row
 
 SweepOf = Callable[..., SweepConfig]
 RATE = "optimizer.learning_rate"
@@ -188,6 +191,22 @@ def test_nobody_waits_for_one_that_is_over_and_all_do_for_one_that_begins_again(
         assert trials.handed == [(0, "0002", 0)]
 
     asyncio.run(run())
+
+
+def test_a_run_whose_process_was_lost_before_its_row_was_written_meets_the_others_still(
+    population_of: SweepOf,
+) -> None:
+    """Else the others would wait for it after step 2, and it for them after step 4."""
+    sweep = population_of()
+    (trial,) = trials_of(sweep, [5.0])
+    config = trial.config
+    job = SimpleNamespace(config=config, checkpoints=CheckpointStore(Path(config.output) / "checkpoints"))
+    last = {"step": 2, "loss": 5.0, "eval_loss": 5.0}
+    job.checkpoints.save(Checkpoint(2, {}, {}, {UNWRITTEN: [last]}), keep_last=1)
+    rows = Path(config.output) / "metrics.jsonl"
+    rows.write_text(rows.read_text().splitlines()[0] + "\n")  # that of step 0
+    assert _last_row(job, 2) == last
+    assert read_record(trial.folder).rows[-1] == last
 
 
 def test_an_exchange_that_was_cut_short_is_finished_as_it_was_decided(population_of: SweepOf) -> None:

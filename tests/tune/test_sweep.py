@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,12 +18,13 @@ import pytest
 
 from app.config import EvaluateConfig, PromoteBestConfig, SweepConfig, TrackingConfig
 from app.errors import UserError
+from app.training.checkpoint_store import CheckpointStore
 from app.training.evaluate import evaluate, plan_evaluation
 from app.training.fine_tuning import fine_tune, plan_job
 from tune.commands import promote_best
 from tune.driver import Budget
 from tune.plan import plan_sweep
-from tune.records import TrialRecord, read_records
+from tune.records import ERROR_FILE, TrialRecord, read_records
 from tune.sweep import sweep
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
@@ -34,8 +37,16 @@ def run(config: SweepConfig, **options: Any) -> tuple[Any, list[TrialRecord]]:
     return results, read_records(Path(config.output))
 
 
-def pack_processes() -> list[psutil.Process]:
-    return [p for p in psutil.process_iter(["cmdline"]) if "_PackActor" in " ".join(p.info["cmdline"] or ())]
+def processes(name: str) -> list[psutil.Process]:
+    """Those of Ray that are called so; never another job's on this machine."""
+    return [process for process in psutil.Process().children(recursive=True) if name in _command_line(process)]
+
+
+def _command_line(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # gone since
+        return ""
 
 
 def test_packed_trials_and_runs_of_their_own_are_ranked_together(
@@ -98,7 +109,7 @@ def test_a_pack_that_is_killed_costs_no_trial(ray_cluster: None, sweep_of: Sweep
 
     def kill_one_pack(record: TrialRecord) -> None:
         if not killed:
-            process = pack_processes()[0]
+            process = processes("_PackActor")[0]
             killed.append(process.pid)
             process.kill()
 
@@ -111,6 +122,66 @@ def test_a_pack_that_is_killed_costs_no_trial(ray_cluster: None, sweep_of: Sweep
     assert killed
     assert [trial.state for trial in trials] == ["finished"] * 8, [trial.error for trial in trials]
     assert all([row["step"] for row in trial.rows] == list(range(trial.step + 1)) for trial in trials)
+
+
+@contextmanager
+def killed_as_it_trains(name: str, sweep: Path) -> Iterator[list[tuple[TrialRecord, int]]]:
+    """For the time of a sweep that has room for one run at once: the first trial that has gone on from step 10, which
+    is saved, loses its process `name`. Yields that trial, as it was before, and the step that it had saved last."""
+    found: list[tuple[TrialRecord, int]] = []
+    is_over = threading.Event()
+
+    def look() -> None:
+        while not is_over.wait(0.02):
+            for trial in read_records(sweep):
+                saved = CheckpointStore(Path(trial.config.output) / "checkpoints")
+                if trial.step > 10 <= saved.latest_step():
+                    victims = processes(name)
+                    for process in victims:
+                        process.kill()
+                    psutil.wait_procs(victims)
+                    found.append((trial, saved.latest_step()))
+                    return
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield found
+    finally:
+        is_over.set()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("name", "max_failures"),
+    [("RayTrainWorker", 0), ("ImplicitFunc", 2)],
+    ids=["worker_that_trains", "process_of_the_trial"],
+)
+def test_a_run_of_its_own_that_loses_a_process_goes_on_from_its_checkpoint_and_the_sweep_with_it(
+    ray_cluster: None, sweep_of: SweepOf, name: str, max_failures: int
+) -> None:
+    config = sweep_of(
+        space={"method.rank": [1, 2]},
+        pack="never",
+        train={
+            "epochs": 10,
+            "max_steps": 100,
+            "eval_every": 50,
+            "save_every": 10,
+            "max_failures": max_failures,
+            "workers": {"cpus": 4, "threads": 1},
+        },
+        tracking={"uri": "none"},
+    )
+    with killed_as_it_trains(name, Path(config.output)) as killed:
+        _, trials = run(config)
+    assert [trial.state for trial in trials] == ["finished"] * 2, [trial.error for trial in trials]
+    assert all([row["step"] for row in trial.rows] == list(range(101)) for trial in trials)
+    ((before, saved),) = killed
+    assert before.state == "running" and saved < 100
+    # The rows say how long each step took: those that were saved were not made again.
+    assert trials[before.number].rows[:11] == before.rows[:11]
+    assert (before.folder / ERROR_FILE).exists() == (max_failures == 0)
 
 
 def test_a_trial_that_fails_again_is_reported_and_the_others_go_on(ray_cluster: None, sweep_of: SweepOf) -> None:
@@ -316,7 +387,7 @@ def test_trials_are_shared_out_over_as_many_packs_as_there_is_room_for_and_rank_
 
     def count_packs(record: TrialRecord) -> None:
         ends.append(record)
-        seen.update(process.pid for process in pack_processes())
+        seen.update(process.pid for process in processes("_PackActor"))
 
     results, trials = run(config, on_end=count_packs)
     assert len(seen) == 2 and len(ends) == 4
