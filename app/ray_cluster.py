@@ -16,6 +16,7 @@ from app.errors import UserError
 
 ANSWER_WITHIN_S = 8.0
 TOKEN_FILE = Path.home() / ".ray" / "auth_token"
+_HAVE_TOKEN = "export RAY_AUTH_MODE=token, and have its token in ~/.ray/auth_token or RAY_AUTH_TOKEN"
 LOCALHOST = "127.0.0.1"
 TAKES_NODES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Ray's variable, on every system: whether a node may be one of several."""
@@ -101,14 +102,14 @@ def _connect(address: str | None, min_cpus: float) -> None:
             )
         keep_token_private()
     except ray.exceptions.AuthenticationError:
-        raise UserError(
-            f"address={address!r}: the cluster wants a token; export RAY_AUTH_MODE=token, and have its token in "
-            "~/.ray/auth_token or RAY_AUTH_TOKEN"
-        ) from None
+        raise UserError(f"address={address!r}: the cluster wants a token; {_HAVE_TOKEN}") from None
     except (ConnectionError, RuntimeError, ValueError) as error:
         if not address:
             raise
-        raise UserError(f"address={address!r}: {_first_line(error)}; start one with `ray start --head`") from None
+        remedy = "start one with `ray start --head`"
+        if os.environ.get("RAY_AUTH_MODE") != "token":  # Ray 2.60 does not tell a missing token from a missing cluster
+            remedy += f", or, if one is there and wants a token, {_HAVE_TOKEN}"
+        raise UserError(f"address={address!r}: {_first_line(error)}; {remedy}") from None
 
 
 def keep_token_private() -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from app.config.methods import name_of, parts_of
-from app.engine.fused_block import fused
+from app.engine.fused_block import FusedBlock, fused
 from app.engine.kernels import Kernels
 from app.engine.packing import pack
 from app.engine.site import Site, differs
@@ -103,7 +103,10 @@ class MixedModel:
                 self._sites[name] = Site(pack(module, kernels, is_packed=is_packed), kernels)
                 parent, _, attribute = name.rpartition(".")
                 setattr(self.decoder.get_submodule(parent), attribute, self._sites[name])
-        self._blocks = [BlockSite(fused(block, kernels) or block) for block in self.decoder.blocks]
+        last = self.decoder.blocks[-1]
+        self._blocks = [
+            BlockSite(fused(block, kernels, is_last=block is last) or block) for block in self.decoder.blocks
+        ]
         self.decoder.blocks = nn.ModuleList(self._blocks)
         self._groups: list[tuple[Variant, slice]] = []
 
@@ -118,6 +121,13 @@ class MixedModel:
                 block.after = [(rows, v.blocks_after[number]) for v, rows in groups if number in v.blocks_after]
             self._blocks[0].before = [(rows, v.blocks_after[-1]) for v, rows in groups if -1 in v.blocks_after]
         yield self.decoder
+
+    @property
+    def can_end_with_few_rows(self) -> bool:
+        """Whether after the last attention all rows are the base's, so that some can be left out."""
+        last, norm = self._blocks[-1], self._sites.get("final_norm")
+        is_plain = isinstance(last.base, FusedBlock) and last.base.is_plain_after_attention
+        return is_plain and not last.after and norm is not None and not norm.is_active
 
     @torch.no_grad()
     def variant(self, delta: Delta) -> Variant:

@@ -12,17 +12,25 @@ from app.models.kernels.gelu import gelu
 
 
 class FusedBlock(nn.Module):
-    """Computes what `block` does, whose layers are sites; `x` is overwritten."""
+    """Computes what `block` does, whose layers are sites; `x` is overwritten. The last block ends with those rows alone
+    that `context.needed` names, if it does: of a prompt, one."""
 
-    def __init__(self, block: Block, kernels: Kernels) -> None:
+    def __init__(self, block: Block, kernels: Kernels, *, is_last: bool) -> None:
         super().__init__()
         attn, mlp, sites = block.attn, block.mlp, dict(block.named_modules())
         self._layer, self._heads, self._head_width = attn.layer, attn.heads, attn.head_width
+        self._is_last = is_last
+        self._after_attention = [sites[name] for name in ("attn.out", "mlp_norm", "mlp.up", "mlp.down")]
         self._activation = None if mlp.activation is gelu else mlp.activation
         self._qkv = _Product(kernels, sites["attn_norm"], sites["attn.qkv"])
         self._out = _Product(kernels, None, sites["attn.out"])
         self._up = _Product(kernels, sites["mlp_norm"], sites["mlp.up"])
         self._down = _Product(kernels, "gelu" if self._activation is None else None, sites["mlp.down"])
+
+    @property
+    def is_plain_after_attention(self) -> bool:
+        """Whether no delta's rows are told apart there."""
+        return not any(site.is_active for site in self._after_attention)
 
     def forward(self, x: Tensor, context: Any, rotation: Any) -> Tensor:
         """As `Block`'s, of one row of tokens [1, time, width]."""
@@ -32,11 +40,13 @@ class FusedBlock(nn.Module):
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
         mixed = context.attend(self._layer, q, k, v)[0].transpose(0, 1).flatten(1)
+        if self._is_last and context.needed is not None:
+            rows, mixed = rows[context.needed], mixed[context.needed]
         hidden = self._up(rows, self._out(mixed))
         if self._activation is not None:
             hidden = self._activation(hidden)
         rows += self._down(hidden)
-        return x
+        return rows.unsqueeze(0)
 
 
 class _Product:
@@ -69,10 +79,10 @@ class _Product:
         return y
 
 
-def fused(block: nn.Module, kernels: Kernels | None) -> FusedBlock | None:
+def fused(block: nn.Module, kernels: Kernels | None, *, is_last: bool) -> FusedBlock | None:
     """None where there are no kernels for it, or its layers are no sites."""
     if kernels is None or not isinstance(block, Block):
         return None
     sites = dict(block.named_modules())
     names = ("attn_norm", "attn.qkv", "attn.out", "mlp_norm", "mlp.up", "mlp.down")
-    return FusedBlock(block, kernels) if all(isinstance(sites[name], Site) for name in names) else None
+    return FusedBlock(block, kernels, is_last=is_last) if all(isinstance(sites[name], Site) for name in names) else None

@@ -217,6 +217,8 @@ class StepCache:
         self.cache = cache
         self.kernels = kernels
         self.paged = paged
+        self.needed: Tensor | None = None
+        """Those rows, int64, that are of use when all have been attended to; None: all."""
         device = cache.keys.device
         rows = _Rows.of(sequences)
         self.positions = to_device(rows.places, device)  # [rows]; the prefix counts

@@ -47,14 +47,16 @@ class Runner:
         ids = to_device(torch.tensor([token for sequence in ordered for token in sequence.scheduled_ids]), device)
         filling = (0, self._rows(len(ids)) - len(ids))
         ids, positions = F.pad(ids, filling), F.pad(step.positions, filling)
+        # Only rows that sample go through the head: its matrix is the largest of a small model.
+        last_rows = torch.tensor([sequence.num_scheduled for sequence in ordered]).cumsum(0) - 1
+        sampling = [number for number, sequence in enumerate(ordered) if sequence.will_sample]
+        sampled = to_device(F.pad(last_rows[sampling], (0, self._rows(len(sampling)) - len(sampling))), device)
         with self.model.serving(_groups(ordered)) as decoder:
+            if len(sampled) < len(ids) and self.model.can_end_with_few_rows:
+                step.needed = sampled
             embedded = decoder.token_embedding(ids).unsqueeze(0)
             hidden = decoder.final_norm(decoder.run_blocks(embedded, positions.unsqueeze(0), step))[0]
-            # Only rows that sample go through the head: its matrix is the largest of a small model.
-            last_rows = torch.tensor([sequence.num_scheduled for sequence in ordered]).cumsum(0) - 1
-            sampling = [number for number, sequence in enumerate(ordered) if sequence.will_sample]
-            sampled = F.pad(last_rows[sampling], (0, self._rows(len(sampling)) - len(sampling)))
-            logits = self.head(hidden[to_device(sampled, device)])[: len(sampling)]
+            logits = self.head(hidden if step.needed is not None else hidden[sampled])[: len(sampling)]
         return [ordered[number] for number in sampling], logits
 
     def _rows(self, num_rows: int) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_mixed_deltas import METHODS, trained
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -109,3 +110,24 @@ def test_a_head_filled_up_makes_the_logits_of_the_vocabulary_alone() -> None:
     torch.testing.assert_close(logits, x @ weight.T)
     assert logits.shape == (2, 5, 1003) and logits.stride(1) % 64 == 0
     assert torch.equal(head.weight, weight) and head.weight.is_contiguous()  # as kernels of ours read it
+
+
+@pytest.mark.parametrize("technique", [None, "lora"])
+def test_the_last_block_ends_with_the_rows_that_sample(
+    model: Decoder, technique: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed_kernels()
+    prepare, rows = Kernels.prepare, []
+
+    def seen(self: Kernels, x: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        rows.append(len(x))
+        return prepare(self, x, *rest, **named)
+
+    monkeypatch.setattr(Kernels, "prepare", seen)
+    engine = Engine(model)
+    delta = None if technique is None else engine.add_delta(trained(model, METHODS[technique], seed=1))
+    engine.add_request(list(range(1, 21)), Sampling(max_tokens=2), delta)
+    engine.step()
+    assert len(rows) == 4 * model.config.num_layers and min(rows[:-3]) >= 20
+    # after the last attention: the output's product and the MLP's two
+    assert rows[-3:] == [1, 1, 1] if technique is None else min(rows[-3:]) >= 20, "a delta's rows have to be found"

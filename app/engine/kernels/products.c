@@ -32,6 +32,7 @@
 #define TILE 1024      /* bytes: 16 rows of 64 */
 #define PANEL 32       /* outputs */
 #define DOT_ROWS 9      /* whose sums of a panel are kept in registers; with more, GCC keeps some in memory */
+#define MANY_PANELS 48
 #define FEW_ROWS 1     /* for so few, tiles are not worth it */
 
 static int can_use_tiles = 0;
@@ -203,16 +204,18 @@ INLINE __m512i add_dots(__m512i sums, __m512i row, __m512i outputs, int is_bytes
     return sums;
 }
 
-/* The sums [count, 32] of a block of `count` rows and a panel. One line of every `1 << spread` asks for `lines` more from
- * *ahead on, up to `end`. Called with `count` known to the compiler, which then keeps the sums in registers. */
-INLINE void dots_of_block(const int count, const char *rows, const char *panel, int64_t depth, int is_bytes, int32_t *to,
-                          const char **ahead, const char *end, int lines, int spread) {
+/* The sums [count, 32] of a block of `count` rows and a panel; from row to row it is `stride` bytes, from 64 bytes of a row
+ * to the next `step`. One line of every `1 << spread` asks for `lines` more from *ahead on, up to `end`. Called with `count`
+ * known to the compiler, which then keeps the sums in registers. */
+INLINE void dots_of_block(const int count, const char *rows, int64_t stride, int64_t step, const char *panel, int64_t depth,
+                          int is_bytes, int32_t *to, const char **ahead, const char *end, int lines, int spread) {
     __m512i sums[DOT_ROWS][2];
 #pragma GCC unroll 9
     for (int r = 0; r < count; r++) sums[r][0] = sums[r][1] = _mm512_setzero_si512();
     const char *asked = *ahead;
-    for (int64_t k = 0; k < depth; k++, panel += 2 * TILE, rows += 64 * count)
+    for (int64_t k = 0; k < depth; k++, panel += 2 * TILE, rows += step)
         for (int64_t line = 0; line < 16; line++) {
+            const char *thirds[3] = {rows + 4 * line, rows + 4 * line + 3 * stride, rows + 4 * line + 6 * stride};
             if (asked < end && line % (1 << spread) == 0) {
                 __builtin_prefetch(asked, 0, 2);
                 if (lines > 1) __builtin_prefetch(asked + 64, 0, 2);
@@ -222,7 +225,7 @@ INLINE void dots_of_block(const int count, const char *rows, const char *panel, 
 #pragma GCC unroll 9
             for (int r = 0; r < count; r++) {
                 int32_t four;
-                memcpy(&four, rows + 64 * r + 4 * line, 4);
+                memcpy(&four, thirds[r / 3] + r % 3 * stride, 4);
                 const __m512i row = _mm512_set1_epi32(four);
                 sums[r][0] = add_dots(sums[r][0], row, left, is_bytes);
                 sums[r][1] = add_dots(sums[r][1], row, right, is_bytes);
@@ -239,11 +242,14 @@ INLINE void dots_of_block(const int count, const char *rows, const char *panel, 
 /* Rows are taken in blocks, as large as each other or one row larger. */
 INLINE void multiply_by_dots(const product *p, const int is_bytes) {
     const int64_t blocks = (p->num_rows + DOT_ROWS - 1) / DOT_ROWS, panel_bytes = 2 * p->depth * TILE;
+    /* Rows end to end are read faster, but have to be met by many panels to be worth the copy. In place, rows of whole pages
+     * would push each other out of the cache. */
+    const int is_copied = p->panels > MANY_PANELS || p->row_bytes % 64 || p->row_bytes % 4096 == 0;
     const int lines = blocks == 1 ? 2 : 1, spread = blocks < 4 ? 0 : blocks < 8 ? 1 : 2;
 #pragma omp parallel if (p->num_rows * p->row_bytes * p->out > 131072)
     {
 #pragma omp for schedule(static)
-        for (int64_t block = 0; block < blocks; block++) {
+        for (int64_t block = 0; block < (is_copied ? blocks : 0); block++) {
             const int64_t first = p->num_rows * block / blocks, count = p->num_rows * (block + 1) / blocks - first;
             copy_block(p, first, count, count);
         }
@@ -254,10 +260,11 @@ INLINE void multiply_by_dots(const product *p, const int is_bytes) {
             const char *end = i + 1 < p->panels ? ahead + panel_bytes : ahead;
             for (int64_t block = 0; block < blocks; block++) {
                 const int64_t first = p->num_rows * block / blocks, count = p->num_rows * (block + 1) / blocks - first;
-                const char *rows = p->room + first * p->depth * 64;
+                const char *rows = is_copied ? p->room + first * p->depth * 64 : p->x + first * p->row_bytes;
+                const int64_t stride = is_copied ? 64 : p->row_bytes, step = is_copied ? 64 * count : 64;
 #define OF(COUNT) \
     case COUNT: \
-        dots_of_block(COUNT, rows, panel, p->depth, is_bytes, sums, &ahead, end, lines, spread); \
+        dots_of_block(COUNT, rows, stride, step, panel, p->depth, is_bytes, sums, &ahead, end, lines, spread); \
         break;
                 switch (count) { OF(1) OF(2) OF(3) OF(4) OF(5) OF(6) OF(7) OF(8) OF(9) }
                 store_sums(p, sums, first, count, i);
