@@ -3,8 +3,8 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -40,6 +40,9 @@ logger = logging.getLogger("ray.serve")
 
 _MODELS_FOR_S = 2.0
 """A delta that was promoted answers for its name after so long at the latest, where the old one's answer is cached."""
+_FULL_FOR_S = 0.1
+"""A queue that has refused one answer is not asked for another so soon: under more load than can be carried most of the
+work would be to refuse, and it is done on the cores that answer."""
 _ENDED = Refusal(503, "the replica that worked on this has ended", code="unavailable", retry_after_s=2)
 _TIMEOUT = "the answer took longer than request_timeout_s={seconds:g}"
 
@@ -68,6 +71,8 @@ class Answering:
         self._cache = AnswerCache(config.cache)
         self._limiter = limiter
         self._flights = SingleFlight()
+        self._full: dict[str, tuple[float, Refusal]] = {}
+        """Models whose queue is taken for full, until when, and how it said so."""
         self._models: dict[str, ModelInfo] = {}
         self._models_until = 0.0
         self._refresh: asyncio.Task[None] | None = None
@@ -143,7 +148,8 @@ class Answering:
                 yield replace(item, cache="hit") if is_anothers and isinstance(item, Started) else item
 
     async def _computed(self, key: AnswerKey | None, request: GenerateRequest) -> Completion:
-        completion = await self._call(lambda: self._generator.complete.remote(request))
+        with self._shedding(request):
+            completion = await self._call(lambda: self._generator.complete.remote(request))
         self._charge(completion.prompt_tokens + completion.completion_tokens)
         self._keep(key, request, completion)
         return completion
@@ -152,19 +158,36 @@ class Answering:
         deadline = asyncio.get_running_loop().time() + self.config.request_timeout_s
         collector, num_tokens = None, 0
         try:
-            async with aclosing(self._generated(request, deadline)) as items:
-                async for item in items:
-                    if isinstance(item, Started):
-                        collector = Collector(item)
-                        num_tokens += sum(prompt.num_tokens for prompt in item.prompts)
-                    elif collector:
-                        collector.add(item)
-                        num_tokens += item.num_tokens
-                    yield item
+            with self._shedding(request):
+                async with aclosing(self._generated(request, deadline)) as items:
+                    async for item in items:
+                        if isinstance(item, Started):
+                            collector = Collector(item)
+                            num_tokens += sum(prompt.num_tokens for prompt in item.prompts)
+                        elif collector:
+                            collector.add(item)
+                            num_tokens += item.num_tokens
+                        yield item
         finally:  # a client that leaves pays for what was computed
             self._charge(num_tokens)
         if collector:
             self._keep(key, request, collector.completion())
+
+    @contextmanager
+    def _shedding(self, request: GenerateRequest) -> Iterator[None]:
+        """Around a request to the generator: refused at once where its queue has just refused another."""
+        until, refusal = self._full.get(request.model, (0.0, None))
+        if refusal is not None and time.monotonic() < until:
+            raise ApiError(refusal)
+        try:
+            yield
+        except ApiError as error:
+            # many answers may find no room where one would
+            if error.refusal.code == "queue_full" and request.num_choices == 1:
+                now = time.monotonic()
+                self._full = {model: full for model, full in self._full.items() if full[0] > now}
+                self._full[request.model] = (now + _FULL_FOR_S, error.refusal)
+            raise
 
     async def _generated(self, request: GenerateRequest, deadline: float) -> AsyncGenerator[Started | Piece, None]:
         """From one replica; from another if that one ends before anything has come of it."""

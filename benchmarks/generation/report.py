@@ -14,6 +14,8 @@ BARS = [
     ("W3", "pacos_int8", "ctranslate2_int8", 4.0),
     ("W2", "pacos_int8", "transformers_fp32", 10.0),
     ("W3", "pacos_int8", "transformers_fp32", 10.0),
+    ("W2", "pacos_int8", "transformers_bf16", 10.0),
+    ("W3", "pacos_int8", "transformers_bf16", 10.0),
     ("W1", "pacos_fp32", "ctranslate2_fp32", 1.0),
     ("W1", "pacos_bf16", "vllm_bf16", 1.0),
     ("W1", "pacos_int8", "ctranslate2_int8", 1.0),

@@ -113,11 +113,13 @@ def bare_engine(folder: str, bodies: list[dict[str, Any]], arguments: argparse.N
     from app.engine.engine import Engine, EngineSettings
     from app.engine.sampling import Sampling
     from app.models.checkpoints import load_decoder
+    from app.models.precision import compute_dtype
 
     torch.set_num_threads(arguments.threads)
     tokenizer = load_tokenizer(Path(folder))
     settings = EngineSettings(max_batch_size=arguments.batch_size, max_queue=len(bodies))
-    engine = Engine(load_decoder(Path(folder)).requires_grad_(False), settings)
+    dtype = compute_dtype("auto", torch.device("cpu"))  # as the endpoint's
+    engine = Engine(load_decoder(Path(folder)).requires_grad_(False).to(dtype), settings)
     prompts = [tokenizer.encode(body["prompt"]) for body in bodies]
 
     def run(prompts: list[list[int]]) -> int:

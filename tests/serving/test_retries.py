@@ -4,6 +4,8 @@ real ones."""
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from app.config import ApplicationConfig
+from app.serving import answering as answering_module
 from app.serving.answering import Answering
 from app.serving.api_errors import ApiError
 from app.serving.messages import (
@@ -84,6 +87,41 @@ def test_other_failures_are_told_at_once(fates, code, status, left) -> None:
         refusal = error.value.refusal
         assert (refusal.code, refusal.status) == (code, status) and refusal.retry_after_s
         assert len(replicas.fates) == left
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("ask", ["whole", "streamed"])
+def test_a_full_queue_is_not_asked_again_for_a_moment(ask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(answering_module, "time", SimpleNamespace(monotonic=lambda: now))
+    full, begun = Refusal(429, "full", code="queue_full", retry_after_s=7), Started("hash", COMPLETION.prompts)
+    answer: Any = (begun, Piece(0, "eats hay", 3, "stop")) if ask == "streamed" else COMPLETION
+    refused = (full,) if ask == "streamed" else full
+    replicas = Replicas(refused, answer, answer, refused, answer)
+    answers = answering(replicas)
+
+    async def is_answered(request: GenerateRequest) -> bool:
+        try:
+            if ask == "whole":
+                await answers.complete(request)
+            else:
+                assert [item async for item in answers.stream(request)]
+        except ApiError as error:
+            assert error.refusal == full
+            return False
+        return True
+
+    async def main() -> None:
+        nonlocal now
+        assert not await is_answered(REQUEST) and len(replicas.fates) == 4
+        now += 0.09
+        assert not await is_answered(REQUEST) and len(replicas.fates) == 4, "nobody was asked"
+        assert await is_answered(replace(REQUEST, model="another"))
+        now += 0.02
+        assert await is_answered(REQUEST)
+        assert not await is_answered(replace(REQUEST, n=2)), "two find no room"
+        assert await is_answered(REQUEST), "where one does"
 
     asyncio.run(main())
 
