@@ -66,7 +66,9 @@ BENCHMARKS = {
          f"--plot {IMAGES}/training.png",),
         packages=("accelerate", "peft"),
     ),
-    "serving": Benchmark((f"{MODULE}.serving --prompts {{prompts}} --json {RESULTS}/serving.json",)),
+    "serving": Benchmark(
+        (f"{MODULE}.serving --prompts {{prompts}} --proxy haproxy --json {RESULTS}/serving.json",)
+    ),
     "scale": Benchmark(
         (f"{MODULE}.scale.measure --prompts {{prompt_file}} --source {{records}} --json {RESULTS}/scale-measured.json",
          f"{MODULE}.scale --json {RESULTS}/scale.json --plots {IMAGES}")

@@ -98,7 +98,7 @@ def test_what_leads_nowhere_is_noticed() -> None:
     ]  # fmt: skip
     names = "`app/no.py` `no.py` `app/data/prepare.py:no` `app/no/` `test_no_test` `configs/no.yaml`"
     assert len(wrong_names(names)) == 6
-    right = "`app/data/prepare.py:plan_preparation` `loop.py` `kernels/tiles.c` `app/engine/` `delta.json`"
+    right = "`app/data/prepare.py:plan_preparation` `loop.py` `kernels/products.c` `app/engine/` `delta.json`"
     assert wrong_names(right) == []
 
 
