@@ -20,7 +20,6 @@ class FusedBlock(nn.Module):
         attn, mlp, sites = block.attn, block.mlp, dict(block.named_modules())
         self._layer, self._heads, self._head_width = attn.layer, attn.heads, attn.head_width
         self._is_last = is_last
-        self._after_attention = [sites[name] for name in ("attn.out", "mlp_norm", "mlp.up", "mlp.down")]
         self._activation = None if mlp.activation is gelu else mlp.activation
         self._qkv = _Product(kernels, sites["attn_norm"], sites["attn.qkv"])
         self._out = _Product(kernels, None, sites["attn.out"])
@@ -30,7 +29,7 @@ class FusedBlock(nn.Module):
     @property
     def is_plain_after_attention(self) -> bool:
         """Whether no delta's rows are told apart there."""
-        return not any(site.is_active for site in self._after_attention)
+        return all(product.is_plain for product in (self._out, self._up, self._down))
 
     def forward(self, x: Tensor, context: Any, rotation: Any) -> Tensor:
         """As `Block`'s, of one row of tokens [1, time, width]."""
@@ -59,10 +58,19 @@ class _Product:
         self._before = Before(before.base if isinstance(before, Site) else before)
         self._rounded = layer.base if isinstance(layer.base, PackedInt8) else None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether no delta's rows are told apart here."""
+        return not self._layer.is_active and not self._is_norm_changed
+
+    @property
+    def _is_norm_changed(self) -> bool:
+        return self._norm is not None and self._norm.is_active
+
     def __call__(self, x: Tensor, added: Tensor | None = None) -> Tensor:
         """[rows, out] of `x` [rows, in], to which `added` is added first, in place."""
         layer, rounded, norm = self._layer, self._rounded, self._norm
-        is_changed = norm is not None and norm.is_active
+        is_changed = self._is_norm_changed
         values, integers, steps = self._kernels.prepare(
             x,
             self._before,

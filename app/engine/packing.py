@@ -46,16 +46,16 @@ class PackedLinear(nn.Module):
         self.weight = linear.weight
         self._kernels = kernels
         ours = products()
-        self._products = ours if ours and ours.of_bf16 and linear.weight.dtype == torch.bfloat16 else None
-        self.is_onednns = self._products is None
-        if self._products is not None:
+        self.products = ours if ours and ours.of_bf16 and linear.weight.dtype == torch.bfloat16 else None
+        """None: oneDNN's are taken."""
+        if self.products is not None:
             self._ours = PackedWeights(linear.weight, linear.bias)
         else:
             self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _ROWS)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._products is not None:
-            y = self._products.multiply(x.reshape(-1, x.shape[-1]), self._ours)
+        if self.products is not None:
+            y = self.products.multiply(x.reshape(-1, x.shape[-1]), self._ours)
             return y.view(*x.shape[:-1], y.shape[-1])
         if self._kernels is not None and x.numel() == x.shape[-1] and x.dtype == torch.float32:
             return self._kernels.multiply_row(x.contiguous(), self.weight, self.bias)
@@ -74,9 +74,10 @@ class PackedInt8(nn.Module):
         super().__init__()
         for name in ("codes", "scale", "bias"):  # as buffers: by them a LoRA is known to be over this layer
             self.register_buffer(name, getattr(layer, name), persistent=False)
-        self._kernels, self._products = kernels, _products_of_bytes()
-        self.is_onednns = self._products is None
-        if self._products is not None:  # its sums of 8 bits times 8 bits are exact
+        self._kernels = kernels
+        self.products = _products_of_bytes()
+        """None: oneDNN's are taken."""
+        if self.products is not None:  # its sums of 8 bits times 8 bits are exact
             self.levels = 127
             self._ours = PackedBytes(layer.codes, layer.scale, layer.bias, zero=128)
         else:
@@ -97,8 +98,8 @@ class PackedInt8(nn.Module):
 
     def of_rounded(self, integers: Tensor, steps: Tensor, dtype: torch.dtype) -> Tensor:
         """[rows, out] in `dtype`, of rows as `Kernels.round_rows` rounds them to `levels`."""
-        if self._products is not None:
-            return self._products.multiply_bytes(integers, steps, self._ours, dtype)
+        if self.products is not None:
+            return self.products.multiply_bytes(integers, steps, self._ours, dtype)
         return self._kernels.scale_rows(self._product.of_integers(integers), steps, self.bias, dtype)
 
 
@@ -119,7 +120,7 @@ def pack(layer: nn.Module, kernels: Kernels | None, *, is_packed: bool) -> nn.Mo
 def has_onednns(*modules: nn.Module) -> bool:
     """Whether any layer's product is one that oneDNN compiles for each number of rows."""
     layers = (layer for module in modules for layer in module.modules())
-    return any(isinstance(layer, PackedLinear | PackedInt8) and layer.is_onednns for layer in layers)
+    return any(isinstance(layer, PackedLinear | PackedInt8) and layer.products is None for layer in layers)
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:

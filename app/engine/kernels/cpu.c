@@ -405,11 +405,7 @@ void scale_rows(const float *y, const float *steps, const float *bias, void *out
             vec scaled = load_f32(y + at + i) * steps[r];
             store(out, at + i, bias ? scaled + load_f32(bias + i) : scaled, is_bf16);
         }
-        for (int64_t i = whole; i < width; i++) {
-            float scaled = y[at + i] * steps[r] + (bias ? bias[i] : 0);
-            if (is_bf16) ((uint16_t *)out)[at + i] = to_bf16(scaled);
-            else ((float *)out)[at + i] = scaled;
-        }
+        for (int64_t i = whole; i < width; i++) put(out, at + i, y[at + i] * steps[r] + (bias ? bias[i] : 0), is_bf16);
     }
 }
 

@@ -31,8 +31,8 @@
 
 #define TILE 1024      /* bytes: 16 rows of 64 */
 #define PANEL 32       /* outputs */
-#define DOT_ROWS 9      /* whose sums of a panel are kept in registers; with more, GCC keeps some in memory */
-#define MANY_PANELS 48
+#define DOT_ROWS 9     /* whose sums of a panel are kept in registers; with more, GCC keeps some in memory */
+#define MANY_PANELS 48 /* above which rows are copied, to lie end to end for all of them */
 #define FEW_ROWS 1     /* for so few, tiles are not worth it */
 
 static int can_use_tiles = 0;
@@ -99,10 +99,7 @@ INLINE void store_sums(const product *p, const int32_t *sums, int64_t first, int
             else store_f32(results + i, value);
         }
         if (columns < PANEL)
-            for (int64_t i = 0; i < columns; i++) {
-                if (p->is_bf16) ((uint16_t *)p->y)[r * p->out + column + i] = to_bf16(results[i]);
-                else ((float *)p->y)[r * p->out + column + i] = results[i];
-            }
+            for (int64_t i = 0; i < columns; i++) put(p->y, r * p->out + column + i, results[i], p->is_bf16);
     }
 }
 
