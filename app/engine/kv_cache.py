@@ -36,8 +36,8 @@ class KVCache:
     """`keys` [layers, blocks, kv_heads, head_width, 16], transposed, as products with a query read them best;
     `values` [layers, blocks, kv_heads, 16, head_width]. `layers` are these one by one.
 
-    In int8 keys are [layers, blocks, kv_heads, head_width / 4, 16, 4], and there are steps: each key and value of a
-    head is rounded by itself.
+    In int8 keys are [layers, blocks, kv_heads, head_width / 4, 16, 4], values [layers, blocks, kv_heads, 4, head_width,
+    4], and there are steps: each key and value of a head is rounded by itself.
 
     `num_extra_layers` are those of extra blocks; pages of memory that no delta uses are never touched.
     """
@@ -56,10 +56,11 @@ class KVCache:
         layers = config.num_layers + num_extra_layers
         shape = (layers, num_blocks, config.kv_heads)
         of_keys: tuple[int, ...] = (config.head_width, BLOCK_SIZE)
+        of_values: tuple[int, ...] = (BLOCK_SIZE, config.head_width)
         if dtype == torch.int8:
-            of_keys = (config.head_width // 4, BLOCK_SIZE, 4)
+            of_keys, of_values = (config.head_width // 4, BLOCK_SIZE, 4), (BLOCK_SIZE // 4, config.head_width, 4)
         self.keys = _zeros((*shape, *of_keys), dtype, device)
-        self.values = _zeros((*shape, BLOCK_SIZE, config.head_width), dtype, device)
+        self.values = _zeros((*shape, *of_values), dtype, device)
         steps: list[Any] = [[None] * layers] * 2
         if dtype == torch.int8:
             steps = [_zeros((*shape, BLOCK_SIZE), torch.float32, device) for _ in range(2)]
@@ -152,9 +153,10 @@ class KVCache:
             keys, cached.key_steps[blocks, :, offsets] = _rounded(keys)
             values, cached.value_steps[blocks, :, offsets] = _rounded(values)
             cached.keys[blocks, :, :, offsets] = keys.unflatten(-1, (-1, 4)).to(torch.int8)
+            cached.values[blocks, :, offsets // 4, :, offsets % 4] = values.to(torch.int8)
         else:
             cached.keys[blocks, :, :, offsets] = keys.to(self.keys.dtype)
-        cached.values[blocks, :, offsets] = values.to(self.values.dtype)
+            cached.values[blocks, :, offsets] = values.to(self.values.dtype)
 
 
 def _rounded(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -360,7 +362,7 @@ class _Part:
         keys, values = (part[tables].to(dtype) for part in (cached.keys, cached.values))
         if cached.key_steps is not None and cached.value_steps is not None:
             keys = keys.transpose(4, 5).flatten(3, 4) * cached.key_steps[tables].unsqueeze(3).to(dtype)
-            values = values * cached.value_steps[tables].unsqueeze(4).to(dtype)
+            values = values.transpose(4, 5).flatten(3, 4) * cached.value_steps[tables].unsqueeze(4).to(dtype)
         return keys.permute(0, 2, 1, 4, 3).flatten(2, 3), values.permute(0, 2, 1, 3, 4).flatten(2, 3)
 
 

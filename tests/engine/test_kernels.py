@@ -27,8 +27,8 @@ def compiled() -> Kernels:
 def empty_layer(num_blocks: int, kv_heads: int, width: int, dtype: torch.dtype) -> CachedLayer:
     """What nobody may look at: not a number, and in bytes the steps are none."""
     fill = 127 if dtype == torch.int8 else float("nan")
-    of_keys = (width // 4, 16, 4) if dtype == torch.int8 else (width, 16)
-    shapes = (num_blocks, kv_heads, *of_keys), (num_blocks, kv_heads, 16, width)
+    of_keys, of_values = ((width // 4, 16, 4), (4, width, 4)) if dtype == torch.int8 else ((width, 16), (16, width))
+    shapes = (num_blocks, kv_heads, *of_keys), (num_blocks, kv_heads, *of_values)
     steps = [torch.full((num_blocks, kv_heads, 16), float("nan")) if dtype == torch.int8 else None for _ in range(2)]
     return CachedLayer(*(torch.full(shape, fill, dtype=dtype) for shape in shapes), *steps)
 
@@ -63,6 +63,8 @@ def test_attention_over_scattered_blocks(compiled, q_dtype, dtype, heads, kv_hea
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     compiled.attend(q, cached, out.transpose(0, 1), rows=order, seen=seen[order], tables=tables, table_of_row=order)
     rounding = {"rtol": 2e-5, "atol": 2e-6} if q_dtype == torch.float32 else {"rtol": 2**-8, "atol": 1e-6}
+    if dtype == torch.int8:
+        rounding["atol"] = 5e-5  # the weights of values are rounded to 16 bits
     torch.testing.assert_close(out.float(), expected, **rounding)
 
 

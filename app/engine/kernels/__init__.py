@@ -25,7 +25,8 @@ _NOTHING = torch.empty(0)  # its address is a null pointer
 @dataclass(frozen=True)
 class CachedLayer:
     """One layer's keys [blocks, kv_heads, head_width, 16] and values [blocks, kv_heads, 16, head_width]; in int8 these
-    are multiples of steps, fp32 [blocks, kv_heads, 16], and keys [blocks, kv_heads, head_width / 4, 16, 4]."""
+    are multiples of steps, fp32 [blocks, kv_heads, 16], keys [blocks, kv_heads, head_width / 4, 16, 4] and values
+    [blocks, kv_heads, 4, head_width, 4]."""
 
     keys: Tensor
     values: Tensor

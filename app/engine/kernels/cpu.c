@@ -4,10 +4,12 @@
  *
  * Activations are fp32 or bf16, as flags say; sums are always fp32, or exact in int32.
  * Cache: keys [blocks, kv_heads, head_width, 16], values [blocks, kv_heads, 16, head_width], in one of three formats.
- * Bytes are multiples of a step, one for each place and head: fp32 [blocks, kv_heads, 16] for keys, and for values; keys
- * are [blocks, kv_heads, head_width / 4, 16, 4] then, as sums of four products are taken.
+ * Bytes are multiples of a step, one for each place and head: fp32 [blocks, kv_heads, 16] for keys, and for values. As
+ * sums of four products are taken, keys are [blocks, kv_heads, head_width / 4, 16, 4] then, and values
+ * [blocks, kv_heads, 4, head_width, 4].
  */
 #include "vectors.h"
+#include <omp.h>
 #include <stdlib.h>
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
@@ -17,15 +19,12 @@
 #endif
 #define BLOCK 16
 #define CHUNK 8 /* blocks whose scores are computed before their weights: their sums and maxima are found once */
+#define AT_ONCE 16 /* heads of a row that go through a block together, at most */
 #define PARTS (BLOCK / LANES) /* vectors that hold a value for each place of a block */
 
 enum { FP32, BF16, BYTES }; /* formats of the cache */
 
 INLINE int64_t size_of(int format) { return format == FP32 ? 4 : format == BF16 ? 2 : 1; }
-
-INLINE vec load_cached(const void *p, int64_t at, int format) {
-    return format == BYTES ? load_bytes((const int8_t *)p + at) : load(p, at, format == BF16);
-}
 
 /* Have `count` numbers from `at` on in the processor's second cache soon: the first has no room for a head's. */
 INLINE void fetch(const void *p, int64_t at, int64_t count, int format) {
@@ -54,13 +53,11 @@ INLINE float round_to_bytes(void *to, const void *x, int64_t at, int64_t width, 
     return step;
 }
 
-/* `sums` of products of a query's bytes with the keys' of a block, [PARTS] vectors of places. */
-INLINE void multiply_bytes_of_block(const int8_t *query, const int8_t *keys, int64_t width, ivec *sums) {
+/* `sums` of products of a query's bytes, whose sum is `of_query`, with the keys' of a block, [PARTS] vectors of places. */
+INLINE void multiply_bytes_of_block(const int8_t *query, int32_t of_query, const int8_t *keys, int64_t width, ivec *sums) {
 #if HAS_BYTE_DOTS
     __m512i dots[4], negated = _mm512_set1_epi8((char)0x80); /* to unsigned: 128 more, of which the query's sum is taken */
     for (int u = 0; u < 4; u++) dots[u] = _mm512_setzero_si512();
-    int32_t sum = 0;
-    for (int64_t i = 0; i < width; i++) sum += query[i];
     for (int64_t i = 0; i < width; i += 16)
         for (int u = 0; u < 4; u++) {
             int32_t four;
@@ -68,7 +65,8 @@ INLINE void multiply_bytes_of_block(const int8_t *query, const int8_t *keys, int
             __m512i unsigned_keys = _mm512_xor_si512(_mm512_loadu_si512(keys + (i + 4 * u) * BLOCK), negated);
             dots[u] = _mm512_dpbusd_epi32(dots[u], unsigned_keys, _mm512_set1_epi32(four));
         }
-    sums[0] = (ivec)_mm512_add_epi32(_mm512_add_epi32(dots[0], dots[1]), _mm512_add_epi32(dots[2], dots[3])) - 128 * sum;
+    __m512i sum = _mm512_add_epi32(_mm512_add_epi32(dots[0], dots[1]), _mm512_add_epi32(dots[2], dots[3]));
+    sums[0] = (ivec)sum - 128 * of_query;
 #else
     for (int j = 0; j < PARTS; j++) {
         ivec sum = {0};
@@ -82,11 +80,60 @@ INLINE void multiply_bytes_of_block(const int8_t *query, const int8_t *keys, int
 #endif
 }
 
-/* One head of one sequence's keys and values. */
+INLINE float largest_of(const float *x, int64_t count) {
+    vec most_of = load_f32(x);
+    for (int64_t i = LANES; i < count; i += LANES) {
+        vec other = load_f32(x + i);
+        most_of = either(other > most_of, other, most_of);
+    }
+    float most = most_of[0];
+    for (int i = 1; i < LANES; i++) most = most_of[i] > most ? most_of[i] : most;
+    return most;
+}
+
+/* A chunk's weights, none negative, in 16 bits: the upper and the lower byte of each place's, and the step of which it is
+ * a multiple, the largest / 65535. */
 typedef struct {
-    const int32_t *table;
-    int64_t seen, kv_head;
-} sequence_head;
+    uint8_t upper[CHUNK * BLOCK], lower[CHUNK * BLOCK];
+    float step;
+} byte_weights;
+
+INLINE void round_weights(byte_weights *to, const float *weights, int64_t places) {
+    const float most = largest_of(weights, places) + 1e-30f;
+    to->step = most / 65535;
+    for (int64_t i = 0; i < places; i += LANES) {
+        ivec rounded = __builtin_convertvector(load_f32(weights + i) * (65535 / most) + 0.5f, ivec);
+        bvec upper = __builtin_convertvector(rounded >> 8, bvec), lower = __builtin_convertvector(rounded & 255, bvec);
+        memcpy(to->upper + i, &upper, LANES);
+        memcpy(to->lower + i, &lower, LANES);
+    }
+}
+
+/* The values' bytes of a block times its places' weights, added to `sums`, [width / LANES] vectors in 1 / 256 and in 1. A
+ * chunk's sums are exact: 128 places * 255 * 127 * 257 is below 2^31. */
+INLINE void add_weighted_bytes(ivec (*sums)[2], const byte_weights *weights, int64_t first, const int8_t *values,
+                               int64_t width) {
+    for (int64_t place = 0; place < BLOCK; place += 4) {
+        const int8_t *of_four = values + place * width;
+        int32_t upper, lower;
+        memcpy(&upper, weights->upper + first + place, 4);
+        memcpy(&lower, weights->lower + first + place, 4);
+        for (int64_t i = 0; i < width / LANES; i++) {
+            ivec fours;
+            memcpy(&fours, of_four + 4 * i * LANES, sizeof fours);
+#if HAS_BYTE_DOTS
+            sums[i][0] = (ivec)_mm512_dpbusd_epi32((__m512i)sums[i][0], _mm512_set1_epi32(upper), (__m512i)fours);
+            sums[i][1] = (ivec)_mm512_dpbusd_epi32((__m512i)sums[i][1], _mm512_set1_epi32(lower), (__m512i)fours);
+#else
+            for (int u = 0; u < 4; u++) {
+                ivec value = fours << (24 - 8 * u) >> 24;
+                sums[i][0] += value * (upper >> 8 * u & 255);
+                sums[i][1] += value * (lower >> 8 * u & 255);
+            }
+#endif
+        }
+    }
+}
 
 /* The cache of one layer; steps are null unless it holds bytes. */
 typedef struct {
@@ -94,96 +141,147 @@ typedef struct {
     const float *key_steps, *value_steps;
 } cached;
 
-/* Of block `number` the place among all heads, or a negative one where the sequence has no such block. */
-INLINE int64_t place_ahead(sequence_head next, int64_t number, int64_t kv_heads) {
-    return number * BLOCK < next.seen ? (int64_t)next.table[number] * kv_heads + next.kv_head : -1;
-}
-
-/* One query head over the first places of a sequence, with a running maximum as in FlashAttention; what comes `next` is
- * asked for meanwhile. Called with `width` and `format` known to the compiler, which then keeps the result in registers. */
-INLINE void attend_head(const void *query, void *out, int q_is_bf16, const cached *c, sequence_head of, sequence_head next,
-                        int64_t kv_heads, int64_t width, int format, float scale) {
-    const int32_t *table = of.table;
-    const int64_t seen = of.seen, kv_head = of.kv_head;
-    vec mixed[256 / LANES];
-    float q[256], scores[CHUNK * BLOCK], q_step = 0;
+/* A query head on its way through a chunk: `q` is scaled, or bytes, multiples of `q_step`, whose sum is `sum_of_q`;
+ * `scores` of the chunk's places become their weights, for values that are bytes `rounded` ones. */
+typedef struct {
+    float q[256], scores[CHUNK * BLOCK];
     int8_t q_bytes[256];
-    const int64_t parts = width / LANES;
-    if (format == BYTES) q_step = scale * round_to_bytes(q_bytes, query, 0, width, q_is_bf16, 127, 0);
-    for (int64_t i = 0; i < parts; i++) store_f32(q + i * LANES, load(query, i * LANES, q_is_bf16) * scale);
-    for (int64_t i = 0; i < parts; i++) mixed[i] = all(0);
-    float largest = -INFINITY;
-    vec total = all(0);
-    for (int64_t first = 0; first < seen; first += CHUNK * BLOCK) {
-        int64_t here = seen - first < CHUNK * BLOCK ? seen - first : CHUNK * BLOCK, blocks = (here + BLOCK - 1) / BLOCK;
-        for (int64_t b = 0; b < blocks; b++) {
-            int64_t head = (int64_t)table[first / BLOCK + b] * kv_heads + kv_head, at = head * width * BLOCK;
-            int64_t ahead = place_ahead(next, first / BLOCK + b, kv_heads) * width * BLOCK;
-            if (ahead >= 0) fetch(c->keys, ahead, width * BLOCK, format);
-            if (format == BYTES) {
-                ivec sums[PARTS];
-                multiply_bytes_of_block(q_bytes, (const int8_t *)c->keys + at, width, sums);
-                for (int j = 0; j < PARTS; j++) {
-                    vec steps = load_f32(c->key_steps + head * BLOCK + j * LANES) * q_step;
-                    store_f32(scores + b * BLOCK + j * LANES, __builtin_convertvector(sums[j], vec) * steps);
-                }
-                continue;
-            }
-            vec sums[4][PARTS]; /* of every fourth part of the width: additions need not wait for each other */
-            for (int i = 0; i < 4; i++)
-                for (int j = 0; j < PARTS; j++) sums[i][j] = all(0);
-            for (int64_t i = 0; i < width; i += 4)
-                for (int u = 0; u < 4; u++)
-                    for (int j = 0; j < PARTS; j++)
-                        sums[u][j] += q[i + u] * load_cached(c->keys, at + (i + u) * BLOCK + j * LANES, format);
-            for (int j = 0; j < PARTS; j++)
-                store_f32(scores + b * BLOCK + j * LANES, (sums[0][j] + sums[1][j]) + (sums[2][j] + sums[3][j]));
-        }
-        for (int64_t i = here; i < blocks * BLOCK; i++) scores[i] = -INFINITY;
-        vec most_of = load_f32(scores);
-        for (int64_t i = LANES; i < blocks * BLOCK; i += LANES) {
-            vec score = load_f32(scores + i);
-            most_of = either(score > most_of, score, most_of);
-        }
-        float most = most_of[0];
-        for (int i = 1; i < LANES; i++) most = most_of[i] > most ? most_of[i] : most;
-        if (most > largest) {
-            float shrink = largest == -INFINITY ? 0 : expf(largest - most);
-            total *= shrink;
-            for (int64_t i = 0; i < parts; i++) mixed[i] *= shrink;
-            largest = most;
-        }
-        for (int64_t i = 0; i < blocks * BLOCK; i += LANES) {
-            vec weight = exp_vec(load_f32(scores + i) - largest);
-            total += weight;
-            store_f32(scores + i, weight);
-        }
-        for (int64_t b = 0; b < blocks; b++) {
-            int64_t head = (int64_t)table[first / BLOCK + b] * kv_heads + kv_head, at = head * width * BLOCK;
-            int64_t ahead = place_ahead(next, first / BLOCK + b, kv_heads) * width * BLOCK;
-            int64_t last = here - b * BLOCK < BLOCK ? here - b * BLOCK : BLOCK;
-            float *weights = scores + b * BLOCK;
-            if (ahead >= 0) fetch(c->values, ahead, width * BLOCK, format);
-            if (format == BYTES)
-                for (int64_t j = 0; j < BLOCK; j += LANES)
-                    store_f32(weights + j, load_f32(weights + j) * load_f32(c->value_steps + head * BLOCK + j));
-            for (int64_t place = 0; place < last; place++)
-                for (int64_t i = 0; i < parts; i++)
-                    mixed[i] += weights[place] * load_cached(c->values, at + place * width + i * LANES, format);
-        }
-    }
-    float sum = sum_of(total);
-    for (int64_t i = 0; i < parts; i++) store(out, i * LANES, mixed[i] / sum, q_is_bf16);
+    byte_weights rounded;
+    float q_step, largest;
+    int32_t sum_of_q;
+    vec total;
+} query_head;
+
+INLINE void begin_head(query_head *of, const void *query, int q_is_bf16, int64_t width, int format, float scale) {
+    of->largest = -INFINITY;
+    of->total = all(0);
+    if (format == BYTES) {
+        of->q_step = scale * round_to_bytes(of->q_bytes, query, 0, width, q_is_bf16, 127, 0);
+        of->sum_of_q = 0;
+        for (int64_t i = 0; i < width; i++) of->sum_of_q += of->q_bytes[i];
+    } else
+        for (int64_t i = 0; i < width; i += LANES) store_f32(of->q + i, load(query, i, q_is_bf16) * scale);
 }
 
-static void attend_any(const void *query, void *out, int q_is_bf16, const cached *c, sequence_head of, sequence_head next,
-                       int64_t kv_heads, int64_t width, int format, float scale) {
+/* The scores of a block, `head` among the cache's, as the chunk's from place `first` on. */
+INLINE void score_block(query_head *of, const cached *c, int64_t head, int64_t first, int64_t width, int format) {
+    const int64_t at = head * width * BLOCK;
+    if (format == BYTES) {
+        ivec sums[PARTS];
+        multiply_bytes_of_block(of->q_bytes, of->sum_of_q, (const int8_t *)c->keys + at, width, sums);
+        for (int j = 0; j < PARTS; j++) {
+            vec steps = load_f32(c->key_steps + head * BLOCK + j * LANES) * of->q_step;
+            store_f32(of->scores + first + j * LANES, __builtin_convertvector(sums[j], vec) * steps);
+        }
+        return;
+    }
+    vec sums[4][PARTS]; /* of every fourth part of the width: additions need not wait for each other */
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < PARTS; j++) sums[i][j] = all(0);
+    for (int64_t i = 0; i < width; i += 4)
+        for (int u = 0; u < 4; u++)
+            for (int j = 0; j < PARTS; j++)
+                sums[u][j] += of->q[i + u] * load(c->keys, at + (i + u) * BLOCK + j * LANES, format == BF16);
+    for (int j = 0; j < PARTS; j++)
+        store_f32(of->scores + first + j * LANES, (sums[0][j] + sums[1][j]) + (sums[2][j] + sums[3][j]));
+}
+
+/* The scores of a chunk's first `here` places become weights; returns by what all that was summed before is to be
+ * multiplied, as the largest score may be a new one. */
+INLINE float weigh_chunk(query_head *of, int64_t here) {
+    float *scores = of->scores, shrink = 1;
+    const int64_t places = (here + BLOCK - 1) / BLOCK * BLOCK;
+    for (int64_t i = here; i < places; i++) scores[i] = -INFINITY;
+    const float most = largest_of(scores, places);
+    if (most > of->largest) {
+        shrink = of->largest == -INFINITY ? 0 : expf(of->largest - most);
+        of->total *= shrink;
+        of->largest = most;
+    }
+    for (int64_t i = 0; i < places; i += LANES) {
+        vec weight = exp_vec(load_f32(scores + i) - of->largest);
+        of->total += weight;
+        store_f32(scores + i, weight);
+    }
+    return shrink;
+}
+
+/* Query heads `first_head` to `first_head + num_heads`, AT_ONCE at most, of one row over the first `seen` places of its
+ * sequence, with a running maximum as in FlashAttention. They go through each block together, as the heads of a block are
+ * neighbours in memory, and what comes next is asked for meanwhile. Called with `width` and `format` known to the
+ * compiler. `then` is the first block of whatever is computed after this. */
+INLINE void attend_heads(const char *query, int64_t q_head, char *out, int64_t out_head, int q_is_bf16, const cached *c,
+                         const int32_t *table, int64_t seen, int64_t then, int64_t first_head, int64_t num_heads,
+                         int64_t group, int64_t kv_heads, int64_t width, int format, float scale) {
+    query_head heads[AT_ONCE];
+    vec mixed[AT_ONCE * 256 / LANES];
+    ivec of_bytes[AT_ONCE * 256 / LANES][2];
+    const int64_t parts = width / LANES, size = width * BLOCK;
+    for (int64_t h = 0; h < num_heads; h++) begin_head(heads + h, query + h * q_head, q_is_bf16, width, format, scale);
+    for (int64_t i = 0; i < num_heads * parts; i++) mixed[i] = all(0);
+    for (int64_t first = 0; first < seen; first += CHUNK * BLOCK) {
+        const int64_t here = seen - first < CHUNK * BLOCK ? seen - first : CHUNK * BLOCK, blocks = (here + BLOCK - 1) / BLOCK;
+        const int32_t *mine = table + first / BLOCK;
+        for (int64_t b = 0; b < blocks; b++)
+            for (int64_t h = 0; h < num_heads; h++) {
+                const int64_t kv_head = (first_head + h) / group;
+                if (b + 1 < blocks) fetch(c->keys, (mine[b + 1] * kv_heads + kv_head) * size, size, format);
+                else fetch(c->values, (mine[0] * kv_heads + kv_head) * size, size, format);
+                score_block(heads + h, c, mine[b] * kv_heads + kv_head, b * BLOCK, width, format);
+            }
+        for (int64_t h = 0; h < num_heads; h++) {
+            const float shrink = weigh_chunk(heads + h, here);
+            for (int64_t i = 0; i < parts; i++) mixed[h * parts + i] *= shrink;
+            if (format != BYTES) continue;
+            float *weights = heads[h].scores;
+            for (int64_t i = 0; i < blocks * BLOCK; i += LANES) {
+                int64_t head = mine[i / BLOCK] * kv_heads + (first_head + h) / group;
+                store_f32(weights + i, load_f32(weights + i) * load_f32(c->value_steps + head * BLOCK + i % BLOCK));
+            }
+            for (int64_t i = here; i < blocks * BLOCK; i++) weights[i] = 0; /* whoever had this block may have left NaN */
+            round_weights(&heads[h].rounded, weights, blocks * BLOCK);
+            for (int64_t i = 0; i < parts; i++) of_bytes[h * parts + i][0] = of_bytes[h * parts + i][1] = (ivec){0};
+        }
+        const int64_t after = first + CHUNK * BLOCK < seen ? mine[CHUNK] : then;
+        for (int64_t b = 0; b < blocks; b++)
+            for (int64_t h = 0; h < num_heads; h++) {
+                const int64_t kv_head = (first_head + h) / group, at = (mine[b] * kv_heads + kv_head) * size;
+                if (b + 1 < blocks) fetch(c->values, (mine[b + 1] * kv_heads + kv_head) * size, size, format);
+                else fetch(c->keys, (after * kv_heads + kv_head) * size, size, format);
+                if (format == BYTES) {
+                    const int8_t *values = (const int8_t *)c->values + at;
+                    add_weighted_bytes(of_bytes + h * parts, &heads[h].rounded, b * BLOCK, values, width);
+                    continue;
+                }
+                const int64_t last = here - b * BLOCK < BLOCK ? here - b * BLOCK : BLOCK;
+                for (int64_t place = 0; place < last; place++)
+                    for (int64_t i = 0; i < parts; i++)
+                        mixed[h * parts + i] += heads[h].scores[b * BLOCK + place] *
+                                                load(c->values, at + place * width + i * LANES, format == BF16);
+            }
+        if (format == BYTES)
+            for (int64_t i = 0; i < num_heads * parts; i++) {
+                const ivec sums = of_bytes[i][0] * 256 + of_bytes[i][1];
+                mixed[i] += heads[i / parts].rounded.step * __builtin_convertvector(sums, vec);
+            }
+    }
+    for (int64_t h = 0; h < num_heads; h++) {
+        const float sum = sum_of(heads[h].total);
+        for (int64_t i = 0; i < parts; i++) store(out + h * out_head, i * LANES, mixed[h * parts + i] / sum, q_is_bf16);
+    }
+}
+
+static void attend_any(const char *query, int64_t q_head, char *out, int64_t out_head, int q_is_bf16, const cached *c,
+                       const int32_t *table, int64_t seen, int64_t then, int64_t first_head, int64_t num_heads,
+                       int64_t group, int64_t kv_heads, int64_t width, int format, float scale) {
+#define WITH(WIDTH, FORMAT) \
+    attend_heads(query, q_head, out, out_head, q_is_bf16, c, table, seen, then, first_head, num_heads, group, kv_heads, \
+                 WIDTH, FORMAT, scale)
 #define OF(WIDTH, FORMAT) \
-    if (width == WIDTH && format == FORMAT) \
-        return attend_head(query, out, q_is_bf16, c, of, next, kv_heads, WIDTH, FORMAT, scale);
+    if (width == WIDTH && format == FORMAT) return WITH(WIDTH, FORMAT);
 #define OF_WIDTH(WIDTH) OF(WIDTH, FP32) OF(WIDTH, BF16) OF(WIDTH, BYTES)
     OF_WIDTH(48) OF_WIDTH(64) OF_WIDTH(128) /* the embedded base, GPT-2, Llama and many more */
-    attend_head(query, out, q_is_bf16, c, of, next, kv_heads, width, format, scale);
+    WITH(width, format);
 }
 
 /* For row r of `rows`: queries q + rows[r] * q_row + head * q_head, over the first seen[r] places of the sequence whose
@@ -194,15 +292,18 @@ void attend(const void *q, void *out, int q_is_bf16, int64_t q_row, int64_t q_he
             int64_t table_width, int64_t num_rows, int64_t heads, int64_t kv_heads, int64_t width, float scale) {
     const int64_t size = q_is_bf16 ? 2 : 4;
     const cached cache = {keys, values, key_steps, value_steps};
-    const int64_t group = heads / kv_heads, at_once = num_rows >= 32 ? 2 * heads : num_rows > 1 ? 8 : 3;
-#pragma omp parallel for schedule(dynamic, at_once) if (num_rows * heads > 8)
-    for (int64_t i = 0; i < num_rows * heads; i++) {
-        int64_t r = i / heads, head = i % heads, next = i + 1 < num_rows * heads ? i + 1 : i;
-        sequence_head of = {tables + table_of_row[r] * table_width, seen[r], head / group};
-        sequence_head then = {tables + table_of_row[next / heads] * table_width, seen[next / heads], next % heads / group};
+    int64_t most = num_rows * heads / (8 * omp_get_max_threads()); /* heads at once that leave each thread its share */
+    most = most > AT_ONCE ? AT_ONCE : most < 3 ? 3 : most;
+    const int64_t pieces = (heads + most - 1) / most; /* of a row */
+    most = (heads + pieces - 1) / pieces;
+#pragma omp parallel for schedule(dynamic) if (num_rows * heads > 8)
+    for (int64_t i = 0; i < num_rows * pieces; i++) {
+        const int64_t r = i / pieces, head = i % pieces * most, next = i + 1 < num_rows * pieces ? (i + 1) / pieces : r;
         const char *query = (const char *)q + (rows[r] * q_row + head * q_head) * size;
         char *result = (char *)out + (rows[r] * out_row + head * out_head) * size;
-        attend_any(query, result, q_is_bf16, &cache, of, then, kv_heads, width, format, scale);
+        attend_any(query, q_head * size, result, out_head * size, q_is_bf16, &cache, tables + table_of_row[r] * table_width,
+                   seen[r], tables[table_of_row[next] * table_width], head, heads - head < most ? heads - head : most,
+                   heads / kv_heads, kv_heads, width, format, scale);
     }
 }
 
@@ -217,16 +318,19 @@ void write_cache(const void *k, int64_t k_row, int64_t k_head, const void *v, in
             int64_t place = (blocks[r] * kv_heads + head) * BLOCK + offsets[r];
             int64_t at = (blocks[r] * kv_heads + head) * width * BLOCK;
             if (head + 1 < kv_heads) { /* a key is scattered over all lines of its block, which come from afar */
-                const int64_t bytes = width * BLOCK * size_of(format);
-                const char *next = (const char *)keys + at * size_of(format) + bytes;
-                for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i, 1);
+                const int64_t size = size_of(format), next = at + width * BLOCK, places = format == BYTES ? 4 : 1;
+                for (int64_t i = 0; i < width * BLOCK * size; i += 64) __builtin_prefetch((char *)keys + next * size + i, 1);
+                const char *to = (char *)values + (next + offsets[r] / places * places * width) * size;
+                for (int64_t i = 0; i < places * width * size; i += 64) __builtin_prefetch(to + i, 1);
             }
             int64_t to_key = at + offsets[r], to_value = at + offsets[r] * width;
             if (format == BYTES) {
                 int8_t bytes[256];
                 key_steps[place] = round_to_bytes(bytes, k, key, width, from_bf16, 127, 0);
                 for (int64_t i = 0; i < width; i += 4) memcpy((int8_t *)keys + at + i * BLOCK + 4 * offsets[r], bytes + i, 4);
-                value_steps[place] = round_to_bytes((int8_t *)values + to_value, v, value, width, from_bf16, 127, 0);
+                value_steps[place] = round_to_bytes(bytes, v, value, width, from_bf16, 127, 0);
+                int8_t *of_four = (int8_t *)values + at + offsets[r] / 4 * 4 * width + offsets[r] % 4;
+                for (int64_t i = 0; i < width; i++) of_four[4 * i] = bytes[i];
                 continue;
             }
             for (int64_t i = 0; i < width; i += LANES)

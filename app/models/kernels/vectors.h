@@ -21,7 +21,6 @@ typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
 typedef uint16_t hvec __attribute__((vector_size(2 * LANES)));
 typedef uint8_t bvec __attribute__((vector_size(LANES)));
-typedef int8_t sbvec __attribute__((vector_size(LANES)));
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE vec all(float x) { return x - (vec){0}; }
@@ -41,18 +40,6 @@ INLINE vec load_bf16(const uint16_t *p) {
     hvec halves;
     memcpy(&halves, p, sizeof halves);
     return (vec)(__builtin_convertvector(halves, uvec) << 16);
-#endif
-}
-
-INLINE vec load_bytes(const int8_t *p) {
-#if defined(__AVX512F__) && defined(__AVX512BW__) /* GCC takes this conversion apart too */
-    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)));
-#elif defined(__AVX2__)
-    return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)p)));
-#else
-    sbvec bytes;
-    memcpy(&bytes, p, sizeof bytes);
-    return __builtin_convertvector(__builtin_convertvector(bytes, ivec), vec);
 #endif
 }
 
