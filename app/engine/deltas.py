@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from app.config.methods import name_of, parts_of
 from app.engine.fused_block import FusedBlock, fused
-from app.engine.kernels import Kernels
+from app.engine.kernels import CachedLayer, Kernels
+from app.engine.kernels.blocks import PlainBlocks, library_of_blocks
+from app.engine.kernels.products import products
 from app.engine.packing import pack
 from app.engine.site import Site, differs
 from app.errors import UserError
@@ -121,6 +123,20 @@ class MixedModel:
                 block.after = [(rows, v.blocks_after[number]) for v, rows in groups if number in v.blocks_after]
             self._blocks[0].before = [(rows, v.blocks_after[-1]) for v, rows in groups if -1 in v.blocks_after]
         yield self.decoder
+
+    def plain_blocks(self, layers: Sequence[CachedLayer], kernels: Kernels | None) -> PlainBlocks | None:
+        """The blocks for steps in which `is_plain`; None where they do something that it cannot."""
+        config, library = self.base.config, library_of_blocks() if kernels is not None else None
+        described = [block.base.described() if isinstance(block.base, FusedBlock) else None for block in self._blocks]
+        if kernels is None or library is None or None in described or config.positions != "learned":
+            return None
+        of_blocks = layers[: len(described)]
+        return PlainBlocks(library, kernels, products(), described, of_blocks, heads=config.num_heads)  # type: ignore[arg-type]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether no block tells rows of this step apart: they are the base's, or have a prefix in the cache."""
+        return not any(variant.layers or variant.blocks_after for variant, _ in self._groups)
 
     @property
     def can_end_with_few_rows(self) -> bool:

@@ -5,7 +5,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from app.engine.kernels import Before, Kernels
-from app.engine.packing import PackedInt8
+from app.engine.kernels.blocks import Product
+from app.engine.packing import PackedInt8, PackedLinear
 from app.engine.site import Site
 from app.models.decoder import Block, rotate
 from app.models.kernels.gelu import gelu
@@ -30,6 +31,11 @@ class FusedBlock(nn.Module):
     def is_plain_after_attention(self) -> bool:
         """Whether no delta's rows are told apart there."""
         return all(product.is_plain for product in (self._out, self._up, self._down))
+
+    def described(self) -> tuple[Product, Product, Product, Product] | None:
+        """For `PlainBlocks`; None where it does something else."""
+        products = [product.described() for product in (self._qkv, self._out, self._up, self._down)]
+        return None if self._activation is not None or None in products else tuple(products)  # type: ignore[return-value]
 
     def forward(self, x: Tensor, context: Any, rotation: Any) -> Tensor:
         """As `Block`'s, of one row of tokens [1, time, width]."""
@@ -66,6 +72,10 @@ class _Product:
     @property
     def _is_norm_changed(self) -> bool:
         return self._norm is not None and self._norm.is_active
+
+    def described(self) -> Product | None:
+        base = self._layer.base
+        return base.described(self._before) if isinstance(base, PackedLinear | PackedInt8) else None
 
     def __call__(self, x: Tensor, added: Tensor | None = None) -> Tensor:
         """[rows, out] of `x` [rows, in], to which `added` is added first, in place."""

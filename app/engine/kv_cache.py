@@ -233,6 +233,15 @@ class StepCache:
         self._parts: dict[tuple[int, int], _Part] = {}
         self._whole = self.part(slice(0, len(self.positions)))
 
+    def is_one_by_one(self, num_rows: int) -> bool:
+        """Whether of `num_rows` in the step each is attended to by itself, and none only fills up."""
+        return not self.long and num_rows == len(self.positions)
+
+    @property
+    def rows(self) -> Tensor:
+        """int64 [rows], their numbers."""
+        return self._whole.short
+
     def part(self, rows: slice) -> "_Part":
         """The same for some of the rows, whole sequences, as blocks that only they go through need it."""
         key = (rows.start, rows.stop)
@@ -272,8 +281,9 @@ class _Part:
         is_short = torch.ones(rows.stop - rows.start, dtype=torch.bool)
         for place, _ in self._long:
             is_short[place] = False
-        self._short = is_short.nonzero().squeeze(1)
-        self._seen, self._table_of_row = step.seen[rows][self._short], step.table_of_row[rows][self._short]
+        self.short = is_short.nonzero().squeeze(1)
+        """Rows that are attended to one by one."""
+        self._seen, self._table_of_row = step.seen[rows][self.short], step.table_of_row[rows][self.short]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         num_rows = len(self._blocks)
@@ -283,7 +293,7 @@ class _Part:
             mixed[:, :, num_rows:] = 0  # rows that only fill up
         for rows, long in self._long:
             mixed[:, :, rows] = self._attend_long(layer, long, q[:, :, rows], k[:, :, rows], v[:, :, rows])
-        if len(self._short):
+        if len(self.short):
             self._attend_short(layer, q, mixed)
         return mixed
 
@@ -312,7 +322,7 @@ class _Part:
 
     def _attend_short(self, layer: int, q: Tensor, mixed: Tensor) -> None:
         """Each row by itself: one query where there are hundreds of keys."""
-        short = self._short
+        short = self.short
         if self._kernels is not None:
             self._kernels.attend(
                 q[0], self._cache.layers[layer], mixed[0],
@@ -345,7 +355,7 @@ class _Part:
     def _on_device(self) -> tuple[Tensor, Tensor, Tensor]:
         """The short rows [rows], the blocks of each [rows, blocks], and how many places it sees [rows]."""
         tables = self._tables[self._table_of_row]
-        return tuple(to_device(part, self._blocks.device) for part in (self._short, tables, self._seen))  # type: ignore[return-value]
+        return tuple(to_device(part, self._blocks.device) for part in (self.short, tables, self._seen))  # type: ignore[return-value]
 
     @functools.cached_property
     def _padded(self) -> tuple[Tensor, Tensor]:

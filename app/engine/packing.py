@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from app.engine.kernels import Kernels
+from app.engine.kernels import Before, Kernels
+from app.engine.kernels.blocks import Product
 from app.engine.kernels.products import PackedBytes, PackedWeights, Products, products
 from app.models.decoder import Decoder
 from app.models.quantization.int8 import Int8Dynamic
@@ -53,6 +54,12 @@ class PackedLinear(nn.Module):
         else:
             self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _ROWS)
 
+    def described(self, before: Before) -> Product | None:
+        """For `PlainBlocks`."""
+        if self.products is not None:
+            return Product.of_bf16(before, self.weight, self._ours)
+        return Product.of_row(before, self.weight, self.bias) if self.weight.dtype == torch.float32 else None
+
     def forward(self, x: Tensor) -> Tensor:
         if self.products is not None:
             y = self.products.multiply(x.reshape(-1, x.shape[-1]), self._ours)
@@ -84,6 +91,10 @@ class PackedInt8(nn.Module):
             product = layer.product
             assert isinstance(product, OneDnnProduct)
             self._product, self.levels = product, product.levels
+
+    def described(self, before: Before) -> Product | None:
+        """For `PlainBlocks`."""
+        return None if self.products is None else Product.of_bytes(before, self.codes, self._ours, levels=self.levels)
 
     @staticmethod
     def suits(layer: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from torch import nn
 from app.config import LoraConfig
 from app.engine.engine import Engine
 from app.engine.kernels import Before, CachedLayer, Kernels, _compiled, kernels_for
+from app.engine.kernels.products import products
 from app.methods.lora import LoraLinear
 from app.models.decoder import DecoderConfig
 from app.models.kernels import native, notices
@@ -183,7 +184,7 @@ def test_shapes_and_devices_that_the_kernels_do_not_know_go_to_torch() -> None:
 
 @pytest.fixture
 def nothing_compiled() -> Iterator[None]:
-    caches = (_compiled, native.load_library, notices.say_once)
+    caches = (_compiled, products, native.load_library, notices.say_once)
     for cache in caches:
         cache.cache_clear()
     yield

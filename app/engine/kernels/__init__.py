@@ -17,7 +17,7 @@ from app.models.decoder import DecoderConfig
 from app.models.kernels.native import DTYPES, address, is_bf16, load_library
 
 _SOURCE = Path(__file__).with_name("cpu.c")
-_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 """What the cache may hold, as `cpu.c` numbers it."""
 _NOTHING = torch.empty(0)  # its address is a null pointer
 
@@ -65,6 +65,11 @@ class Kernels:
             getattr(library, name).argtypes, getattr(library, name).restype = types, None
         self._library = library
 
+    def addresses(self) -> dict[str, int | None]:
+        """Of the functions that other C calls."""
+        names = ("prepare_rows", "write_cache", "attend", "multiply_row")
+        return {name: ctypes.cast(getattr(self._library, name), ctypes.c_void_p).value for name in names}
+
     def attend(
         self, q: Tensor, cached: CachedLayer, out: Tensor, *, rows: Tensor, seen: Tensor, tables: Tensor,
         table_of_row: Tensor,
@@ -76,7 +81,7 @@ class Kernels:
         self._library.attend(
             q.data_ptr(), out.data_ptr(), is_bf16(q), q.stride(1), q.stride(0), out.stride(1), out.stride(0),
             keys.data_ptr(), cached.values.data_ptr(), address(cached.key_steps), address(cached.value_steps),
-            _FORMATS[keys.dtype], rows.data_ptr(), seen.data_ptr(), table_of_row.data_ptr(), tables.data_ptr(),
+            FORMATS[keys.dtype], rows.data_ptr(), seen.data_ptr(), table_of_row.data_ptr(), tables.data_ptr(),
             tables.shape[1], len(rows), q.shape[0], keys.shape[1], width, width**-0.5,
         )  # fmt: skip
 
@@ -88,7 +93,7 @@ class Kernels:
         self._library.write_cache(
             k.data_ptr(), k.stride(1), k.stride(0), v.data_ptr(), v.stride(1), v.stride(0), is_bf16(k),
             keys.data_ptr(), cached.values.data_ptr(), address(cached.key_steps), address(cached.value_steps),
-            _FORMATS[keys.dtype], blocks.data_ptr(), offsets.data_ptr(), blocks.shape[0], kv_heads, width,
+            FORMATS[keys.dtype], blocks.data_ptr(), offsets.data_ptr(), blocks.shape[0], kv_heads, width,
         )  # fmt: skip
 
     def multiply_row(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -196,7 +201,7 @@ def kernels_for(
     config: DecoderConfig, *, cache_dtype: torch.dtype, dtype: torch.dtype, device: torch.device
 ) -> Kernels | None:
     """The compiled kernels, where they can be had and know such a model."""
-    is_known = device.type == "cpu" and dtype in DTYPES and cache_dtype in _FORMATS
+    is_known = device.type == "cpu" and dtype in DTYPES and cache_dtype in FORMATS
     if not is_known or config.head_width % 16 or config.head_width > 256:
         return None
     return _compiled()

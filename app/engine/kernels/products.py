@@ -30,6 +30,11 @@ class Products:
         self.uses_tiles = bool(library.uses_tiles())
         self._of_thread = threading.local()
 
+    def addresses(self) -> dict[str, int | None]:
+        """Of the functions that other C calls."""
+        names = ("multiply_bf16", "multiply_bytes")
+        return {name: ctypes.cast(getattr(self._library, name), ctypes.c_void_p).value for name in names}
+
     def multiply(self, x: Tensor, weights: "PackedWeights") -> Tensor:
         """bf16 [rows, out] of bf16 `x` [rows, in]. A row's result does not depend on the others, but with AMX on
         whether there are any."""
@@ -52,9 +57,12 @@ class Products:
         return y
 
     def _room(self, x: Tensor) -> int:
-        """The address of memory for `x` in tiles, kept from call to call: to get it anew would cost more than to fill
+        return self.room(len(x), x.shape[1] * x.element_size())
+
+    def room(self, num_rows: int, row_bytes: int) -> int:
+        """The address of memory for rows in tiles, kept from call to call: to get it anew would cost more than to fill
         it."""
-        size = self._library.rows_of_room(len(x)) * -(-x.shape[1] * x.element_size() // 64) * 64
+        size = self._library.rows_of_room(num_rows) * -(-row_bytes // 64) * 64
         room: Tensor | None = getattr(self._of_thread, "room", None)
         if room is None or room.numel() < size:
             room = self._of_thread.room = torch.empty(size, dtype=torch.uint8)

@@ -1,0 +1,83 @@
+/* Blocks of a decoder, one after the other in one call: what calling their kernels one by one from Python costs is half of
+ * a step with few rows. It computes nothing itself. Compiled at first use.
+ */
+#include <stdint.h>
+
+/* Of `cpu.c` and `products.c`, which say what they do. */
+typedef struct {
+    void (*prepare_rows)(int, void *, const void *, int, const void *, const void *, float, void *, uint8_t *, float *, int64_t,
+                         int64_t, int32_t);
+    void (*write_cache)(const void *, int64_t, int64_t, const void *, int64_t, int64_t, int, void *, void *, float *, float *,
+                        int, const int64_t *, const int64_t *, int64_t, int64_t, int64_t);
+    void (*attend)(const void *, void *, int, int64_t, int64_t, int64_t, int64_t, const void *, const void *, const float *,
+                   const float *, int, const int64_t *, const int64_t *, const int64_t *, const int32_t *, int64_t, int64_t,
+                   int64_t, int64_t, int64_t, float);
+    void (*multiply_row)(const float *, int64_t, const float *, const float *, float *, int64_t);
+    void (*multiply_bf16)(const void *, int64_t, int64_t, const void *, const float *, void *, int64_t, void *);
+    void (*multiply_bytes)(const uint8_t *, int64_t, int64_t, const void *, const float *, const float *, const int32_t *,
+                           const float *, void *, int64_t, int, void *);
+} kernels;
+
+enum { ONE_ROW, BF16, BYTES }; /* what a product's weights are */
+
+/* A linear layer and what its rows go through before. */
+typedef struct {
+    int64_t before;
+    const void *norm_weight, *norm_bias;
+    double epsilon;
+    int64_t kind, in, out, levels;
+    const void *weights;
+    const float *bias, *scales;
+    const int32_t *shifts;
+} product;
+
+typedef struct {
+    product qkv, out, up, down;
+    void *keys, *values;
+    float *key_steps, *value_steps;
+} block;
+
+/* The rows of a step: x [rows, width], and room for what is computed of them. */
+typedef struct {
+    int64_t num_rows, is_bf16, heads, kv_heads, head_width, cache_format, table_width;
+    double scale;
+    const int64_t *blocks, *offsets, *rows, *seen, *table_of_row;
+    const int32_t *tables;
+    char *x, *qkv, *mixed, *hidden, *added, *prepared;
+    uint8_t *integers;
+    float *steps;
+    void *room;
+} step;
+
+/* y = the layer of x, to which `added` is added first, in place, if it is not null. */
+static void multiply(const kernels *k, const product *p, const step *s, void *x, const void *added, void *y) {
+    const int is_bytes = p->kind == BYTES;
+    const void *from = x;
+    if (p->before || added || is_bytes) {
+        k->prepare_rows(p->before, x, added, s->is_bf16, p->norm_weight, p->norm_bias, p->epsilon,
+                        is_bytes ? 0 : s->prepared, is_bytes ? s->integers : 0, s->steps, s->num_rows, p->in, p->levels);
+        from = s->prepared;
+    }
+    if (p->kind == ONE_ROW) k->multiply_row(from, p->in, p->weights, p->bias, y, p->out);
+    if (p->kind == BF16) k->multiply_bf16(from, s->num_rows, p->in, p->weights, p->bias, y, p->out, s->room);
+    if (is_bytes)
+        k->multiply_bytes(s->integers, s->num_rows, p->in, p->weights, p->bias, p->scales, p->shifts, s->steps, y, p->out,
+                          s->is_bf16, s->room);
+}
+
+void run_blocks(const kernels *k, const block *blocks, int64_t count, const step *s) {
+    const int64_t size = s->is_bf16 ? 2 : 4, head = s->head_width, row = (s->heads + 2 * s->kv_heads) * head;
+    const char *keys = s->qkv + s->heads * head * size, *values = keys + s->kv_heads * head * size;
+    for (const block *b = blocks; b < blocks + count; b++) {
+        multiply(k, &b->qkv, s, s->x, 0, s->qkv);
+        k->write_cache(keys, row, head, values, row, head, s->is_bf16, b->keys, b->values, b->key_steps, b->value_steps,
+                       s->cache_format, s->blocks, s->offsets, s->num_rows, s->kv_heads, head);
+        k->attend(s->qkv, s->mixed, s->is_bf16, row, head, s->heads * head, head, b->keys, b->values, b->key_steps,
+                  b->value_steps, s->cache_format, s->rows, s->seen, s->table_of_row, s->tables, s->table_width, s->num_rows,
+                  s->heads, s->kv_heads, head, s->scale);
+        multiply(k, &b->out, s, s->mixed, 0, s->added);
+        multiply(k, &b->up, s, s->x, s->added, s->hidden);
+        multiply(k, &b->down, s, s->hidden, 0, s->added);
+        k->prepare_rows(0, s->x, s->added, s->is_bf16, 0, 0, 0, 0, 0, 0, s->num_rows, b->down.out, 0);
+    }
+}

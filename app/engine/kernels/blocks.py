@@ -1,0 +1,135 @@
+"""A decoder's blocks in one call, for rows that no delta tells apart; see `blocks.c`."""
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from app.engine.kernels import FORMATS, Before, CachedLayer, Kernels
+from app.engine.kernels.products import PackedBytes, PackedWeights, Products
+from app.models.kernels.native import address, is_bf16, load_library
+
+_SOURCE = Path(__file__).with_name("blocks.c")
+_ONE_ROW, _BF16, _BYTES = range(3)
+_i64, _f64, _pointer = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
+
+
+def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
+    return [(name, kind) for name in names.split()]
+
+
+class _Functions(ctypes.Structure):
+    _fields_ = _fields(_pointer, "prepare_rows write_cache attend multiply_row multiply_bf16 multiply_bytes")
+
+
+class Product(ctypes.Structure):
+    """A linear layer and what comes right before it."""
+
+    _fields_ = (
+        _fields(_i64, "before")
+        + _fields(_pointer, "norm_weight norm_bias")
+        + _fields(_f64, "epsilon")
+        + _fields(_i64, "kind inputs outputs levels")
+        + _fields(_pointer, "weights bias scales shifts")
+    )
+
+    @classmethod
+    def of_row(cls, before: Before, weight: Tensor, bias: Tensor | None) -> "Product":
+        """With plain weights in fp32, of a single row."""
+        return cls._of(before, _ONE_ROW, weight, address(weight), address(bias))
+
+    @classmethod
+    def of_bf16(cls, before: Before, weight: Tensor, packed: PackedWeights) -> "Product":
+        return cls._of(before, _BF16, weight, address(packed.packed), address(packed.bias))
+
+    @classmethod
+    def of_bytes(cls, before: Before, codes: Tensor, packed: PackedBytes, *, levels: int) -> "Product":
+        product = cls._of(before, _BYTES, codes, address(packed.packed), address(packed.bias))
+        product.levels, product.scales, product.shifts = levels, address(packed.scale), address(packed.shifts)
+        return product
+
+    @classmethod
+    def _of(cls, before: Before, kind: int, weight: Tensor, weights: int | None, bias: int | None) -> "Product":
+        product = cls(kind=kind, weights=weights, bias=bias)
+        product.before, product.epsilon = before.kind, before.epsilon
+        product.norm_weight, product.norm_bias = before.weight, before.bias
+        product.outputs, product.inputs = weight.shape
+        return product
+
+
+class _Block(ctypes.Structure):
+    _fields_ = _fields(Product, "qkv out up down") + _fields(_pointer, "keys values key_steps value_steps")
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        _fields(_i64, "num_rows is_bf16 heads kv_heads head_width cache_format table_width")
+        + _fields(_f64, "scale")
+        + _fields(_pointer, "blocks offsets rows seen table_of_row tables")
+        + _fields(_pointer, "x qkv mixed hidden added prepared integers steps room")
+    )
+
+
+class PlainBlocks:
+    """Blocks of (qkv, out, up, down), and each one's part of the cache."""
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        kernels: Kernels,
+        products: Products | None,
+        blocks: Sequence[tuple[Product, Product, Product, Product]],
+        cached: Sequence[CachedLayer],
+        *,
+        heads: int,
+    ) -> None:
+        self._run = library.run_blocks
+        self._run.argtypes, self._run.restype = [_pointer, _pointer, _i64, _pointer], None
+        self._functions = _Functions(**kernels.addresses(), **(products.addresses() if products else {}))
+        self._products = products
+        described = []
+        for of_block, layer in zip(blocks, cached, strict=True):
+            parts = layer.keys, layer.values, layer.key_steps, layer.value_steps
+            described.append(_Block(*of_block, *map(address, parts)))
+        self._blocks = (_Block * len(described))(*described)
+        self._is_of_one_row = any(product.kind == _ONE_ROW for of_block in blocks for product in of_block)
+        qkv, _, up, _ = blocks[0]
+        self._width, self._hidden = qkv.inputs, up.outputs
+        self._keys, self._kv_heads = cached[0].keys, cached[0].keys.shape[1]
+        self._heads, self._head_width = heads, qkv.outputs // (heads + 2 * self._kv_heads)
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def can_run(self, num_rows: int) -> bool:
+        return num_rows == 1 or not self._is_of_one_row
+
+    def run(
+        self, x: Tensor, count: int, *, blocks: Tensor, offsets: Tensor, rows: Tensor, seen: Tensor, tables: Tensor,
+        table_of_row: Tensor,
+    ) -> None:  # fmt: skip
+        """`x` [rows, width], contiguous, through the first `count` blocks, in place; the others as `Kernels.write` and
+        `Kernels.attend` take them, all of as many rows."""
+        num_rows, width, heads = len(x), self._width, self._heads
+        of_attention = heads * self._head_width
+        room: list[Any] = [
+            x.new_empty(num_rows, columns)
+            for columns in (of_attention + 2 * self._kv_heads * self._head_width, of_attention, self._hidden, width)
+        ]
+        most = max(width, of_attention, self._hidden)
+        room += [x.new_empty(num_rows, most), x.new_empty(num_rows, most, dtype=torch.uint8)]
+        room += [x.new_empty(num_rows, dtype=torch.float32)]
+        of_step = (blocks, offsets, rows, seen, table_of_row, tables, x, *room)
+        step = _Step(
+            num_rows, is_bf16(x), heads, self._kv_heads, self._head_width, FORMATS[self._keys.dtype], tables.shape[1],
+            self._head_width**-0.5, *(tensor.data_ptr() for tensor in of_step),
+            self._products.room(num_rows, most * x.element_size()) if self._products else None,
+        )  # fmt: skip
+        self._run(ctypes.addressof(self._functions), ctypes.addressof(self._blocks), count, ctypes.addressof(step))
+
+
+def library_of_blocks() -> ctypes.CDLL | None:
+    return load_library(_SOURCE)

@@ -1,0 +1,84 @@
+"""All blocks in one call beside one kernel after the other, which must be the same to the last bit."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_mixed_deltas import METHODS, trained
+
+from app.engine.engine import Engine
+from app.engine.kernels import _compiled
+from app.engine.kernels.products import products
+from app.engine.runner import Runner
+from app.engine.sampling import Sampling
+from app.models.checkpoints import load_decoder
+from app.models.decoder import Decoder
+from app.models.quantization import QuantizationConfig, quantize
+
+PROMPTS = [[5, 6, 7], list(range(1, 30)), [9], list(range(40, 60))]
+
+
+@pytest.fixture(params=["fp32", "bf16", "int8", "int8 of bf16"])
+def engine(request: pytest.FixtureRequest, reference: Any, tmp_path: Path) -> Engine:
+    if _compiled() is None:
+        pytest.skip("no C compiler on this machine")
+    kind, ours = request.param, products()
+    if kind != "fp32" and not (ours and (ours.of_bf16 if kind == "bf16" else ours.of_bytes)):
+        pytest.skip(f"this processor has no products of {kind}")
+    reference.save_pretrained(tmp_path)
+    model = load_decoder(tmp_path).requires_grad_(False)
+    if "bf16" in kind:
+        model = model.bfloat16()
+    if "int8" in kind:
+        quantize(model, QuantizationConfig.model_validate({"scheme": "int8_dynamic"}))
+    return Engine(model, max_batch_size=4, kv_dtype="int8" if kind == "int8" else "auto", reuse_prefixes=False)
+
+
+def logits_of(engine: Engine, monkeypatch: pytest.MonkeyPatch, deltas: list[str | None]) -> list[torch.Tensor]:
+    """Of every step, while some prompts are read and others are answered."""
+    seen: list[torch.Tensor] = []
+    run = Runner.run
+
+    def recording(self: Runner, sequences: Any) -> Any:
+        sampling, logits = run(self, sequences)
+        seen.append(logits.clone())
+        return sampling, logits
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Runner, "run", recording)
+        for prompt, delta in zip(PROMPTS, deltas, strict=False):
+            engine.add_request(prompt, Sampling(max_tokens=6), delta)
+            engine.step()
+        while engine.has_work:
+            engine.step()
+    return seen
+
+
+@pytest.mark.parametrize("num_requests", [1, 4])
+def test_logits_are_those_of_one_kernel_after_the_other(engine, monkeypatch, num_requests: int) -> None:
+    plain = engine._runner._plain_blocks
+    assert plain is not None
+    calls: list[int] = []
+    ran = plain.run
+    monkeypatch.setattr(plain, "run", lambda x, count, **of_step: (calls.append(count), ran(x, count, **of_step)))
+    fast = logits_of(engine, monkeypatch, [None] * num_requests)
+    assert calls, "no step went through it"
+    engine._runner._plain_blocks = None
+    slow = logits_of(engine, monkeypatch, [None] * num_requests)
+    assert len(fast) == len(slow)
+    for one, other in zip(fast, slow, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_prefix_is_plain_and_a_lora_is_not(model: Decoder, engine, monkeypatch) -> None:
+    plain = engine._runner._plain_blocks
+    calls: list[int] = []
+    ran = plain.run
+    monkeypatch.setattr(plain, "run", lambda x, count, **of_step: (calls.append(count), ran(x, count, **of_step)))
+    prefix, lora = (engine.add_delta(trained(model, METHODS[name], seed=3)) for name in ("prefix", "lora"))
+    logits_of(engine, monkeypatch, [prefix])
+    assert calls
+    calls.clear()
+    logits_of(engine, monkeypatch, [lora, lora])
+    assert not calls
