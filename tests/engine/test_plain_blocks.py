@@ -35,6 +35,16 @@ def engine(request: pytest.FixtureRequest, reference: Any, tmp_path: Path) -> En
     return Engine(model, max_batch_size=4, kv_dtype="int8" if kind == "int8" else "auto", reuse_prefixes=False)
 
 
+def calls_of(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Filled, with each call, with how many blocks it runs."""
+    plain = engine._runner._plain_blocks
+    assert plain is not None
+    calls: list[int] = []
+    ran = plain.run
+    monkeypatch.setattr(plain, "run", lambda x, count, **of_step: (calls.append(count), ran(x, count, **of_step)))
+    return calls
+
+
 def logits_of(engine: Engine, monkeypatch: pytest.MonkeyPatch, deltas: list[str | None]) -> list[torch.Tensor]:
     """Of every step, while some prompts are read and others are answered."""
     seen: list[torch.Tensor] = []
@@ -57,11 +67,7 @@ def logits_of(engine: Engine, monkeypatch: pytest.MonkeyPatch, deltas: list[str 
 
 @pytest.mark.parametrize("num_requests", [1, 4])
 def test_logits_are_those_of_one_kernel_after_the_other(engine, monkeypatch, num_requests: int) -> None:
-    plain = engine._runner._plain_blocks
-    assert plain is not None
-    calls: list[int] = []
-    ran = plain.run
-    monkeypatch.setattr(plain, "run", lambda x, count, **of_step: (calls.append(count), ran(x, count, **of_step)))
+    calls = calls_of(engine, monkeypatch)
     fast = logits_of(engine, monkeypatch, [None] * num_requests)
     assert calls, "no step went through it"
     engine._runner._plain_blocks = None
@@ -72,10 +78,7 @@ def test_logits_are_those_of_one_kernel_after_the_other(engine, monkeypatch, num
 
 
 def test_a_prefix_is_plain_and_a_lora_is_not(model: Decoder, engine, monkeypatch) -> None:
-    plain = engine._runner._plain_blocks
-    calls: list[int] = []
-    ran = plain.run
-    monkeypatch.setattr(plain, "run", lambda x, count, **of_step: (calls.append(count), ran(x, count, **of_step)))
+    calls = calls_of(engine, monkeypatch)
     prefix, lora = (engine.add_delta(trained(model, METHODS[name], seed=3)) for name in ("prefix", "lora"))
     logits_of(engine, monkeypatch, [prefix])
     assert calls

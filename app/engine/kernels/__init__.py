@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from app.models.decoder import DecoderConfig
-from app.models.kernels.native import DTYPES, address, is_bf16, load_library
+from app.models.kernels.native import DTYPES, address, function_addresses, is_bf16, load_library
 
 _SOURCE = Path(__file__).with_name("cpu.c")
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -67,8 +67,7 @@ class Kernels:
 
     def addresses(self) -> dict[str, int | None]:
         """Of the functions that other C calls."""
-        names = ("prepare_rows", "write_cache", "attend", "multiply_row")
-        return {name: ctypes.cast(getattr(self._library, name), ctypes.c_void_p).value for name in names}
+        return function_addresses(self._library, "prepare_rows", "write_cache", "attend", "multiply_row")
 
     def attend(
         self, q: Tensor, cached: CachedLayer, out: Tensor, *, rows: Tensor, seen: Tensor, tables: Tensor,

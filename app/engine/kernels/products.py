@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from app.models.kernels.native import address, is_bf16, load_library
+from app.models.kernels.native import address, function_addresses, is_bf16, load_library
 
 _SOURCE = Path(__file__).with_name("products.c")
 _PANEL = 32
@@ -32,8 +32,7 @@ class Products:
 
     def addresses(self) -> dict[str, int | None]:
         """Of the functions that other C calls."""
-        names = ("multiply_bf16", "multiply_bytes")
-        return {name: ctypes.cast(getattr(self._library, name), ctypes.c_void_p).value for name in names}
+        return function_addresses(self._library, "multiply_bf16", "multiply_bytes")
 
     def multiply(self, x: Tensor, weights: "PackedWeights") -> Tensor:
         """bf16 [rows, out] of bf16 `x` [rows, in]. A row's result does not depend on the others, but with AMX on

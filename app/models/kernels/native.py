@@ -47,6 +47,11 @@ def address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
+def function_addresses(library: ctypes.CDLL, *names: str) -> dict[str, int | None]:
+    """Of functions that other C calls."""
+    return {name: ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in names}
+
+
 def _compiled(source: Path, compiler: str) -> Path:
     """The file, of this source, compiler, processor and OpenMP."""
     openmp = _torch_openmp()
