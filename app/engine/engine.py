@@ -1,6 +1,7 @@
 """The engine: add requests, call `step` until there is no work. One thread at a time; `front` gives it one."""
 
 import itertools
+import time
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from app.engine.runner import Runner
 from app.engine.sampling import Choice, Sampling, sample, torch_argmax
 from app.engine.scheduler import Scheduler
 from app.engine.sequence import Sequence, check_request
+from app.engine.step_time import StepTime
 from app.errors import UserError
 from app.methods.delta import Delta
 from app.models.decoder import Decoder
@@ -85,6 +87,10 @@ class Stats:
     preemptions: int
     deltas: int
     delta_bytes: int
+    fixed_s: float
+    """Seconds of a step, as those of the last minutes tell: whatever the number of running answers,"""
+    answer_s: float
+    """and for each of them, its prompt's share included."""
 
 
 class Engine:
@@ -153,6 +159,7 @@ class Engine:
         self._requests: dict[int, list[Sequence]] = {}
         self._ids, self._arrivals = itertools.count(), itertools.count()
         self._steps = self._computed = self._generated = 0
+        self._step_time = StepTime()
 
     def add_request(
         self, ids: SequenceOf[int], sampling: Sampling, delta: str | None = None, *, priority: int = 0
@@ -202,9 +209,11 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Compute the next token of every running answer, and a piece of the prompts that wait for theirs."""
+        began = time.perf_counter()
         sequences = self._scheduler.schedule()
         if not sequences:
             return []
+        num_running = self.num_running
         num_computed = sum(sequence.num_scheduled for sequence in sequences)
         sampling, choices = self._compute(sequences)
         for sequence in sequences:
@@ -219,6 +228,7 @@ class Engine:
             if event.finish_reason:
                 self._scheduler.remove(sequence)
                 self._forget(sequence)
+        self._step_time.observe(num_running, time.perf_counter() - began)
         return events
 
     def _compute(self, sequences: list[Sequence]) -> tuple[list[Sequence], list[Choice]]:
@@ -293,6 +303,8 @@ class Engine:
             preemptions=scheduler.num_preemptions,
             deltas=len(self.deltas.loaded),
             delta_bytes=self.deltas.num_bytes,
+            fixed_s=self._step_time.fixed_s,
+            answer_s=self._step_time.answer_s,
         )
 
     def _check_fits(self, variant: Variant, max_length: int) -> None:

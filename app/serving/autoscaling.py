@@ -1,7 +1,8 @@
 """How many generator replicas there should be: a policy for Serve's autoscaler, and what each replica tells it.
 
 A count of requests says little of a language model's load: one may ask for a word, another for a thousand. What is
-scarce is room in the engine's batch and in its KV cache, and what has to wait for it is counted in tokens.
+scarce is the tokens that the engine can compute in a second, and room in its KV cache; what has to wait for either is
+counted in tokens.
 
 Serve pickles the module of a policy by value and sends it to its controller, so this one imports nothing but the
 standard library: the controller needs no package of ours.
@@ -28,20 +29,35 @@ class EngineLoad(Protocol):
     def blocks(self) -> int: ...
     @property
     def free_blocks(self) -> int: ...
+    @property
+    def fixed_s(self) -> float: ...
+    @property
+    def answer_s(self) -> float: ...
 
 
 def replica_load(engines: Iterable[EngineLoad]) -> dict[str, float]:
     """What a replica reports: tokens that wait in all its engines, and the use of the one that is fullest, 0 to 1.
 
-    An engine is as full as the scarcer of two: blocks of its KV cache, and places in its batch. Many short answers fill
-    the batch and hardly any of the cache.
+    An engine is as full as the scarcer of two: blocks of its KV cache, and the rate at which a full batch is computed.
+    Many short answers take all of the rate and hardly any of the cache.
     """
     queued, use = 0, 0.0
     for engine in engines:
         queued += engine.queued_tokens
         places = engine.running + engine.free_slots
-        use = max(use, engine.running / places, 1 - engine.free_blocks / engine.blocks if engine.blocks else 0.0)
+        rate = share_of_rate(engine.running, places, fixed_s=engine.fixed_s, answer_s=engine.answer_s)
+        use = max(use, rate, 1 - engine.free_blocks / engine.blocks if engine.blocks else 0.0)
     return {QUEUED_TOKENS: float(queued), USE: use}
+
+
+def share_of_rate(running: int, places: int, *, fixed_s: float, answer_s: float) -> float:
+    """Tokens a second over those of a full batch, where a step takes `fixed_s` and for each answer `answer_s`.
+
+    It grows faster than the share of the places: at half of the rate an engine may have but a sixth of them taken. So
+    the load of several replicas can be added up: half of the rate of two is what one gives.
+    """
+    now_s, full_s = fixed_s + answer_s * running, fixed_s + answer_s * places
+    return running / places * (full_s / now_s if now_s else 1.0)
 
 
 class TokenLoad:
@@ -53,7 +69,7 @@ class TokenLoad:
     `autoscaling_config`: `look_back_period_s`, `upscale_delay_s`, `downscale_delay_s`, the factors.
     """
 
-    def __init__(self, *, target_queued_tokens: float = 8192.0, target_use: float = 0.8, slack: float = 0.25) -> None:
+    def __init__(self, *, target_queued_tokens: float = 8192.0, target_use: float = 0.9, slack: float = 0.25) -> None:
         """
         Raises:
             ValueError: a target is not positive, or `target_use` or `slack` is no share.

@@ -20,7 +20,7 @@ def draw(scenarios: dict[str, Any], folder: Path) -> None:
     figure, axes = plt.subplots(2, 3, figsize=(14, 6.4))
     _day(axes[:, 0], scenarios["day"])
     _crowd(axes[:, 1], scenarios["crowd"], ("CPU, shipped", "CPU, target_queued_tokens 32768"))
-    _crowd(axes[:, 2], scenarios["crowd"], ("large, batches of 256", "large, batches of 256, target_use 0.35"))
+    _crowd(axes[:, 2], scenarios["crowd"], ("large, batches of 256", "large, shipped"))
     _save(figure, axes.flat, folder / "scale-load.png")
 
 
@@ -47,14 +47,12 @@ def _sizes(axes: Any, sizes: dict[str, Any]) -> None:
 
 def _day(axes: Any, runs: dict[str, Any]) -> None:
     load, replicas = axes
-    for name, color in (("shipped", RED), ("slack 0.5", BLUE)):
-        series = runs[name]["series"]
-        hours = [row["t"] / 3600 for row in series]
-        replicas.step(hours, [row["target"] for row in series], color=color, label=name, alpha=0.8)
+    series = runs["shipped"]["series"]
+    hours = [row["t"] / 3600 for row in series]
+    replicas.step(hours, [row["target"] for row in series], color=RED)
     load.plot(hours, [row["rate"] for row in series], color=GREY)
     load.set(title="a day", ylabel="requests/s")
     replicas.set(xlabel="h", ylabel="replicas")
-    replicas.legend(fontsize=7)
 
 
 def _crowd(axes: Any, runs: dict[str, Any], names: tuple[str, str]) -> None:

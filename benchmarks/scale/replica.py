@@ -12,6 +12,9 @@ from functools import cache
 from heapq import heappop, heappush
 from math import ceil
 
+from app.engine.step_time import StepTime as Observed
+from app.serving.autoscaling import share_of_rate
+
 BLOCK_SIZE = 16
 """Of the KV cache, as in `app.engine.blocks`."""
 
@@ -94,6 +97,7 @@ class Replica:
         self.steps = self._count = 0
         self._steps, self._each_s, self._since = 0, 0.0, 0.0  # what is being computed: how many steps, since when
         self._gathered_at = 0.0
+        self._observed = Observed()
 
     @property
     def running(self) -> int:
@@ -106,7 +110,10 @@ class Replica:
 
     @property
     def use(self) -> float:
-        return self.running / self._limits.max_batch_size
+        """As `autoscaling.replica_load`, with KV caches that are never full."""
+        line = self._observed
+        places = self._limits.max_batch_size
+        return share_of_rate(self.running, places, fixed_s=line.fixed_s, answer_s=line.answer_s)
 
     @property
     def has_room(self) -> bool:
@@ -132,6 +139,7 @@ class Replica:
 
     def advance(self, now: float) -> tuple[list[Request], list[Request], float | None]:
         """The end of what was being computed: (first token computed, ended, when this is to be called next)."""
+        self._observed.observe(self.running, self._each_s, steps=self._steps)
         self.steps += self._steps
         self.tokens += self._steps * self.decoding + len(self._read_now)
         ended = []

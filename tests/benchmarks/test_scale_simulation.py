@@ -14,7 +14,7 @@ from app.models.decoder import GPT2_SIZES, Decoder
 from benchmarks.scale import cluster, replica, scenarios
 from benchmarks.scale.autoscaler import Autoscaler, shipped
 from benchmarks.scale.cluster import Cluster, PathCost, Setup
-from benchmarks.scale.profiles import CHAT, SHORT, cpu
+from benchmarks.scale.profiles import CHAT, SHORT, Profile, cpu, h200_large
 from benchmarks.scale.replica import EngineLimits, Replica, Request, StepTime, interpolated
 
 TOKENS, PER_S = 200, 100
@@ -189,3 +189,12 @@ def test_a_crowd_gets_replicas_and_the_policy_changes_its_mind_once() -> None:
     assert scenarios.turns(targets) == 1 and targets[-1] <= 3
     assert result.refused < 0.05 * result.arrived
     assert result.quantile(0.99, since=200, until=240) < result.quantile(0.99, since=100, until=140)
+
+
+@pytest.mark.parametrize("profile", [cpu(), h200_large()], ids=lambda profile: profile.name)
+@pytest.mark.parametrize("load", [0.6, 1.0, 1.4, 2.2])
+def test_a_steady_load_does_not_start_and_stop_replicas(profile: Profile, load: float) -> None:
+    rate = scenarios.steady(load * scenarios.capacity(profile, SHORT))
+    setup = scenarios.of(profile, replicas=1, autoscaler=Autoscaler(shipped(max_replicas=10), replicas=1))
+    targets = [row[1] for row in Cluster(setup, lengths=SHORT, seed=0).run(rate, 1800).series]
+    assert targets[-1] >= load and scenarios.turns(targets[300:]) == 0, targets[::60]

@@ -12,7 +12,7 @@ import yaml
 from ray.serve import autoscaling_policy
 from ray.serve.config import AutoscalingConfig
 
-from app.serving.autoscaling import QUEUED_TOKENS, USE, TokenLoad, replica_load
+from app.serving.autoscaling import QUEUED_TOKENS, USE, TokenLoad, replica_load, share_of_rate
 
 REPOSITORY = Path(__file__).parents[2]
 RATE = 700.0
@@ -25,10 +25,9 @@ START_S = 20
 """A new replica needs to load its model."""
 
 
-def engine(**values: int) -> SimpleNamespace:
-    return SimpleNamespace(
-        **{"running": 0, "free_slots": 8, "queued_tokens": 0, "blocks": 100, "free_blocks": 100} | values
-    )
+def engine(**values: float) -> SimpleNamespace:
+    idle = {"running": 0, "free_slots": 8, "queued_tokens": 0, "blocks": 100, "free_blocks": 100}
+    return SimpleNamespace(**idle | {"fixed_s": 0.0, "answer_s": 0.0} | values)
 
 
 def context(replicas: dict[str, tuple[float, float]], *, there: int) -> SimpleNamespace:
@@ -48,6 +47,16 @@ def test_a_replica_reports_its_fullest_engine_and_all_that_waits() -> None:
     full_cache = engine(running=1, free_slots=7, free_blocks=5, queued_tokens=30)
     assert replica_load([full_batch]) == {QUEUED_TOKENS: 10, USE: 0.75}
     assert replica_load([full_batch, full_cache]) == {QUEUED_TOKENS: 40, USE: 0.95}
+    half_of_the_rate = engine(running=2, free_slots=6, fixed_s=4e-3, answer_s=1e-3)  # 2 in 6 ms; 8 in 12
+    assert replica_load([half_of_the_rate]) == {QUEUED_TOKENS: 0, USE: pytest.approx(0.5)}
+
+
+def test_a_share_of_the_rate_is_that_of_the_places_only_where_a_step_costs_the_same_for_all() -> None:
+    assert share_of_rate(0, 8, fixed_s=1.0, answer_s=1.0) == 0
+    assert share_of_rate(8, 8, fixed_s=1.0, answer_s=1.0) == 1
+    assert share_of_rate(2, 8, fixed_s=1.0, answer_s=0.0) == 0.25
+    assert share_of_rate(2, 8, fixed_s=0.0, answer_s=1.0) == 1, "one after the other they would be as fast"
+    assert share_of_rate(2, 8, fixed_s=0.0, answer_s=0.0) == 0.25, "no step yet"
 
 
 @pytest.mark.parametrize(
@@ -92,11 +101,11 @@ class Replica:
     queued: deque = field(default_factory=deque)
 
     def step(self, look_back_s: int) -> None:
-        self.tokens -= min(RATE, self.tokens / LATENCY_S)
         for series, value in ((self.use, min(1.0, self.tokens / ROOM)), (self.queued, max(0.0, self.tokens - ROOM))):
             series.append(value)
             while len(series) > look_back_s:
                 series.popleft()
+        self.tokens -= min(RATE, self.tokens / LATENCY_S)
 
 
 @pytest.fixture
