@@ -85,7 +85,7 @@ def through_ray(task: Task) -> dict[str, Any]:
     )
     log = Log()
     job = plan_job(config)
-    with connected(None, min_cpus=task.threads + 1, is_training=True):
+    with connected(None, min_cpus=task.threads + 1):
         summary = fine_tune(job, on_metrics=log.add)
     peak = summary["peak_worker_bytes"]
     return {**log.figures(), "trained": summary["trained_parameters"], "peak_bytes": peak}
