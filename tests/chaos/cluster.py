@@ -26,8 +26,8 @@ OBJECT_STORE_BYTES = 150_000_000
 START_WITHIN_S = 240.0
 GIVES_UP_SOONER = {
     "RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "2000",
-    "RAY_health_check_failure_threshold": "8", "RAY_grpc_client_keepalive_time_ms": "20000",
-    "RAY_grpc_client_keepalive_timeout_ms": "20000",
+    "RAY_health_check_failure_threshold": "8", "RAY_grpc_client_keepalive_time_ms": "10000",
+    "RAY_grpc_client_keepalive_timeout_ms": "15000",
 }  # fmt: skip
 """Every node's environment, as docs/cluster.md advises."""
 
