@@ -117,6 +117,14 @@ _SERVING = (
         "percentunit",
         most=1,
     ),
+    _one(
+        "Share of a full batch's tokens per second",
+        "max by (model_name, replica) (ray_pacos_engine_usage_perc)",
+        "{{model_name}} {{replica}}",
+        "percentunit",
+        most=1,
+        text="What generators are scaled by.",
+    ),
     _share(
         "Prompt tokens found in the KV cache",
         "ray_pacos_prefix_cache_hits_total",

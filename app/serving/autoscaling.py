@@ -44,10 +44,14 @@ def replica_load(engines: Iterable[EngineLoad]) -> dict[str, float]:
     queued, use = 0, 0.0
     for engine in engines:
         queued += engine.queued_tokens
-        places = engine.running + engine.free_slots
-        rate = share_of_rate(engine.running, places, fixed_s=engine.fixed_s, answer_s=engine.answer_s)
-        use = max(use, rate, 1 - engine.free_blocks / engine.blocks if engine.blocks else 0.0)
+        use = max(use, engine_rate(engine), 1 - engine.free_blocks / engine.blocks if engine.blocks else 0.0)
     return {QUEUED_TOKENS: float(queued), USE: use}
+
+
+def engine_rate(engine: EngineLoad) -> float:
+    """Tokens a second that the engine computes just now, over those of a full batch."""
+    places = engine.running + engine.free_slots
+    return share_of_rate(engine.running, places, fixed_s=engine.fixed_s, answer_s=engine.answer_s)
 
 
 def share_of_rate(running: int, places: int, *, fixed_s: float, answer_s: float) -> float:

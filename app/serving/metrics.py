@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ray.serve import metrics
 
 from app.gauges import LastingGauge
+from app.serving.autoscaling import engine_rate
 from app.serving.messages import Piece, Refusal, Started
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class GeneratorMetrics:
         self._running = _gauge("num_requests_running", "Answers that are being generated.")
         self._waiting = _gauge("num_requests_waiting", "Answers that wait for a place in the batch.")
         self._kv_usage = _gauge("kv_cache_usage_perc", "Share of the KV cache that running requests hold, 0 to 1.")
+        self._rate = _gauge("engine_usage_perc", "Share of a full batch's tokens/s that it computes, 0 to 1.")
         self._delta_bytes = _gauge("delta_bytes", "Memory of the loaded deltas.")
         self._counters = {name: _counter(name, text, _MODEL) for name, (_, text) in _COUNTS.items()}
         self._counted: dict[tuple[str, str], int] = {}
@@ -64,6 +66,7 @@ class GeneratorMetrics:
             self._running.set(stats.running, tags=tags)
             self._waiting.set(stats.waiting, tags=tags)
             self._kv_usage.set(1 - stats.free_blocks / stats.blocks if stats.blocks else 0.0, tags=tags)
+            self._rate.set(engine_rate(stats), tags=tags)
             self._delta_bytes.set(stats.delta_bytes, tags=tags)
             for metric, (field, _) in _COUNTS.items():
                 now = getattr(stats, field)

@@ -373,8 +373,8 @@ def test_prometheus_sees_requests_tokens_and_the_cache(client):
     node = ray.nodes()[0]
     names = {
         "time_to_first_token_seconds_count", "inter_token_latency_seconds_sum", "e2e_request_latency_seconds_bucket",
-        "num_requests_running", "kv_cache_usage_perc", "prompt_tokens", "generation_tokens", "request_success",
-        "response_cache_requests",
+        "num_requests_running", "kv_cache_usage_perc", "engine_usage_perc", "prompt_tokens", "generation_tokens",
+        "request_success", "response_cache_requests",
     }  # fmt: skip
     deadline = time.monotonic() + 60  # Ray collects them every ten seconds
     while True:

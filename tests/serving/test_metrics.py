@@ -56,9 +56,9 @@ def test_an_engines_counts_go_up_by_what_is_new(seen) -> None:
 
     def stats(**counts: int) -> Any:
         zero = dict.fromkeys(
-            ("running", "waiting", "delta_bytes", "generated_tokens", "reused_tokens", "preemptions"), 0
+            ("running", "waiting", "delta_bytes", "generated_tokens", "reused_tokens", "preemptions", "fixed_s"), 0
         )
-        return SimpleNamespace(**{**zero, "blocks": 10, "free_blocks": 4, **counts})
+        return SimpleNamespace(**{**zero, "blocks": 10, "free_blocks": 4, "free_slots": 5, "answer_s": 0, **counts})
 
     generator.set_engines({"pacos": stats(generated_tokens=5, running=3)})
     generator.set_engines({"pacos": stats(generated_tokens=9, running=2)})
@@ -67,6 +67,7 @@ def test_an_engines_counts_go_up_by_what_is_new(seen) -> None:
     assert values(seen, "generation_tokens") == [5, 4, 1]
     assert values(seen, "num_requests_running") == [3, 2, 0, 0]
     assert values(seen, "kv_cache_usage_perc") == pytest.approx([0.6] * 4)
+    assert values(seen, "engine_usage_perc") == pytest.approx([3 / 8, 2 / 7, 0, 0])
 
 
 def test_the_caches_results_are_counted(seen) -> None:
