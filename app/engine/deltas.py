@@ -7,8 +7,7 @@ that of its delta alone.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -18,10 +17,10 @@ from torch import Tensor, nn
 from app.config.methods import name_of, parts_of
 from app.engine.fused_block import FusedBlock, fused
 from app.engine.kernels import CachedLayer, Kernels
-from app.engine.kernels.blocks import PlainBlocks, library_of_blocks
+from app.engine.kernels.blocks import CompiledBlocks, LowRank, Updates, library_of_blocks
 from app.engine.kernels.products import products
 from app.engine.packing import pack
-from app.engine.site import Site, differs
+from app.engine.site import Site, differs, is_low_rank
 from app.errors import UserError
 from app.methods import apply_method
 from app.methods.adapter import Adapted
@@ -34,6 +33,8 @@ from app.models.quantization import QuantizedLinear
 
 _LAYERS = (nn.Linear, QuantizedLinear, nn.LayerNorm, nn.RMSNorm)
 _OWN_MODELS = {"full", "freeze"}
+_PRODUCTS = ("attn.qkv", "attn.out", "mlp.up", "mlp.down")
+"""A block's, in the order in which they come."""
 
 
 def needs_own_model(delta: Delta) -> bool:
@@ -60,6 +61,8 @@ class Variant:
     """Extra blocks by the number of the base's block that they follow; -1: they come first."""
     prefix: list[KeysValues] | None = None
     """Of each layer of the cache, [kv_heads, prefix_length, head_width]."""
+    low_rank: LowRank | None = None
+    """What it puts into the blocks, where that is low-rank updates and nothing else."""
     num_bytes: int = 0
     is_pinned: bool = False
     num_requests: int = 0
@@ -67,6 +70,11 @@ class Variant:
     @property
     def prefix_length(self) -> int:
         return 0 if self.prefix is None else self.prefix[0][0].shape[1]
+
+    @property
+    def leaves_blocks(self) -> bool:
+        """Whether it puts nothing into them; a prefix is in the cache."""
+        return not self.blocks_after and not any(name.startswith("blocks.") for name in self.layers)
 
     @property
     def root_key(self) -> bytes:
@@ -98,6 +106,7 @@ class MixedModel:
         self.base = base
         self.num_extra_layers = num_extra_layers
         self.decoder, _ = shared_copy(base)
+        self._kernels = kernels
         self._sites: dict[str, Site] = {}
         self._is_plain = base.prefix is None and not any(isinstance(m, LoraLinear | Adapted) for m in base.modules())
         for name, module in list(self.decoder.named_modules()) if self._is_plain else ():
@@ -110,33 +119,50 @@ class MixedModel:
             BlockSite(fused(block, kernels, is_last=block is last) or block) for block in self.decoder.blocks
         ]
         self.decoder.blocks = nn.ModuleList(self._blocks)
+        ends = f"blocks.{len(self._blocks) - 1}.", "final_norm"
+        self._late = [name for name in self._sites if name.startswith(ends)]
+        """Sites of the last block and after it, which are used one by one even where the blocks run in one call."""
+        self._early = [name for name in self._sites if not name.startswith(ends)]
         self._groups: list[tuple[Variant, slice]] = []
+        self._updates: Updates | None = None
+        self._are_early_set = True
 
-    @contextmanager
-    def serving(self, groups: list[tuple[Variant, slice]]) -> Iterator[Decoder]:
-        """The decoder for rows of which each slice is a variant's."""
-        if groups != self._groups:
-            self._groups = groups
-            for name, site in self._sites.items():
-                site.activate([(rows, v.layers[name]) for v, rows in groups if name in v.layers])
-            for number, block in enumerate(self._blocks):
-                block.after = [(rows, v.blocks_after[number]) for v, rows in groups if number in v.blocks_after]
-            self._blocks[0].before = [(rows, v.blocks_after[-1]) for v, rows in groups if -1 in v.blocks_after]
-        yield self.decoder
+    def serve(self, groups: list[tuple[Variant, slice]]) -> None:
+        """The next step's rows; each slice of them is a variant's."""
+        if groups == self._groups:
+            return
+        self._groups, self._updates, self._are_early_set = groups, None, False
+        self._activate(self._late)
+        for number, block in enumerate(self._blocks):
+            block.after = [(rows, v.blocks_after[number]) for v, rows in groups if number in v.blocks_after]
+        self._blocks[0].before = [(rows, v.blocks_after[-1]) for v, rows in groups if -1 in v.blocks_after]
 
-    def plain_blocks(self, layers: Sequence[CachedLayer], kernels: Kernels | None) -> PlainBlocks | None:
-        """The blocks for steps in which `is_plain`; None where they do something that it cannot."""
+    def run_blocks(self, x: Tensor, positions: Tensor, context: Any) -> Tensor:
+        """As the decoder's, kernel by kernel."""
+        if not self._are_early_set:
+            self._activate(self._early)
+            self._are_early_set = True
+        return self.decoder.run_blocks(x, positions, context)
+
+    def _activate(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._sites[name].activate([(rows, v.layers[name]) for v, rows in self._groups if name in v.layers])
+
+    def compiled_blocks(self, layers: Sequence[CachedLayer], kernels: Kernels | None) -> CompiledBlocks | None:
+        """The blocks for steps that have `updates`; None where they do something that it cannot."""
         config, library = self.base.config, library_of_blocks() if kernels is not None else None
         described = [block.base.described() if isinstance(block.base, FusedBlock) else None for block in self._blocks]
         if kernels is None or library is None or None in described or config.positions != "learned":
             return None
         of_blocks = layers[: len(described)]
-        return PlainBlocks(library, kernels, products(), described, of_blocks, heads=config.num_heads)  # type: ignore[arg-type]
+        return CompiledBlocks(library, kernels, products(), described, of_blocks, heads=config.num_heads)  # type: ignore[arg-type]
 
     @property
-    def is_plain(self) -> bool:
-        """Whether no block tells rows of this step apart: they are the base's, or have a prefix in the cache."""
-        return not any(variant.layers or variant.blocks_after for variant, _ in self._groups)
+    def updates(self) -> Updates | None:
+        """What tells this step's rows apart in the blocks; None where that is more than low-rank updates."""
+        if self._updates is None and all(v.low_rank or v.leaves_blocks for v, _ in self._groups):
+            self._updates = Updates([(rows, v.low_rank) for v, rows in self._groups if v.low_rank])
+        return self._updates
 
     @property
     def can_end_with_few_rows(self) -> bool:
@@ -176,8 +202,19 @@ class MixedModel:
             variant.layers["final_norm"] = changed.final_norm
         if prefix is not None:
             variant.prefix = [kv for _, kv in sorted(zip(order, prefix, strict=True), key=lambda pair: pair[0])]
+        variant.low_rank = self._low_rank(variant)
         variant.num_bytes = self._own_bytes(variant)
         return variant
+
+    def _low_rank(self, variant: Variant) -> LowRank | None:
+        places = [f"blocks.{number}.{name}" for number in range(len(self.base.blocks)) for name in _PRODUCTS]
+        in_blocks = {name for name in variant.layers if name.startswith("blocks.")}
+        if self._kernels is None or variant.blocks_after or not in_blocks or not in_blocks <= set(places):
+            return None
+        layers = {name: variant.layers[name] for name in in_blocks}
+        if not all(is_low_rank(layer, self.base.get_submodule(name)) for name, layer in layers.items()):
+            return None
+        return LowRank([layers.get(name) for name in places])
 
     def _take_blocks(self, changed: Decoder, copy_of: dict[int, nn.Module], variant: Variant) -> list[int]:
         """Put into `variant` what the blocks of `changed` hold; returns the cache's layer of each of them."""

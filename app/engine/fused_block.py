@@ -33,7 +33,7 @@ class FusedBlock(nn.Module):
         return all(product.is_plain for product in (self._out, self._up, self._down))
 
     def described(self) -> tuple[Product, Product, Product, Product] | None:
-        """For `PlainBlocks`; None where it does something else."""
+        """For `CompiledBlocks`; None where it does something else."""
         products = [product.described() for product in (self._qkv, self._out, self._up, self._down)]
         return None if self._activation is not None or None in products else tuple(products)  # type: ignore[return-value]
 

@@ -55,7 +55,7 @@ class PackedLinear(nn.Module):
             self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _ROWS)
 
     def described(self, before: Before) -> Product | None:
-        """For `PlainBlocks`."""
+        """For `CompiledBlocks`."""
         if self.products is not None:
             return Product.of_bf16(before, self.weight, self._ours)
         return Product.of_row(before, self.weight, self.bias) if self.weight.dtype == torch.float32 else None
@@ -93,7 +93,7 @@ class PackedInt8(nn.Module):
             self._product, self.levels = product, product.levels
 
     def described(self, before: Before) -> Product | None:
-        """For `PlainBlocks`."""
+        """For `CompiledBlocks`."""
         return None if self.products is None else Product.of_bytes(before, self.codes, self._ours, levels=self.levels)
 
     @staticmethod

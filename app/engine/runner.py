@@ -13,7 +13,6 @@ from app.engine.kernels import Kernels
 from app.engine.kv_cache import KVCache, StepCache, to_device
 from app.engine.packing import has_onednns, round_up
 from app.engine.sequence import Sequence
-from app.models.decoder import Decoder
 
 if TYPE_CHECKING:  # Triton may be missing
     from app.engine.kernels.paged_attention import PagedAttention
@@ -34,7 +33,7 @@ class Runner:
         self.cache = cache
         self.kernels = kernels
         self.paged = paged
-        self._plain_blocks = model.plain_blocks(cache.layers, kernels)
+        self._compiled_blocks = model.compiled_blocks(cache.layers, kernels)
         self._has_few_row_counts = has_onednns(model.decoder, head)
 
     @torch.inference_mode()
@@ -53,24 +52,27 @@ class Runner:
         last_rows = torch.tensor([sequence.num_scheduled for sequence in ordered]).cumsum(0) - 1
         sampling = [number for number, sequence in enumerate(ordered) if sequence.will_sample]
         sampled = to_device(F.pad(last_rows[sampling], (0, self._rows(len(sampling)) - len(sampling))), device)
-        with self.model.serving(_groups(ordered)) as decoder:
-            if len(sampled) < len(ids) and self.model.can_end_with_few_rows:
-                step.needed = sampled
-            hidden = decoder.final_norm(self._through_blocks(decoder, ids, positions, step))[0]
-            logits = self.head(hidden if step.needed is not None else hidden[sampled])[: len(sampling)]
+        self.model.serve(_groups(ordered))
+        if len(sampled) < len(ids) and self.model.can_end_with_few_rows:
+            step.needed = sampled
+        hidden = self.model.decoder.final_norm(self._through_blocks(ids, positions, step))[0]
+        logits = self.head(hidden if step.needed is not None else hidden[sampled])[: len(sampling)]
         return [ordered[number] for number in sampling], logits
 
-    def _through_blocks(self, decoder: Decoder, ids: Tensor, positions: Tensor, step: StepCache) -> Tensor:
+    def _through_blocks(self, ids: Tensor, positions: Tensor, step: StepCache) -> Tensor:
         """[1, rows, width]"""
+        decoder = self.model.decoder
         x = decoder.token_embedding(ids).unsqueeze(0)
-        plain, positions = self._plain_blocks, positions.unsqueeze(0)
-        if plain is None or not self.model.is_plain or not plain.can_run(len(ids)) or not step.is_one_by_one(len(ids)):
-            return decoder.run_blocks(x, positions, step)
+        compiled, positions = self._compiled_blocks, positions.unsqueeze(0)
+        can_run = compiled is not None and compiled.can_run(len(ids)) and step.is_one_by_one(len(ids))
+        updates = self.model.updates if can_run else None
+        if compiled is None or updates is None:
+            return self.model.run_blocks(x, positions, step)
         x += decoder.position_embedding(positions)
-        count = len(plain) if step.needed is None else len(plain) - 1  # the last one leaves rows out
-        plain.run(
+        count = len(compiled) if step.needed is None else len(compiled) - 1  # the last one leaves rows out
+        compiled.run(
             x[0], count, blocks=step.blocks, offsets=step.offsets, rows=step.rows, seen=step.seen, tables=step.tables,
-            table_of_row=step.table_of_row,
+            table_of_row=step.table_of_row, updates=updates,
         )  # fmt: skip
         return x if step.needed is None else decoder.blocks[-1](x, step, None)
 

@@ -30,7 +30,7 @@ class Site(nn.Module):
     def _is_plain_lora(self, layer: nn.Module) -> bool:
         """Whether it is the base and a low-rank update, and nothing else."""
         if layer not in self._is_plain:
-            self._is_plain[layer] = type(layer) is LoraLinear and not differs(layer.base, self.base)
+            self._is_plain[layer] = is_low_rank(layer, self.base)
         return self._is_plain[layer]
 
     @property
@@ -49,6 +49,11 @@ class Site(nn.Module):
             return
         for rows, layer in self._active:
             y[rows] = updated(layer, self.base, x[rows], y[rows])
+
+
+def is_low_rank(layer: nn.Module, base: nn.Module) -> bool:
+    """Whether `layer` is `base` and a low-rank update of what it makes, and nothing else."""
+    return type(layer) is LoraLinear and not differs(layer.base, base)
 
 
 def differs(layer: nn.Module, base: nn.Module) -> bool:

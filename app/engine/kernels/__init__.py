@@ -67,7 +67,7 @@ class Kernels:
 
     def addresses(self) -> dict[str, int | None]:
         """Of the functions that other C calls."""
-        return function_addresses(self._library, "prepare_rows", "write_cache", "attend", "multiply_row")
+        return function_addresses(self._library, "prepare_rows", "write_cache", "attend", "multiply_row", "add_lora")
 
     def attend(
         self, q: Tensor, cached: CachedLayer, out: Tensor, *, rows: Tensor, seen: Tensor, tables: Tensor,
@@ -165,16 +165,13 @@ class LoraRows:
 
     def __init__(self, add: Any, active: Sequence[tuple[slice, Any]]) -> None:
         self._add = add
-        self._rows = [rows for rows, _ in active]
         layers = [layer for _, layer in active]
-        self._held = [_factors(layer) for layer in layers]
+        self._held = [lora_factors(layer) for layer in layers]
         self._a = torch.tensor([a.data_ptr() for a, _ in self._held])
         self._b = torch.tensor([b.data_ptr() for _, b in self._held])
         self._ranks = torch.tensor([layer.lora_a.shape[0] for layer in layers])
         self._scales = torch.tensor([layer.scale for layer in layers], dtype=torch.float32)
-        self._group_of_row = torch.full((max(rows.stop for rows in self._rows),), -1)
-        for group, rows in enumerate(self._rows):
-            self._group_of_row[rows] = group
+        self._group_of_row = group_of_row([rows for rows, _ in active])
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """To `y` [rows, out], of `x` [rows, in]; both contiguous."""
@@ -187,7 +184,15 @@ class LoraRows:
         )  # fmt: skip
 
 
-def _factors(layer: nn.Module) -> tuple[Tensor, Tensor]:
+def group_of_row(groups: Sequence[slice]) -> Tensor:
+    """int64 [rows]: in which of `groups` each row is, to the last that is in one; -1: in none."""
+    numbers = [-1] * max(rows.stop for rows in groups)
+    for number, rows in enumerate(groups):
+        numbers[rows] = [number] * (rows.stop - rows.start)
+    return torch.tensor(numbers)
+
+
+def lora_factors(layer: nn.Module) -> tuple[Tensor, Tensor]:
     """A of a LoRA, and B as [rank, out], in fp32, kept with it."""
     kept = getattr(layer, "factors_for_kernels", None)
     if kept is None:

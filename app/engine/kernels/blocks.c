@@ -16,6 +16,8 @@ typedef struct {
     void (*multiply_bf16)(const void *, int64_t, int64_t, const void *, const float *, void *, int64_t, void *);
     void (*multiply_bytes)(const uint8_t *, int64_t, int64_t, const void *, const float *, const float *, const int32_t *,
                            const float *, void *, int64_t, int, void *);
+    void (*add_lora)(const void *, int64_t, void *, int64_t, int, float *, const int64_t *, int64_t, const int64_t *,
+                     const int64_t *, const int64_t *, const float *);
 } kernels;
 
 enum { ONE_ROW, BF16, BYTES }; /* what a product's weights are */
@@ -37,7 +39,15 @@ typedef struct {
     float *key_steps, *value_steps;
 } block;
 
-/* The rows of a step: x [rows, width], and room for what is computed of them. */
+/* The low-rank updates of a linear layer, of which each has some of the first num_rows rows; none, of no rows. */
+typedef struct {
+    int64_t num_rows;
+    const int64_t *group_of_row, *a, *b, *ranks;
+    const float *scales;
+} update;
+
+/* The rows of a step: x [rows, width], the updates of each block's qkv, out, up and down, or null where there are none, and
+ * room for what is computed. */
 typedef struct {
     int64_t num_rows, is_bf16, heads, kv_heads, head_width, cache_format, table_width;
     double scale;
@@ -47,15 +57,17 @@ typedef struct {
     uint8_t *integers;
     float *steps;
     void *room;
+    const update *updates;
+    float *of_updates;
 } step;
 
-/* y = the layer of x, to which `added` is added first, in place, if it is not null. */
-static void multiply(const kernels *k, const product *p, const step *s, void *x, const void *added, void *y) {
-    const int is_bytes = p->kind == BYTES;
+/* y = the layer of x, to which `added` is added first, in place, if it is not null; and then its updates. */
+static void multiply(const kernels *k, const product *p, const update *u, const step *s, void *x, const void *added, void *y) {
+    const int is_bytes = p->kind == BYTES, is_updated = u && u->num_rows;
     const void *from = x;
     if (p->before || added || is_bytes) {
         k->prepare_rows(p->before, x, added, s->is_bf16, p->norm_weight, p->norm_bias, p->epsilon,
-                        is_bytes ? 0 : s->prepared, is_bytes ? s->integers : 0, s->steps, s->num_rows, p->in, p->levels);
+                        is_bytes && !is_updated ? 0 : s->prepared, is_bytes ? s->integers : 0, s->steps, s->num_rows, p->in, p->levels);
         from = s->prepared;
     }
     if (p->kind == ONE_ROW) k->multiply_row(from, p->in, p->weights, p->bias, y, p->out);
@@ -63,21 +75,25 @@ static void multiply(const kernels *k, const product *p, const step *s, void *x,
     if (is_bytes)
         k->multiply_bytes(s->integers, s->num_rows, p->in, p->weights, p->bias, p->scales, p->shifts, s->steps, y, p->out,
                           s->is_bf16, s->room);
+    if (is_updated)
+        k->add_lora(from, p->in, y, p->out, s->is_bf16, s->of_updates, u->group_of_row, u->num_rows, u->a, u->b, u->ranks,
+                    u->scales);
 }
 
 void run_blocks(const kernels *k, const block *blocks, int64_t count, const step *s) {
     const int64_t size = s->is_bf16 ? 2 : 4, head = s->head_width, row = (s->heads + 2 * s->kv_heads) * head;
     const char *keys = s->qkv + s->heads * head * size, *values = keys + s->kv_heads * head * size;
-    for (const block *b = blocks; b < blocks + count; b++) {
-        multiply(k, &b->qkv, s, s->x, 0, s->qkv);
+    const update *u = s->updates;
+    for (const block *b = blocks; b < blocks + count; b++, u = u ? u + 4 : 0) {
+        multiply(k, &b->qkv, u, s, s->x, 0, s->qkv);
         k->write_cache(keys, row, head, values, row, head, s->is_bf16, b->keys, b->values, b->key_steps, b->value_steps,
                        s->cache_format, s->blocks, s->offsets, s->num_rows, s->kv_heads, head);
         k->attend(s->qkv, s->mixed, s->is_bf16, row, head, s->heads * head, head, b->keys, b->values, b->key_steps,
                   b->value_steps, s->cache_format, s->rows, s->seen, s->table_of_row, s->tables, s->table_width, s->num_rows,
                   s->heads, s->kv_heads, head, s->scale);
-        multiply(k, &b->out, s, s->mixed, 0, s->added);
-        multiply(k, &b->up, s, s->x, s->added, s->hidden);
-        multiply(k, &b->down, s, s->hidden, 0, s->added);
+        multiply(k, &b->out, u ? u + 1 : 0, s, s->mixed, 0, s->added);
+        multiply(k, &b->up, u ? u + 2 : 0, s, s->x, s->added, s->hidden);
+        multiply(k, &b->down, u ? u + 3 : 0, s, s->hidden, 0, s->added);
         k->prepare_rows(0, s->x, s->added, s->is_bf16, 0, 0, 0, 0, 0, 0, s->num_rows, b->down.out, 0);
     }
 }

@@ -1,4 +1,4 @@
-"""A decoder's blocks in one call, for rows that no delta tells apart; see `blocks.c`."""
+"""A decoder's blocks in one call, for rows that at most low-rank updates tell apart; see `blocks.c`."""
 
 import ctypes
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from app.engine.kernels import FORMATS, Before, CachedLayer, Kernels
+from app.engine.kernels import FORMATS, Before, CachedLayer, Kernels, group_of_row, lora_factors
 from app.engine.kernels.products import PackedBytes, PackedWeights, Products
 from app.models.kernels.native import address, is_bf16, load_library
 
@@ -22,7 +22,7 @@ def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
 
 
 class _Functions(ctypes.Structure):
-    _fields_ = _fields(_pointer, "prepare_rows write_cache attend multiply_row multiply_bf16 multiply_bytes")
+    _fields_ = _fields(_pointer, "prepare_rows write_cache attend multiply_row multiply_bf16 multiply_bytes add_lora")
 
 
 class Product(ctypes.Structure):
@@ -69,11 +69,44 @@ class _Step(ctypes.Structure):
         _fields(_i64, "num_rows is_bf16 heads kv_heads head_width cache_format table_width")
         + _fields(_f64, "scale")
         + _fields(_pointer, "blocks offsets rows seen table_of_row tables")
-        + _fields(_pointer, "x qkv mixed hidden added prepared integers steps room")
+        + _fields(_pointer, "x qkv mixed hidden added prepared integers steps room updates of_updates")
     )
 
 
-class PlainBlocks:
+class LowRank:
+    """What a delta adds to the blocks' products: of each block's qkv, out, up and down a LoRA, or None."""
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self._held = [None if layer is None else lora_factors(layer) for layer in layers]
+        pointers = [(0, 0) if factors is None else tuple(map(address, factors)) for factors in self._held]
+        self.a, self.b = (torch.tensor(each) for each in zip(*pointers, strict=True))
+        self.ranks = torch.tensor([0 if layer is None else len(layer.lora_a) for layer in layers])
+        self.scales = torch.tensor([0 if layer is None else layer.scale for layer in layers], dtype=torch.float32)
+
+
+class Updates:
+    """Those of a step: each delta's, for its rows; where there are none, none."""
+
+    def __init__(self, groups: Sequence[tuple[slice, LowRank]]) -> None:
+        self.address: int | None = None
+        if not groups:
+            return
+        deltas = [delta for _, delta in groups]
+        rows = group_of_row([rows for rows, _ in groups])
+        a, b, ranks, scales = (
+            torch.stack([getattr(delta, name) for delta in deltas], dim=1) for name in ("a", "b", "ranks", "scales")
+        )  # [products, deltas]
+        table = torch.empty(len(a), 6, dtype=torch.int64)  # of `update`s
+        table[:, 0] = torch.where(ranks.any(dim=1), len(rows), 0)
+        table[:, 1] = rows.data_ptr()
+        for column, of_products in enumerate((a, b, ranks, scales), 2):
+            size = of_products[0].nbytes
+            table[:, column] = of_products.data_ptr() + size * torch.arange(len(table))
+        self.address = table.data_ptr()
+        self._held = (deltas, rows, a, b, ranks, scales, table)
+
+
+class CompiledBlocks:
     """Blocks of (qkv, out, up, down), and each one's part of the cache."""
 
     def __init__(
@@ -97,6 +130,7 @@ class PlainBlocks:
         self._blocks = (_Block * len(described))(*described)
         self._is_of_one_row = any(product.kind == _ONE_ROW for of_block in blocks for product in of_block)
         qkv, _, up, _ = blocks[0]
+        self._most_of_update = max(product.inputs + product.outputs for product in blocks[0])
         self._width, self._hidden = qkv.inputs, up.outputs
         self._keys, self._kv_heads = cached[0].keys, cached[0].keys.shape[1]
         self._heads, self._head_width = heads, qkv.outputs // (heads + 2 * self._kv_heads)
@@ -109,7 +143,7 @@ class PlainBlocks:
 
     def run(
         self, x: Tensor, count: int, *, blocks: Tensor, offsets: Tensor, rows: Tensor, seen: Tensor, tables: Tensor,
-        table_of_row: Tensor,
+        table_of_row: Tensor, updates: Updates,
     ) -> None:  # fmt: skip
         """`x` [rows, width], contiguous, through the first `count` blocks, in place; the others as `Kernels.write` and
         `Kernels.attend` take them, all of as many rows."""
@@ -122,11 +156,13 @@ class PlainBlocks:
         most = max(width, of_attention, self._hidden)
         room += [x.new_empty(num_rows, most), x.new_empty(num_rows, most, dtype=torch.uint8)]
         room += [x.new_empty(num_rows, dtype=torch.float32)]
+        of_updates = torch.empty(num_rows * self._most_of_update) if updates.address and is_bf16(x) else None
         of_step = (blocks, offsets, rows, seen, table_of_row, tables, x, *room)
         step = _Step(
             num_rows, is_bf16(x), heads, self._kv_heads, self._head_width, FORMATS[self._keys.dtype], tables.shape[1],
             self._head_width**-0.5, *(tensor.data_ptr() for tensor in of_step),
             self._products.room(num_rows, most * x.element_size()) if self._products else None,
+            updates.address, address(of_updates),
         )  # fmt: skip
         self._run(ctypes.addressof(self._functions), ctypes.addressof(self._blocks), count, ctypes.addressof(step))
 

@@ -358,7 +358,7 @@ void add_lora(const void *x, int64_t in, void *y, int64_t out, int is_bf16, floa
 #pragma omp parallel for schedule(static) if (num_rows > 1) /* a group's rows, neighbours, find its factors in the cache */
     for (int64_t r = 0; r < num_rows; r++) {
         int64_t group = group_of_row[r];
-        if (group < 0) continue;
+        if (group < 0 || !ranks[group]) continue;
         const float *xr = (const float *)x + r * in, *low_to_out = (const float *)b[group];
         float *yr = (float *)y + r * out;
         if (is_bf16) {

@@ -15,6 +15,7 @@ from app.engine.sampling import Sampling
 from app.models.checkpoints import load_decoder
 from app.models.decoder import Decoder
 from app.models.quantization import QuantizationConfig, quantize
+from app.models.quantization.int8 import Int8Dynamic
 
 PROMPTS = [[5, 6, 7], list(range(1, 30)), [9], list(range(40, 60))]
 
@@ -37,11 +38,11 @@ def engine(request: pytest.FixtureRequest, reference: Any, tmp_path: Path) -> En
 
 def calls_of(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Filled, with each call, with how many blocks it runs."""
-    plain = engine._runner._plain_blocks
-    assert plain is not None
+    compiled = engine._runner._compiled_blocks
+    assert compiled is not None
     calls: list[int] = []
-    ran = plain.run
-    monkeypatch.setattr(plain, "run", lambda x, count, **of_step: (calls.append(count), ran(x, count, **of_step)))
+    ran = compiled.run
+    monkeypatch.setattr(compiled, "run", lambda x, count, **of_step: (calls.append(count), ran(x, count, **of_step)))
     return calls
 
 
@@ -65,23 +66,35 @@ def logits_of(engine: Engine, monkeypatch: pytest.MonkeyPatch, deltas: list[str 
     return seen
 
 
-@pytest.mark.parametrize("num_requests", [1, 4])
-def test_logits_are_those_of_one_kernel_after_the_other(engine, monkeypatch, num_requests: int) -> None:
+@pytest.mark.parametrize(
+    "names",
+    [
+        [None],
+        [None] * 4,
+        ["lora"],
+        ["lora", None, "lora of another rank", "lora"],
+        ["lora of another rank", "prefix", None, "lora of another rank"],
+    ],
+    ids=str,
+)
+def test_logits_are_those_of_one_kernel_after_the_other(model: Decoder, engine, monkeypatch, names) -> None:
     calls = calls_of(engine, monkeypatch)
-    fast = logits_of(engine, monkeypatch, [None] * num_requests)
+    deltas = {name: engine.add_delta(trained(model, METHODS[name], seed=3)) for name in set(names) - {None}}
+    requests = [deltas.get(name) for name in names]
+    fast = logits_of(engine, monkeypatch, requests)
     assert calls, "no step went through it"
-    engine._runner._plain_blocks = None
-    slow = logits_of(engine, monkeypatch, [None] * num_requests)
+    engine._runner._compiled_blocks = None
+    slow = logits_of(engine, monkeypatch, requests)
     assert len(fast) == len(slow)
     for one, other in zip(fast, slow, strict=True):
         assert torch.equal(one, other)
 
 
-def test_a_prefix_is_plain_and_a_lora_is_not(model: Decoder, engine, monkeypatch) -> None:
+@pytest.mark.parametrize("name", ["adapter", "bitfit", "extra block", "dora"])
+def test_what_is_more_than_a_low_rank_update_goes_kernel_by_kernel(model: Decoder, engine, monkeypatch, name) -> None:
+    if name == "bitfit" and any(isinstance(module, Int8Dynamic) for module in engine.deltas.model.base.modules()):
+        pytest.skip("bitfit is not for rounded weights")
     calls = calls_of(engine, monkeypatch)
-    prefix, lora = (engine.add_delta(trained(model, METHODS[name], seed=3)) for name in ("prefix", "lora"))
-    logits_of(engine, monkeypatch, [prefix])
-    assert calls
-    calls.clear()
-    logits_of(engine, monkeypatch, [lora, lora])
+    delta = engine.add_delta(trained(model, METHODS[name], seed=3))
+    logits_of(engine, monkeypatch, [delta, delta])
     assert not calls
