@@ -248,6 +248,7 @@ class MixedModel:
         base = {p.data_ptr() for p in [*self.base.parameters(), *self.base.buffers()]}
         modules = [*variant.layers.values(), *(b for blocks in variant.blocks_after.values() for b in blocks)]
         own = {p.data_ptr(): p.nbytes for m in modules for p in [*m.parameters(), *m.buffers()]}
+        own |= {factor.data_ptr(): factor.nbytes for factor in (variant.low_rank.factors if variant.low_rank else ())}
         prefix = sum(part.nbytes for kv in variant.prefix or () for part in kv)
         return sum(size for pointer, size in own.items() if pointer not in base) + prefix
 

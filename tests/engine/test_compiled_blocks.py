@@ -98,3 +98,11 @@ def test_what_is_more_than_a_low_rank_update_goes_kernel_by_kernel(model: Decode
     delta = engine.add_delta(trained(model, METHODS[name], seed=3))
     logits_of(engine, monkeypatch, [delta, delta])
     assert not calls
+
+
+def test_a_loras_bytes_are_also_those_of_the_kernels_own_copy(model: Decoder) -> None:
+    if _compiled() is None:
+        pytest.skip("no C compiler on this machine")
+    variant = Engine(model).prepare_delta(trained(model, METHODS["lora"], seed=3))
+    layers: Any = variant.layers.values()
+    assert variant.num_bytes == sum(layer.lora_a.nbytes + 2 * layer.lora_b.nbytes for layer in layers), "B, transposed"

@@ -77,8 +77,10 @@ class LowRank:
     """What a delta adds to the blocks' products: of each block's qkv, out, up and down a LoRA, or None."""
 
     def __init__(self, layers: Sequence[Any]) -> None:
-        self._held = [None if layer is None else lora_factors(layer) for layer in layers]
-        pointers = [(0, 0) if factors is None else tuple(map(address, factors)) for factors in self._held]
+        held = [None if layer is None else lora_factors(layer) for layer in layers]
+        self.factors = [factor for factors in held for factor in factors or ()]
+        """In the kernels' own form, kept here."""
+        pointers = [(0, 0) if factors is None else tuple(map(address, factors)) for factors in held]
         self.a, self.b = (torch.tensor(each) for each in zip(*pointers, strict=True))
         self.ranks = torch.tensor([0 if layer is None else len(layer.lora_a) for layer in layers])
         self.scales = torch.tensor([0 if layer is None else layer.scale for layer in layers], dtype=torch.float32)
