@@ -20,7 +20,7 @@ from app.engine.runner import Runner
 from app.engine.sampling import Choice, Sampling, sample, torch_argmax
 from app.engine.scheduler import Scheduler
 from app.engine.sequence import Sequence, check_request
-from app.engine.step_time import StepTime
+from app.engine.step_time import AnswerLength, StepTime
 from app.errors import UserError
 from app.methods.delta import Delta
 from app.models.decoder import Decoder
@@ -91,6 +91,8 @@ class Stats:
     """Seconds of a step, as those of the last minutes tell: whatever the number of running answers,"""
     answer_s: float
     """and for each of them, its prompt's share included."""
+    queued_s: float
+    """That full batches would need for those who wait, if their answers are as long as the last ones were."""
 
 
 class Engine:
@@ -159,7 +161,7 @@ class Engine:
         self._requests: dict[int, list[Sequence]] = {}
         self._ids, self._arrivals = itertools.count(), itertools.count()
         self._steps = self._computed = self._generated = 0
-        self._step_time = StepTime()
+        self._step_time, self._answer_length = StepTime(), AnswerLength()
 
     def add_request(
         self, ids: SequenceOf[int], sampling: Sampling, delta: str | None = None, *, priority: int = 0
@@ -226,6 +228,7 @@ class Engine:
             self._generated += event.token is not None
             events.append(event)
             if event.finish_reason:
+                self._answer_length.observe(len(sequence.ids) - sequence.prompt_length)
                 self._scheduler.remove(sequence)
                 self._forget(sequence)
         self._step_time.observe(num_running, time.perf_counter() - began)
@@ -289,6 +292,9 @@ class Engine:
 
     def stats(self) -> Stats:
         scheduler, pool = self._scheduler, self._cache.pool
+        length, places = self._answer_length.mean, self.settings.max_batch_size
+        waiting = scheduler.queued_tokens if length is None else len(scheduler.waiting) * length
+        fixed_s, answer_s = self._step_time.fixed_s, self._step_time.answer_s
         return Stats(
             waiting=len(scheduler.waiting),
             running=len(scheduler.running),
@@ -303,8 +309,9 @@ class Engine:
             preemptions=scheduler.num_preemptions,
             deltas=len(self.deltas.loaded),
             delta_bytes=self.deltas.num_bytes,
-            fixed_s=self._step_time.fixed_s,
-            answer_s=self._step_time.answer_s,
+            fixed_s=fixed_s,
+            answer_s=answer_s,
+            queued_s=waiting / places * (fixed_s + answer_s * places),
         )
 
     def _check_fits(self, variant: Variant, max_length: int) -> None:

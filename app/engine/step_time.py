@@ -1,6 +1,7 @@
-"""How long a step takes by how many answers run: what tells how much of its speed an engine already gives."""
+"""How long a step takes by how many answers run, and how long answers are: what tells how much of its speed an engine
+already gives, and how long others will wait."""
 
-_MEMORY_S = 300.0
+_MEMORY_S, _MEMORY_ANSWERS = 300.0, 50
 _RIDGE = 1e-3
 """Of the squared mean: where hardly any step differs from another, they say nothing of what an answer takes."""
 
@@ -37,3 +38,16 @@ class StepTime:
     def fixed_s(self) -> float:
         """What it takes whatever their number."""
         return (self._seconds - self.answer_s * self._answers) / self._steps if self._steps else 0.0
+
+
+class AnswerLength:
+    """The mean of the last dozens that came to their end, in tokens."""
+
+    def __init__(self) -> None:
+        self.mean: float | None = None
+        self._count = 0
+
+    def observe(self, tokens: int) -> None:
+        self._count = min(self._count + 1, _MEMORY_ANSWERS)
+        before = self.mean or 0.0
+        self.mean = before + (tokens - before) / self._count

@@ -14,7 +14,7 @@ import yaml
 from ray.serve.autoscaling_policy import _apply_delay_logic, _apply_scaling_factors
 from ray.serve.config import AutoscalingConfig
 
-from app.serving.autoscaling import QUEUED_TOKENS, USE, TokenLoad
+from app.serving.autoscaling import QUEUED_S, USE, TokenLoad
 from benchmarks.scale.replica import Replica
 
 RECORDS_A_LOOK_BACK = 5
@@ -36,14 +36,14 @@ class Reports:
 
     def __init__(self, ready_at: float) -> None:
         self.mean: tuple[float, float] | None = None
-        """(use, queued tokens)"""
+        """(use, queued seconds)"""
         self._series: deque[tuple[float, float, float]] = deque()
         self._record_at = self._push_at = ready_at
 
     def tick(self, replica: Replica, now: float, look_back_s: float) -> None:
         if now >= self._record_at:
             self._record_at += look_back_s / RECORDS_A_LOOK_BACK
-            self._series.append((now, replica.use, float(replica.queued_tokens)))
+            self._series.append((now, replica.use, replica.queued_s))
             while self._series[0][0] <= now - look_back_s:
                 self._series.popleft()
         if now >= self._push_at:
@@ -70,7 +70,7 @@ class Autoscaler:
         means = {number: r.mean for number, r in enumerate(self._reports.values()) if r.mean is not None}
         metrics = {
             USE: {number: use for number, (use, _) in means.items()},
-            QUEUED_TOKENS: {number: queued for number, (_, queued) in means.items()},
+            QUEUED_S: {number: queued for number, (_, queued) in means.items()},
         }
         context = SimpleNamespace(target_num_replicas=self.target, aggregated_metrics=metrics)
         wanted, _ = self._policy(context)

@@ -180,7 +180,7 @@ class Reporter:
     """A replica that does nothing but report its load, as a generator does."""
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        return {"queued_tokens": 0.0, "use": 0.75}
+        return {"queued_s": 0.0, "use": 0.75}
 
     def __call__(self) -> None: ...
 

@@ -19,7 +19,7 @@ def draw(scenarios: dict[str, Any], folder: Path) -> None:
     _save(figure, axes, folder / "scale-sizes.png")
     figure, axes = plt.subplots(2, 3, figsize=(14, 6.4))
     _day(axes[:, 0], scenarios["day"])
-    _crowd(axes[:, 1], scenarios["crowd"], ("CPU, shipped", "CPU, target_queued_tokens 32768"))
+    _crowd(axes[:, 1], scenarios["crowd"], ("CPU, shipped", "CPU, target_queued_s 40"))
     _crowd(axes[:, 2], scenarios["crowd"], ("large, batches of 256", "large, shipped"))
     _save(figure, axes.flat, folder / "scale-load.png")
 

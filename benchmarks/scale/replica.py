@@ -12,6 +12,7 @@ from functools import cache
 from heapq import heappop, heappush
 from math import ceil
 
+from app.engine.step_time import AnswerLength
 from app.engine.step_time import StepTime as Observed
 from app.serving.autoscaling import share_of_rate
 
@@ -97,7 +98,7 @@ class Replica:
         self.steps = self._count = 0
         self._steps, self._each_s, self._since = 0, 0.0, 0.0  # what is being computed: how many steps, since when
         self._gathered_at = 0.0
-        self._observed = Observed()
+        self._observed, self._length = Observed(), AnswerLength()
 
     @property
     def running(self) -> int:
@@ -114,6 +115,13 @@ class Replica:
         line = self._observed
         places = self._limits.max_batch_size
         return share_of_rate(self.running, places, fixed_s=line.fixed_s, answer_s=line.answer_s)
+
+    @property
+    def queued_s(self) -> float:
+        """As `Engine.stats`."""
+        length, places, line = self._length.mean, self._limits.max_batch_size, self._observed
+        waiting = self.queued_tokens if length is None else len(self.waiting) * length
+        return waiting / places * (line.fixed_s + line.answer_s * places)
 
     @property
     def has_room(self) -> bool:
@@ -154,6 +162,8 @@ class Replica:
                 self.decoding += 1
                 self._count += 1
                 heappush(self._finishes, (self.steps + request.new - 1, self._count, request))
+        for request in ended:
+            self._length.observe(request.new)
         self._steps = 0
         return begun, ended, self._begin(now)
 

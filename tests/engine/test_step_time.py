@@ -4,7 +4,7 @@ import pytest
 
 from app.engine.engine import Engine
 from app.engine.sampling import Sampling
-from app.engine.step_time import StepTime
+from app.engine.step_time import AnswerLength, StepTime
 
 
 def test_the_line_through_the_steps_is_found_in_noise() -> None:
@@ -47,4 +47,26 @@ def test_an_engine_tells_of_its_steps(model) -> None:
         engine.add_request([1, 2, 3], Sampling(max_tokens=length, ignore_eos=True))
     while engine.has_work:
         engine.step()
-    assert engine.stats().fixed_s + engine.stats().answer_s > 0
+    stats = engine.stats()
+    assert stats.fixed_s + stats.answer_s > 0 and stats.queued_s == 0
+    for _ in range(6):
+        engine.add_request([1, 2, 3], Sampling(max_tokens=50, ignore_eos=True))
+    full_s = stats.fixed_s + 4 * stats.answer_s
+    assert engine.stats().queued_s == pytest.approx(6 * 7.5 * full_s / 4, rel=0.1), "the last ones had 7.5 tokens"
+
+
+def test_before_any_answer_has_ended_what_waits_is_what_it_may_take(model) -> None:
+    engine = Engine(model, max_batch_size=1)
+    for _ in range(2):
+        engine.add_request([1, 2, 3], Sampling(max_tokens=10, ignore_eos=True))
+    engine.step()
+    stats = engine.stats()
+    assert stats.queued_s == pytest.approx(13 * (stats.fixed_s + stats.answer_s))
+
+
+def test_the_length_of_answers_follows_the_last_dozens() -> None:
+    length = AnswerLength()
+    assert length.mean is None
+    for tokens in [10] * 5 + [100] * 500:
+        length.observe(tokens)
+    assert length.mean == pytest.approx(100, rel=0.01)

@@ -12,7 +12,7 @@ import yaml
 from ray.serve import autoscaling_policy
 from ray.serve.config import AutoscalingConfig
 
-from app.serving.autoscaling import QUEUED_TOKENS, USE, TokenLoad, replica_load, share_of_rate
+from app.serving.autoscaling import QUEUED_S, USE, TokenLoad, replica_load, share_of_rate
 
 REPOSITORY = Path(__file__).parents[2]
 RATE = 700.0
@@ -26,29 +26,29 @@ START_S = 20
 
 
 def engine(**values: float) -> SimpleNamespace:
-    idle = {"running": 0, "free_slots": 8, "queued_tokens": 0, "blocks": 100, "free_blocks": 100}
+    idle = {"running": 0, "free_slots": 8, "queued_s": 0.0, "blocks": 100, "free_blocks": 100}
     return SimpleNamespace(**idle | {"fixed_s": 0.0, "answer_s": 0.0} | values)
 
 
 def context(replicas: dict[str, tuple[float, float]], *, there: int) -> SimpleNamespace:
-    """Of (use, queued tokens) by replica."""
+    """Of (use, queued seconds) by replica."""
     return SimpleNamespace(
         target_num_replicas=there,
         aggregated_metrics={
             USE: {name: use for name, (use, _) in replicas.items()},
-            QUEUED_TOKENS: {name: queued for name, (_, queued) in replicas.items()},
+            QUEUED_S: {name: queued for name, (_, queued) in replicas.items()},
         },
     )
 
 
 def test_a_replica_reports_its_fullest_engine_and_all_that_waits() -> None:
-    assert replica_load([engine()]) == {QUEUED_TOKENS: 0, USE: 0}
-    full_batch = engine(running=6, free_slots=2, free_blocks=90, queued_tokens=10)
-    full_cache = engine(running=1, free_slots=7, free_blocks=5, queued_tokens=30)
-    assert replica_load([full_batch]) == {QUEUED_TOKENS: 10, USE: 0.75}
-    assert replica_load([full_batch, full_cache]) == {QUEUED_TOKENS: 40, USE: 0.95}
+    assert replica_load([engine()]) == {QUEUED_S: 0, USE: 0}
+    full_batch = engine(running=6, free_slots=2, free_blocks=90, queued_s=1.5)
+    full_cache = engine(running=1, free_slots=7, free_blocks=5, queued_s=3.0)
+    assert replica_load([full_batch]) == {QUEUED_S: 1.5, USE: 0.75}
+    assert replica_load([full_batch, full_cache]) == {QUEUED_S: 4.5, USE: 0.95}
     half_of_the_rate = engine(running=2, free_slots=6, fixed_s=4e-3, answer_s=1e-3)  # 2 in 6 ms; 8 in 12
-    assert replica_load([half_of_the_rate]) == {QUEUED_TOKENS: 0, USE: pytest.approx(0.5)}
+    assert replica_load([half_of_the_rate]) == {QUEUED_S: 0, USE: pytest.approx(0.5)}
 
 
 def test_a_share_of_the_rate_is_that_of_the_places_only_where_a_step_costs_the_same_for_all() -> None:
@@ -66,16 +66,16 @@ def test_a_share_of_the_rate_is_that_of_the_places_only_where_a_step_costs_the_s
         ({"a": (0.0, 0), "b": (0.0, 0)}, 2, 0),
         ({"a": (0.5, 0)}, 1, 1),
         ({"a": (1.0, 0)}, 1, 2),  # full, and nobody waits yet
-        ({"a": (1.0, 3000)}, 1, 5),  # a crowd
+        ({"a": (1.0, 30)}, 1, 5),  # a crowd
         ({"a": (0.8, 0), "b": (0.8, 0)}, 2, 2),
         ({"a": (0.4, 0), "b": (0.36, 0)}, 2, 2),  # one would do, and be too full to stay alone
         ({"a": (0.3, 0), "b": (0.2, 0)}, 2, 1),
-        ({"a": (1.0, 500)}, 2, 2),  # the second one is starting
+        ({"a": (1.0, 5)}, 2, 2),  # the second one is starting
         ({}, 3, 3),  # none has reported yet
     ],
 )
 def test_replicas_follow_use_and_what_waits(replicas, there, wanted) -> None:
-    policy = TokenLoad(target_queued_tokens=1000, target_use=0.8, slack=0.25)
+    policy = TokenLoad(target_queued_s=10, target_use=0.8, slack=0.25)
     assert policy(context(replicas, there=there)) == (wanted, {})
 
 
@@ -86,7 +86,7 @@ def test_more_load_never_wants_fewer_replicas() -> None:
         assert wanted == sorted(wanted)
 
 
-@pytest.mark.parametrize("values", [{"target_queued_tokens": 0}, {"target_use": 1.5}, {"slack": 1}, {"slack": -1}])
+@pytest.mark.parametrize("values", [{"target_queued_s": 0}, {"target_use": 1.5}, {"slack": 1}, {"slack": -1}])
 def test_a_target_that_makes_no_sense_is_refused(values) -> None:
     with pytest.raises(ValueError, match=next(iter(values))):
         TokenLoad(**values)
@@ -101,7 +101,8 @@ class Replica:
     queued: deque = field(default_factory=deque)
 
     def step(self, look_back_s: int) -> None:
-        for series, value in ((self.use, min(1.0, self.tokens / ROOM)), (self.queued, max(0.0, self.tokens - ROOM))):
+        queued_s = max(0.0, self.tokens - ROOM) / RATE
+        for series, value in ((self.use, min(1.0, self.tokens / ROOM)), (self.queued, queued_s)):
             series.append(value)
             while len(series) > look_back_s:
                 series.popleft()
