@@ -67,7 +67,8 @@ static void multiply(const kernels *k, const product *p, const update *u, const 
     const void *from = x;
     if (p->before || added || is_bytes) {
         k->prepare_rows(p->before, x, added, s->is_bf16, p->norm_weight, p->norm_bias, p->epsilon,
-                        is_bytes && !is_updated ? 0 : s->prepared, is_bytes ? s->integers : 0, s->steps, s->num_rows, p->in, p->levels);
+                        is_bytes && !is_updated ? 0 : s->prepared, is_bytes ? s->integers : 0, s->steps, s->num_rows, p->in,
+                        p->levels);
         from = s->prepared;
     }
     if (p->kind == ONE_ROW) k->multiply_row(from, p->in, p->weights, p->bias, y, p->out);
