@@ -148,9 +148,10 @@ class MixedModel:
         for name in names:
             self._sites[name].activate([(rows, v.layers[name]) for v, rows in self._groups if name in v.layers])
 
-    def compiled_blocks(self, layers: Sequence[CachedLayer], kernels: Kernels | None) -> CompiledBlocks | None:
+    def compiled_blocks(self, layers: Sequence[CachedLayer]) -> CompiledBlocks | None:
         """The blocks for steps that have `updates`; None where they do something that it cannot."""
-        config, library = self.base.config, library_of_blocks() if kernels is not None else None
+        config, kernels = self.base.config, self._kernels
+        library = None if kernels is None else library_of_blocks()
         described = [block.base.described() if isinstance(block.base, FusedBlock) else None for block in self._blocks]
         if kernels is None or library is None or None in described or config.positions != "learned":
             return None

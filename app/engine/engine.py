@@ -20,7 +20,7 @@ from app.engine.runner import Runner
 from app.engine.sampling import Choice, Sampling, sample, torch_argmax
 from app.engine.scheduler import Scheduler
 from app.engine.sequence import Sequence, check_request
-from app.engine.step_time import AnswerLength, StepTime
+from app.engine.step_time import AnswerLength, StepTime, queued_s
 from app.errors import UserError
 from app.methods.delta import Delta
 from app.models.decoder import Decoder
@@ -292,11 +292,9 @@ class Engine:
 
     def stats(self) -> Stats:
         scheduler, pool = self._scheduler, self._cache.pool
-        length, places = self._answer_length.mean, self.settings.max_batch_size
-        waiting = scheduler.queued_tokens if length is None else len(scheduler.waiting) * length
-        fixed_s, answer_s = self._step_time.fixed_s, self._step_time.answer_s
+        waiting = len(scheduler.waiting)
         return Stats(
-            waiting=len(scheduler.waiting),
+            waiting=waiting,
             running=len(scheduler.running),
             free_slots=scheduler.free_slots,
             queued_tokens=scheduler.queued_tokens,
@@ -309,9 +307,15 @@ class Engine:
             preemptions=scheduler.num_preemptions,
             deltas=len(self.deltas.loaded),
             delta_bytes=self.deltas.num_bytes,
-            fixed_s=fixed_s,
-            answer_s=answer_s,
-            queued_s=waiting / places * (fixed_s + answer_s * places),
+            fixed_s=self._step_time.fixed_s,
+            answer_s=self._step_time.answer_s,
+            queued_s=queued_s(
+                self._step_time,
+                self._answer_length,
+                waiting=waiting,
+                queued_tokens=scheduler.queued_tokens,
+                places=self.settings.max_batch_size,
+            ),
         )
 
     def _check_fits(self, variant: Variant, max_length: int) -> None:

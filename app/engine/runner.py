@@ -33,7 +33,7 @@ class Runner:
         self.cache = cache
         self.kernels = kernels
         self.paged = paged
-        self._compiled_blocks = model.compiled_blocks(cache.layers, kernels)
+        self._compiled_blocks = model.compiled_blocks(cache.layers)
         self._has_few_row_counts = has_onednns(model.decoder, head)
 
     @torch.inference_mode()

@@ -51,3 +51,10 @@ class AnswerLength:
         self._count = min(self._count + 1, _MEMORY_ANSWERS)
         before = self.mean or 0.0
         self.mean = before + (tokens - before) / self._count
+
+
+def queued_s(line: StepTime, length: AnswerLength, *, waiting: int, queued_tokens: int, places: int) -> float:
+    """Seconds that full batches of so many `places` would need for the `waiting` answers, if they are as long as the
+    last ones were; before any has ended, for all tokens that they may take."""
+    tokens = queued_tokens if length.mean is None else waiting * length.mean
+    return tokens / places * (line.fixed_s + line.answer_s * places)

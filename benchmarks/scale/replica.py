@@ -12,7 +12,7 @@ from functools import cache
 from heapq import heappop, heappush
 from math import ceil
 
-from app.engine.step_time import AnswerLength
+from app.engine.step_time import AnswerLength, queued_s
 from app.engine.step_time import StepTime as Observed
 from app.serving.autoscaling import share_of_rate
 
@@ -119,9 +119,10 @@ class Replica:
     @property
     def queued_s(self) -> float:
         """As `Engine.stats`."""
-        length, places, line = self._length.mean, self._limits.max_batch_size, self._observed
-        waiting = self.queued_tokens if length is None else len(self.waiting) * length
-        return waiting / places * (line.fixed_s + line.answer_s * places)
+        places = self._limits.max_batch_size
+        return queued_s(
+            self._observed, self._length, waiting=len(self.waiting), queued_tokens=self.queued_tokens, places=places
+        )
 
     @property
     def has_room(self) -> bool:
