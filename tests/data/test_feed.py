@@ -1,9 +1,11 @@
+import os
 import time
 
 import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
+import ray
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -136,10 +138,11 @@ def test_a_feed_that_is_ahead_of_its_workers_leaves_the_processor_to_them(ray_cl
     (split,) = dataset.streaming_split(1, equal=True)
     packets = iter(split.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
     next(packets)
+    pid = ray.get(split._coord_actor.__ray_call__.remote(lambda _: os.getpid()))
+    coordinator = psutil.Process(pid)  # by name there may be others, of the tests that run beside this one
 
     def seconds() -> float:
         """Of the processor, that what executes the dataset has used."""
-        (coordinator,) = (p for p in psutil.process_iter(["name"]) if "SplitCoordinator" in " ".join(p.cmdline()))
         used = coordinator.cpu_times()
         return float(used.user + used.system)
 
