@@ -92,6 +92,16 @@ def test_its_version_is_the_one_in_the_code(wheel: Path, environment: Path, else
     assert run(environment, elsewhere, "python", "-c", asked) == f"{app.__version__}\n"
 
 
+def test_it_says_that_its_weights_are_not_for_commercial_use(environment: Path, elsewhere: Path) -> None:
+    asked = "from importlib.metadata import metadata; print(metadata('pacos')['License-Expression'])"
+    said = run(environment, elsewhere, "python", "-c", asked).strip().split(" AND ")
+    cards = [card.read_text() for card in (REPOSITORY / "app/assets").glob("*/README.md")]
+    assert cards
+    for name in ("CC BY-NC 4.0", "CC BY-SA 3.0"):
+        assert all(name in card for card in cards)
+        assert name.replace(" ", "-") in said
+
+
 def test_the_installed_package_is_used_and_knows_the_embedded_model(environment: Path, elsewhere: Path) -> None:
     where = run(environment, elsewhere, "python", "-c", "import app, tune; print(app.__file__, tune.__file__)")
     assert all(file.startswith(str(environment)) for file in where.split())

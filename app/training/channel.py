@@ -50,7 +50,9 @@ class Channel:
 
     def __init__(self) -> None:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._actor = ray.remote(_ChannelActor).options(num_cpus=0, scheduling_strategy=here).remote()
+        # What it is asked ten times a second would fill the memory of the head, which keeps the events of all tasks.
+        options = {"num_cpus": 0, "scheduling_strategy": here, "enable_task_events": False}
+        self._actor = ray.remote(_ChannelActor).options(**options).remote()
 
     # --- the driver's end ---
 

@@ -31,6 +31,14 @@ GIVES_UP_SOONER = {
 }  # fmt: skip
 """Every node's environment, as docs/cluster.md advises."""
 
+KEEPS_LESS = {
+    "RAY_task_events_max_num_task_in_gcs": "2000",
+    "RAY_JEMALLOC_CONF": "narenas:1,background_thread:true,dirty_decay_ms:1000,muzzy_decay_ms:0",
+    "RAY_JEMALLOC_PROFILE": "raylet,gcs_server",
+}
+"""Every node's too: the head keeps the events of 100,000 tasks else, 400 MB, which takes hours to fill; and a raylet
+and the head's GCS keep pages that they have freed."""
+
 
 class Cluster:
     """Of the hosts `head`, `redis` and `WORKERS`, all up."""
@@ -172,6 +180,7 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         "OMP_WAIT_POLICY": "PASSIVE",
         "RAY_gcs_rpc_server_reconnect_timeout_s": "600",  # as KubeRay has it: nodes wait for a head
         **GIVES_UP_SOONER,
+        **KEEPS_LESS,
     }
     with hosts(("head", "redis", *WORKERS), folder, environment=environment) as machines:
         made = Cluster(machines, token)
