@@ -2,7 +2,6 @@
 
 import asyncio
 import math
-import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -57,7 +56,6 @@ class ServedModel:
         self.template = template
         self.delta = delta
         self._token_bytes = token_bytes
-        self._mean_duration_s = 1.0
 
     async def encode(self, request: GenerateRequest) -> list[tuple[list[int], PromptInfo]]:
         """Token ids of each prompt. Long texts take a while, so this is off the event loop.
@@ -83,22 +81,18 @@ class ServedModel:
                 yield pieces
 
     def retry_after_s(self) -> int:
-        """Seconds until a refused request has a chance, from the queue and how long answers took lately."""
-        stats = self.front.stats()
-        rounds = stats.waiting / max(1, stats.running)
-        return max(1, min(60, math.ceil(rounds * self._mean_duration_s)))
+        """Seconds until a refused request has a chance: until those that wait now are done."""
+        return max(1, min(60, math.ceil(self.front.stats().queued_s)))
 
     async def _answers(
         self, first: int, ids: list[int], request: GenerateRequest
     ) -> AsyncGenerator[tuple[Piece, ...], None]:
         """Of the `n` answers to one prompt, of which the first is choice `first`."""
         answers = [_Answer(TextStream(self.tokenizer, stop=request.stop)) for _ in range(request.n)]
-        start = time.monotonic()
         async with aclosing(self.front.batches(ids, self._sampling(request), self.delta)) as batches:
             async for batch in batches:
                 if pieces := self._pieces(first, answers, batch):
                     yield pieces
-        self._mean_duration_s += 0.1 * (time.monotonic() - start - self._mean_duration_s)
 
     def _pieces(self, first: int, answers: Sequence[_Answer], batch: Sequence[Event]) -> tuple[Piece, ...]:
         """At most one for each answer."""

@@ -2,6 +2,7 @@ import asyncio
 import json
 import shutil
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from app.data.prompts import AlpacaTemplate, PacosTemplate
 from app.data.records import Conversation, Message
 from app.errors import UserError
 from app.serving.generator import GeneratorDeployment
-from app.serving.messages import ChatPrompt, Completion, GenerateRequest, Piece, Refusal, Started
+from app.serving.messages import ChatPrompt, Completion, GenerateRequest, ModelInfo, Piece, Refusal, Started
 from app.serving.registered_deltas import with_registry
+from app.serving.served_model import ServedModel
 from app.tracking.registry import promote, register
 from app.tracking.run import open_tracker, tracked_run
 
@@ -304,3 +306,10 @@ def test_a_stop_text_ends_one_of_several_answers_and_not_the_others(generator):
             assert after.text == before.text[: before.text.index(stop)] and after.finish_reason == "stop"
         else:
             assert after == before
+
+
+@pytest.mark.parametrize(("queued_s", "told"), [(0.0, 1), (3.2, 4), (1000.0, 60)])
+def test_who_finds_the_queue_full_is_told_when_it_will_be_worked_off(queued_s, told):
+    front = SimpleNamespace(stats=lambda: SimpleNamespace(queued_s=queued_s))
+    model = ServedModel(ModelInfo("pacos", "hash", context_length=100, template=None), front, None, [], None)
+    assert model.retry_after_s() == told
