@@ -36,8 +36,7 @@ KEEPS_LESS = {
     "RAY_JEMALLOC_CONF": "narenas:1,background_thread:true,dirty_decay_ms:1000,muzzy_decay_ms:0",
     "RAY_JEMALLOC_PROFILE": "raylet,gcs_server",
 }
-"""Every node's too: the head keeps the events of 100,000 tasks else, 400 MB, which takes hours to fill; and a raylet
-and the head's GCS keep pages that they have freed."""
+"""Every node's too, as there, but for fewer events: a soak's head has them all within the warm-up."""
 
 
 class Cluster:
