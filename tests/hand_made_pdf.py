@@ -4,8 +4,11 @@ import zlib
 from collections.abc import Sequence
 
 
-def make_pdf(pages: Sequence[str], *, title: str = "", streams: Sequence[bytes] | None = None) -> bytes:
-    """A page with each of the texts (Latin letters); `streams` are compressed content streams to take instead."""
+def make_pdf(
+    pages: Sequence[str], *, title: str = "", streams: Sequence[bytes] | None = None, compressed: int = 1
+) -> bytes:
+    """A page with each of the texts (Latin letters); `streams` are content streams to take instead, each compressed
+    so many times."""
     contents = [zlib.compress(_content(text)) for text in pages] if streams is None else list(streams)
     kids = " ".join(f"{4 + 2 * number} 0 R" for number in range(len(contents)))
     objects = [
@@ -13,12 +16,14 @@ def make_pdf(pages: Sequence[str], *, title: str = "", streams: Sequence[bytes] 
         f"<< /Type /Pages /Kids [{kids}] /Count {len(contents)} >>".encode(),
         b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
     ]
+    filters = "/FlateDecode " * compressed
     for number, stream in enumerate(contents):
         objects.append(
             f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents {5 + 2 * number} 0 R "
             "/Resources << /Font << /F1 3 0 R >> >> >>".encode()
         )
-        objects.append(f"<< /Length {len(stream)} /Filter /FlateDecode >>\nstream\n".encode() + stream + b"\nendstream")
+        head = f"<< /Length {len(stream)} /Filter [{filters}] >>\nstream\n".encode()
+        objects.append(head + stream + b"\nendstream")
     objects.append(f"<< /Title ({title}) >>".encode())
     body, offsets = b"%PDF-1.4\n", []
     for number, content in enumerate(objects, start=1):

@@ -98,8 +98,10 @@ def file_hash(file: SourceFile) -> str:
         raise UserError(f"source={file.name!r} cannot be read: {error.strerror}") from None
 
 
-def as_json(file: SourceFile, spool: Path) -> Path:
+def as_json(file: SourceFile, spool: Path, *, most_bytes: int | None = None) -> Path:
     """A JSON file with the records of `file`: its own, or one made in `spool`, a folder for this file alone.
+
+    `most_bytes` is how much gzip within gzip may still unpack; None for what its own size allows.
 
     Raises:
         UserError: the file is damaged, or of a kind that is not read.
@@ -110,8 +112,11 @@ def as_json(file: SourceFile, spool: Path) -> Path:
         if kind.endswith(".gz"):
             spool.mkdir(parents=True, exist_ok=True)
             inner = spool / "unpacked"
-            _unpack(path, inner, name=file.name)
-            return as_json(replace(file, path=inner, name=file.name.removesuffix(".gz")), spool / "inner")
+            if most_bytes is None:
+                most_bytes = _MOST_GROWTH * path.stat().st_size + _BUFFER_BYTES
+            left = _unpack(path, inner, name=file.name, most_bytes=most_bytes)
+            packed = replace(file, path=inner, name=file.name.removesuffix(".gz"))
+            return as_json(packed, spool / "inner", most_bytes=left)
         if kind == ".parquet":
             return _write_lines(_parquet_rows(path), spooled)
         if kind in (".csv", ".tsv"):
@@ -123,14 +128,16 @@ def as_json(file: SourceFile, spool: Path) -> Path:
     return path
 
 
-def _unpack(path: Path, target: Path, *, name: str) -> None:
-    left = _MOST_GROWTH * path.stat().st_size + _BUFFER_BYTES
+def _unpack(path: Path, target: Path, *, name: str, most_bytes: int) -> int:
+    """How many of `most_bytes` are left."""
+    left = most_bytes
     with gzip.open(path) as source, target.open("wb") as unpacked:
         while block := source.read(_BUFFER_BYTES):
             left -= len(block)
             if left < 0:
                 raise UserError(f"source={name!r} becomes more than {_MOST_GROWTH} times larger; unpack it yourself")
             unpacked.write(block)
+    return left
 
 
 # --- finding ---
@@ -171,7 +178,9 @@ def _find_remote(uri: str) -> list[SourceFile]:
         raise UserError(f"source={uri!r} cannot be reached: {str(error).splitlines()[0]}") from None
     if not matched:
         raise UserError(f"source={uri!r}: no such file")
-    return [SourceFile(f"{scheme}://{match}", Path(match), remote=f"{scheme}://{match}{query}") for match in matched]
+    secret = rest.partition("/")[0].rpartition("@")[0] if scheme == "s3" else ""  # KEY:SECRET@BUCKET/…
+    remote = f"{scheme}://{secret}{'@' if secret else ''}"
+    return [SourceFile(f"{scheme}://{match}", Path(match), remote=f"{remote}{match}{query}") for match in matched]
 
 
 def _filesystem(uri: str) -> tuple[fs.FileSystem, str]:

@@ -2,7 +2,7 @@
 
 Files come from anyone, and a small one can be made to need all memory, or hours. So `app/retrieval/reading.py` runs
 this apart, and the kernel holds it to its limits. Knows nothing of the rest of the application, and reads no
-other file.
+other file than Python's own and its packages'.
 
     python -P extract.py KIND MAX_CHARACTERS MAX_PAGES MAX_MEMORY_BYTES MAX_SECONDS
 
@@ -48,18 +48,28 @@ def main(arguments: list[str]) -> None:
 
 
 def confine(max_memory_bytes: int, max_seconds: int) -> None:
-    """For the rest of the process: no more than that, no network, no other process, nothing written."""
+    """For the rest of the process: no more than that, no network, no other process, nothing written, and nothing read
+    but modules."""
     resource.setrlimit(resource.RLIMIT_AS, (max_memory_bytes, max_memory_bytes))
     resource.setrlimit(resource.RLIMIT_CPU, (max_seconds, max_seconds))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sys.addaudithook(_refuse)
 
 
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+_MODULES = tuple(os.path.realpath(folder) + os.sep for folder in (sys.prefix, sys.base_prefix, *sys.path) if folder)
+
+
 def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
     """What a file asks of the libraries that read it. It holds Python code, as these are, and no machine code."""
-    writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-    if writes or event.startswith(("socket.", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork")):
-        raise PermissionError(event)
+    if event == "open":
+        path, _, flags = arguments
+        is_module = isinstance(path, int) or os.path.realpath(os.fsdecode(path)).startswith(_MODULES)
+        if is_module and not flags & _WRITES:
+            return
+    elif event == "os.listdir" or not event.startswith(("os.", "socket.", "subprocess.", "shutil.", "tempfile.")):
+        return
+    raise PermissionError(event)
 
 
 def too_long(max_characters: int) -> str:

@@ -99,11 +99,12 @@ def test_an_outage_is_a_miss_counted_each_time_and_logged_once(caplog: pytest.Lo
     ]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '"text"', "null"])
+@pytest.mark.parametrize("text", ["", "{", "[1]", '"text"', "null", pytest.param("[" * 200_000, id="deep")])
 def test_what_is_no_object_under_our_key_is_a_miss(text: str) -> None:
     async def scenario() -> None:
-        backend = MemoryBackend(max_bytes=10_000)
+        backend = MemoryBackend(max_bytes=10**6)
         await backend.put("k", text, ttl_s=60)
+        assert await backend.get("k") == text
         assert await ResponseCache(backend, ttl_s=60).get("k") is None
 
     asyncio.run(scenario())

@@ -144,6 +144,10 @@ def test_an_object_store_is_read_by_key_and_by_glob(s3: str, tmp_path: Path) -> 
     assert read(f"s3://data/in/table.*{s3}", tmp_path / "2") == ROWS * 3
     with pytest.raises(UserError, match="no such file"):
         find_files((f"s3://data/in/absent.json{s3}",))
+    with_key = f"s3://someone:the-secret@data/in/packed.json.gz{s3}"
+    (file,) = find_files((with_key,))
+    assert (file.name, file.remote) == ("s3://data/in/packed.json.gz", with_key)
+    assert read(with_key, tmp_path / "3") == ROWS
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -221,3 +225,15 @@ def test_a_gzip_bomb_is_given_up_before_it_fills_the_disk(tmp_path: Path) -> Non
         as_json(SourceFile(str(bomb), bomb), spool)
     written = sum(file.stat().st_size for file in spool.rglob("*") if file.is_file())
     assert written <= 201 * bomb.stat().st_size + 2**20
+
+
+def test_gzip_in_gzip_grows_no_further_than_gzip_may(tmp_path: Path) -> None:
+    inner = gzip.compress(b'{"instruction": "a", "output": "b"}\n' * 2_000_000, 9)
+    bomb = tmp_path / "a.jsonl.gz.gz"
+    bomb.write_bytes(gzip.compress(inner))
+    assert 201 * bomb.stat().st_size + 2**20 < 70_000_000
+    with pytest.raises(UserError, match="more than 200 times larger"):
+        as_json(SourceFile(str(bomb), bomb), tmp_path / "spool")
+    twice = tmp_path / "b.jsonl.gz"
+    twice.write_bytes(gzip.compress(gzip.compress(b'{"instruction": "a", "output": "b"}\n')))
+    assert as_json(SourceFile(str(twice), twice), tmp_path / "other").read_bytes().startswith(b'{"instruction"')

@@ -91,31 +91,39 @@ def test_a_file_without_a_document_in_it_says_why(content: bytes, kind: Kind, to
 
 
 def test_a_compressed_bomb_is_refused_within_its_memory() -> None:
-    """Two gigabytes of content in two megabytes of file, by one stream and by a stream in a stream."""
+    """Two gigabytes of content in two megabytes of file, in some kilobytes by a stream in a stream, and by many pages
+    that are each small enough."""
     compressor = zlib.compressobj(9)
     block = b"(x) Tj " * 150_000
     bomb = b"".join(compressor.compress(block) for _ in range(2000)) + compressor.flush()
     assert len(bomb) < 10_000_000
     limits = LIMITS.model_copy(update={"timeout_s": 4.0})
-    for streams in ([bomb], [zlib.compress(b"BT /F1 1 Tf " + b"(alpaca) Tj " * 500_000 + b"ET")] * 20):
+    page = zlib.compress(b"BT /F1 1 Tf " + b"(alpaca) Tj " * 500_000 + b"ET")
+    twice = zlib.compress(bomb, 9)
+    assert len(twice) < 200_000
+    for file in (
+        make_pdf([], streams=[bomb]), make_pdf([], streams=[twice], compressed=2), make_pdf([], streams=[page] * 20)
+    ):  # fmt: skip
         started = time.monotonic()
         with pytest.raises(Unreadable):
-            read(make_pdf([], streams=streams), "pdf", limits=limits)
+            read(file, "pdf", limits=limits)
         assert time.monotonic() - started < 10
 
 
 @pytest.mark.parametrize("tag", [b"<div>", b"<b>", b"<ul><li>", b"<table><tr><td>", b"<blockquote>"])
 def test_html_that_is_nested_without_end_is_refused_or_read(tag: bytes) -> None:
+    started = time.monotonic()
     try:
         assert "alpaca" in read(tag * 20_000 + b"alpaca", "html").text
     except Unreadable as error:
         assert any(word in str(error) for word in ("nested", "takes more", "cannot be read", "memory"))
+    assert time.monotonic() - started < LIMITS.timeout_s + 10
 
 
 def test_a_file_that_takes_too_long_is_given_up() -> None:
     slow = make_pdf([], streams=[zlib.compress(b"BT /F1 1 Tf " + b"(alpaca) Tj 0 -1 Td " * 3_000_000 + b"ET")])
     started = time.monotonic()
-    with pytest.raises(Unreadable, match="takes more than 1 s|cannot be read"):
+    with pytest.raises(Unreadable, match="takes more than 1 s"):
         read(slow, "pdf", limits=ReadingConfig(timeout_s=1))
     assert time.monotonic() - started < 10
 

@@ -6,7 +6,9 @@ Bombs are in tests/retrieval/test_reading.py, what cannot be a document in tests
 import gzip
 import http.server
 import io
+import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -54,14 +56,14 @@ def asked() -> Iterator[tuple[str, list[str]]]:
         server.shutdown()
 
 
-def page(url: str) -> bytes:
+def page(url: str, file: Path) -> bytes:
     return f"""<!doctype html><html><head><base href="{url}/base/">
     <meta http-equiv="refresh" content="0; url={url}/meta">
     <link rel="stylesheet" href="{url}/style"><script src="{url}/script"></script>
     <style>@import url({url}/import)</style></head><body background="{url}/background">
     <p>alpaca <img src="{url}/image"> <a href="{url}/link">link</a></p><iframe src="{url}/frame"></iframe>
     <object data="{url}/object"></object><svg><image href="{url}/svg"/></svg><video poster="{url}/poster"></video>
-    <img src="file:///etc/hostname"><xi:include href="file:///etc/hostname"/></body></html>""".encode()
+    <img src="file://{file}"><xi:include href="file://{file}"/></body></html>""".encode()
 
 
 def pdf(url: str) -> bytes:
@@ -75,9 +77,11 @@ def pdf(url: str) -> bytes:
 
 def test_nothing_that_a_document_names_is_fetched(asked, tmp_path: Path) -> None:
     url, paths = asked
-    markdown = f"# alpaca\n\n![a picture]({url}/markdown) <{url}/auto>\n\n[r]: {url}/reference"
+    secret = tmp_path / "secret"
+    secret.write_text("the words of a file")
+    markdown = f"# alpaca\n\n![a picture]({url}/markdown) <{url}/auto>\n\n[r]: {url}/reference ![]({secret})"
     files = [
-        File("page.html", page(url), "html"),
+        File("page.html", page(url, secret), "html"),
         File("page.pdf", pdf(url), "pdf"),
         File("page.md", markdown.encode(), "markdown"),
         File(f"{url}/name.txt", b"alpaca", "text", title=f"{url}/title"),
@@ -85,7 +89,7 @@ def test_nothing_that_a_document_names_is_fetched(asked, tmp_path: Path) -> None
     library = library_in(tmp_path / "library")
     for file in files:
         document = read_file(file, ReadingConfig())
-        assert "alpaca" in document.text, file.name
+        assert "alpaca" in document.text and "the words of a file" not in document.text, file.name
         library.add([library.prepared(document, kind=file.kind, num_bytes=len(file.content))])
     assert paths == []
     httpx.get(f"{url}/seen", trust_env=False)
@@ -102,38 +106,78 @@ def test_nothing_that_a_document_names_is_fetched(asked, tmp_path: Path) -> None
         "import os; os.fork()",
         "open('{folder}/written', 'w')",
         "import os; os.open('{folder}/written', os.O_CREAT | os.O_RDWR)",
+        "import os; os.open('{folder}/written', os.O_CREAT)",
+        "import os; os.mkdir('{folder}/written')",
+        "import os; os.symlink('/', '{folder}/written')",
+        "import os; os.remove('{folder}/kept')",
+        "import os; os.rename('{folder}/kept', '{folder}/written')",
+        "import shutil; shutil.rmtree('{folder}')",
+        "open('{folder}/kept').read()",
+        "open('/etc/hostname').read()",
     ],
 )
-def test_what_reads_a_file_reaches_no_network_and_writes_nothing(asked, attempt: str, tmp_path: Path) -> None:
+def test_what_reads_a_file_reaches_no_network_no_other_file_and_writes_nothing(
+    asked, attempt: str, tmp_path: Path
+) -> None:
     """Whatever the libraries that read HTML and PDF come to do some day."""
     url, paths = asked
-    attempt = attempt.format(port=url.rpartition(":")[2], folder=tmp_path)
-    for is_confined, status in ((False, 0), (True, 1)):
+    folder = tmp_path / "folder"
+    attempt = attempt.format(port=url.rpartition(":")[2], folder=folder)
+    refused = 77
+    for is_confined, status in ((False, 0), (True, refused)):
+        folder.mkdir(exist_ok=True)
+        (folder / "kept").write_text("a secret")
         confine = "extract.confine(2**30, 20)" if is_confined else ""
-        code = f"import extract; {confine}\ntry:\n    {attempt}\nexcept PermissionError:\n    raise SystemExit(1)"
+        # urllib's error is an OSError with the hook's in it
+        code = f"import extract; {confine}\ntry:\n    {attempt}\nexcept OSError:\n    raise SystemExit({refused})"
         before = list(paths)
         done = subprocess.run([sys.executable, "-c", code], cwd=Path(EXTRACT).parent, capture_output=True, timeout=60)
         assert done.returncode == status, done.stderr.decode()
-        if not is_confined:
-            (tmp_path / "written").unlink(missing_ok=True)
-    assert paths == before and not (tmp_path / "written").exists()
+        if not is_confined and (written := folder / "written").is_dir() and not written.is_symlink():
+            written.rmdir()
+        elif not is_confined:
+            (folder / "written").unlink(missing_ok=True)
+    assert paths == before and [file.name for file in folder.iterdir()] == ["kept"]
+
+
+@pytest.mark.parametrize(
+    ("what_it_does", "told"),
+    [
+        ("open('{folder}/written', 'w')", r"is damaged \(PermissionError\)"),
+        ("bytearray(2**31)", "needs more than 1073741824 bytes of memory"),
+    ],
+)
+def test_the_program_that_reads_files_confines_itself(what_it_does: str, told: str, tmp_path: Path) -> None:
+    """`confine` is not only there."""
+    does = what_it_does.format(folder=tmp_path)
+    code = f"import extract\nextract._html = lambda _: {does}\nextract.main(['html', '100', '1', str(2**30), '20'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(EXTRACT).parent, capture_output=True, timeout=60,
+                          input=b"<p>alpaca</p>")  # fmt: skip
+    assert re.search(told, json.loads(done.stdout)["refused"]), done
+    assert list(tmp_path.iterdir()) == []
 
 
 NAMES = [
-    "../../escaped.md", "/tmp/escaped.md", "..", "a/../../b.md", "C:\\escaped.md", "~/escaped.md", "a" * 255,
+    "../../escaped.md", "{folder}/escaped.md", "..", "a/../../b.md", "C:\\escaped.md", "~/escaped.md", "a" * 255,
     "$(touch escaped).md", "'; DROP TABLE documents; --.md", "%2e%2e%2fescaped.md", "con", "\u202egnp.md",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_documents_name_is_a_label_and_no_path(tmp_path: Path, name: str) -> None:
-    library = library_in(tmp_path / "one/two/library")
-    before = every_file(tmp_path)
-    document = Document(name, "An alpaca eats hay.")
-    (key,) = library.add([library.prepared(document, kind="markdown", num_bytes=19)])
-    (record,) = [record for record in library.records(limit=10)[0] if record.key == key]
-    assert record.name == name
-    assert {file for file in every_file(tmp_path) - before if not file.startswith("one/two/library/")} == set()
+def test_a_documents_name_is_a_label_and_no_path(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library has the files that it has for any name, and there are no others."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    name = name.format(folder=tmp_path)
+    for folder, called in (("one/two/usual", "usual.md"), ("one/two/library", name)):
+        library = library_in(tmp_path / folder)
+        (key,) = library.add([library.prepared(Document(called, "An alpaca eats hay."), kind="markdown", num_bytes=19)])
+        (record,) = [record for record in library.records(limit=10)[0] if record.key == key]
+        assert record.name == called
+    usual, named = tmp_path / "one/two/usual", tmp_path / "one/two/library"
+    assert every_file(named) == every_file(usual) != set()
+    inside = {f"one/two/{folder.name}/{file}" for folder in (usual, named) for file in every_file(folder)}
+    assert every_file(tmp_path) - inside == {"one", "one/two", "one/two/usual", "one/two/library"}
 
 
 def library_in(folder: Path) -> Library:
