@@ -128,6 +128,8 @@ def test_a_template_that_leaves_the_answer_out_is_refused() -> None:
 def test_a_template_from_elsewhere_runs_in_a_sandbox() -> None:
     with pytest.raises(UserError, match="refuses this conversation.*unsafe"):
         ChatTemplate("{{ messages.__class__.__mro__ }}").prompt("?")
+    with pytest.raises(UserError, match="refuses this conversation.*(unsafe|not safely callable)"):
+        ChatTemplate("{{ messages.append(messages[0]) }}{{ messages | length }}").prompt("?")
 
 
 def test_a_damaged_template_and_one_that_objects_are_told() -> None:

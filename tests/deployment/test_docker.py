@@ -210,6 +210,7 @@ def test_secrets_reach_the_containers_as_files() -> None:
         granted = {secret["source"] for secret in service.get("secrets", ())}
         used = set(re.findall(r"/run/secrets/(\w+)", str(service)))
         assert used == granted <= set(COMPOSE["secrets"]), name
+    assert '--requirepass "$$(cat /run/secrets/redis_password)"' in SERVICES["redis"]["command"][-1]
 
 
 def test_no_container_can_gain_rights() -> None:

@@ -95,6 +95,17 @@ def test_every_node_wants_the_users_token_and_no_other_ray(
     assert len({environment["RAY_TMPDIR"] for environment in environments}) == 1
 
 
+def test_the_token_is_made_its_owners_alone(
+    program: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = tmp_path / "auth_token"
+    token.write_text("as Ray writes it")
+    token.chmod(0o644)
+    monkeypatch.setattr("app.ray_cluster.TOKEN_FILE", token)
+    with local_cluster(nodes=1, cpus=1, program=program):
+        assert token.stat().st_mode & 0o777 == 0o600
+
+
 def test_everything_listens_on_localhost_with_flags_that_ray_has() -> None:
     head = options(head_command([], gcs=1, dashboard=2, agent=3, client=4, object_store=80_000_000)[1:])
     worker = options(worker_command([], gcs=1, cpus=2, agent=5, object_store=80_000_000)[1:])

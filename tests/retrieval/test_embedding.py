@@ -84,6 +84,18 @@ def test_folders_that_hold_no_such_model_are_refused(tiny_embedder: Path, tmp_pa
         Embedder(str(copy))
 
 
+def test_code_beside_a_model_is_not_run(tiny_embedder: Path, tmp_path: Path) -> None:
+    copy, mark = tmp_path / "copy", tmp_path / "ran"
+    shutil.copytree(tiny_embedder, copy)
+    (copy / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass Module: ...\n")
+    modules = json.loads((copy / "modules.json").read_text())
+    modules[0]["type"] = "evil.Module"
+    (copy / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(UserError, match="cannot be loaded"):
+        Embedder(str(copy))
+    assert not mark.exists()
+
+
 def test_retrieval_is_imported_without_ray_or_models() -> None:
     check = (
         "import sys, app.retrieval.search, app.retrieval.documents\n"

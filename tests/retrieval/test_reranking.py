@@ -1,5 +1,7 @@
 """A tiny real cross-encoder with random weights: which order it gives is known from the model itself."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -77,3 +79,15 @@ def test_what_is_no_cross_encoder_is_refused(tmp_path: Path, tiny_embedder: Path
 def test_a_passage_is_a_passage_still(cross_encoder: Path, index: Path) -> None:
     (passage, *_) = Reranker(str(cross_encoder)).ranked("hay", Searcher(index).search("hay", top_k=3))
     assert isinstance(passage, Passage) and passage.text and passage.document_id == passage.document
+
+
+def test_code_beside_a_model_is_not_run(cross_encoder: Path, tmp_path: Path) -> None:
+    copy, mark = tmp_path / "copy", tmp_path / "ran"
+    shutil.copytree(cross_encoder, copy)
+    (copy / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass Config: ...\nclass Model: ...\n")
+    config = json.loads((copy / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForSequenceClassification": "evil.Model"}
+    (copy / "config.json").write_text(json.dumps(config | {"model_type": "evil"}))
+    with pytest.raises(UserError, match="is no cross-encoder"):
+        Reranker(str(copy))
+    assert not mark.exists()

@@ -91,7 +91,7 @@ def test_a_safetensors_header_that_lies_is_refused(folders, kind: str, name: str
     folder, read = folders[kind]
     read()
     put(folder, name, LIES[lie])
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="damaged"):
         read()
 
 

@@ -103,6 +103,19 @@ def test_the_token_is_for_its_owner_alone(tmp_path: Path, monkeypatch: pytest.Mo
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
+def test_a_cluster_of_ones_own_makes_it_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "auth_token"
+    monkeypatch.setattr(ray_cluster_module, "TOKEN_FILE", file)
+
+    def as_ray_does(**_: object) -> None:
+        file.write_text("token")
+        file.chmod(0o644)
+
+    monkeypatch.setattr(ray, "init", as_ray_does)
+    ray_cluster_module._connect(None, 1.0)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
 @pytest.mark.ray
 def test_a_local_cluster_leaves_no_token_that_others_can_read(ray_cluster: None) -> None:
     file = ray_cluster_module.TOKEN_FILE

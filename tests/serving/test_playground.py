@@ -1,5 +1,6 @@
 """The page at `/`, in headless Chromium where that is installed."""
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ import pytest
 from local_application import served_here
 
 from app.config import ApplicationConfig, validate
+
+MARKUP = "<img src=x onerror=document.title='broken'>"
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +27,12 @@ def test_a_browser_gets_the_page_and_others_a_line_of_json(url):
     assert httpx.get(url, trust_env=False).json()["documentation"] == "/docs"
     page = httpx.get(url, headers={"accept": "text/html,application/xhtml+xml"}, trust_env=False)
     assert page.headers["content-type"].startswith("text/html")
-    assert "frame-ancestors 'none'" in page.headers["content-security-policy"]
+    policy = dict(part.split(" ", 1) for part in page.headers["content-security-policy"].split("; "))
+    for directive in ("default-src", "base-uri", "form-action", "frame-ancestors"):
+        assert policy.pop(directive) == "'none'"
+    assert policy.pop("connect-src") == "'self'" and set(policy) == {"script-src", "style-src"}
+    assert all(re.fullmatch(r"'sha256-[^' ]+'( 'unsafe-hashes')?", sources) for sources in policy.values())
+    assert page.headers["x-content-type-options"] == "nosniff"
     assert not re.search(r"""(src|href)=["']?https?:|@import|url\(""", page.text), "nothing is loaded from elsewhere"
 
 
@@ -127,7 +135,12 @@ def test_escape_stops_an_answer_and_a_mistake_is_told(page):
 
 
 def test_what_a_model_says_is_text_and_nothing_else(page):
-    ask(page, "<img src=x onerror=document.title='broken'>")
+    said = MARKUP + " says the model"
+    events = [{"choices": [{"delta": {"content": said}}]}, {"choices": [], "usage": {"completion_tokens": 3}}]
+    body = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+    assert ask(page, MARKUP) == said
+    assert page.locator(".turn.user").last.inner_text() == MARKUP
     assert page.locator("#log img").count() == 0 and page.title() == "Pacos playground"
 
 
@@ -166,7 +179,7 @@ def test_documents_are_uploaded_read_and_deleted_by_keyboard(browser, library_ur
     page.goto(library_url)
     rows = page.locator("#documents-list li")
     rows.nth(2).wait_for()
-    (tmp_path / "dentist.md").write_text("# 🦙 Dentist\n\nThe alpaca dentist visits the herd in spring.\n")
+    (tmp_path / "dentist.md").write_text(f"# 🦙 Dentist {MARKUP}\n\nThe alpaca dentist visits the herd in spring.\n")
     page.set_input_files("#upload", [tmp_path / "dentist.md"])
     rows.nth(3).wait_for()
     assert "1 stored" in page.locator("#documents-state").inner_text()
@@ -181,6 +194,8 @@ def test_documents_are_uploaded_read_and_deleted_by_keyboard(browser, library_ur
     page.locator(".cites details[open] button").first.focus()
     page.keyboard.press("Enter")
     assert page.locator("#reader mark").inner_text() == "The alpaca dentist visits the herd in spring."
+    assert MARKUP in page.locator("#reader-text").inner_text() and MARKUP in page.locator(".cites").inner_text()
+    assert page.locator("#reader img, .cites img").count() == 0
     page.keyboard.press("Escape")
     assert not page.locator("#reader").is_visible()
     page.on("dialog", lambda dialog: dialog.accept())
