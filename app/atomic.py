@@ -5,8 +5,9 @@ import glob
 import os
 import shutil
 import socket
+import stat
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -138,7 +139,8 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def replaced_file(file: Path) -> Iterator[Path]:
-    """A staging path that takes `file`'s place when the block ends well; its folder is made if need be.
+    """A staging path that takes `file`'s place when the block ends well, with its rights if it was there; its folder
+    is made if need be.
 
     Raises:
         UserError: the path cannot be written.
@@ -147,6 +149,8 @@ def replaced_file(file: Path) -> Iterator[Path]:
     staging = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         yield staging
+        with suppress(FileNotFoundError):
+            staging.chmod(stat.S_IMODE(file.stat().st_mode))
         staging.replace(file)
     except OSError as error:
         staging.unlink(missing_ok=True)

@@ -163,6 +163,7 @@ def test_serve_deploy_answers_as_transformers_does(
     command_line(cluster, "serve", "deploy", str(tmp_path / "serve.yaml"))
     url = f"http://127.0.0.1:{port}"
     wait_for(lambda: httpx.get(f"{url}/healthz", timeout=5).status_code == 200, what="the endpoint")
+    assert "status: RUNNING" in command_line(cluster, "serve", "status")
     prompt = PacosTemplate().prompt("Which continent is Chile part of?")
     body = {"model": "pacos:tuned", "prompt": prompt, "max_tokens": 12, "temperature": 0}
     response = httpx.post(f"{url}/v1/completions", json=body, timeout=60)

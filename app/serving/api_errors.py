@@ -11,11 +11,9 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.serving.messages import Refusal
+from app.serving.messages import INTERNAL_ERROR, Refusal
 from app.serving.openai_schema import COMBINATION, UNSUPPORTED, error_response
 from app.serving.request_log import note
-
-INTERNAL_ERROR = Refusal(500, "the server failed to answer; its log says why", code="internal_error")
 
 
 class ApiError(Exception):

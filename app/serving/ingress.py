@@ -15,14 +15,14 @@ from app.config import ApplicationConfig
 from app.data.records import Message
 from app.serving.access import KeyRing, RequireKey
 from app.serving.answering import Answering, Stopwatch
-from app.serving.api_errors import INTERNAL_ERROR, ApiError, BodyLimit, add_error_handlers
+from app.serving.api_errors import ApiError, BodyLimit, add_error_handlers
 from app.serving.chat_schema import ChatChunk, ChatRequest, ChatResponse, ChatStream, chat_response
 from app.serving.document_routes import PATH as DOCUMENTS_PATH
 from app.serving.document_routes import add_document_routes
 from app.serving.draining import Doorkeeper, RefuseWhenEnding
 from app.serving.embedding_schema import EmbeddingRequest, EmbeddingResponse, embedder_name, embedding_response
 from app.serving.limiter import LimiterClient
-from app.serving.messages import CacheResult, ChatPrompt, GenerateRequest, Piece, Refusal, Started
+from app.serving.messages import INTERNAL_ERROR, CacheResult, ChatPrompt, GenerateRequest, Piece, Refusal, Started
 from app.serving.openai_schema import (
     CompletionRequest,
     CompletionResponse,

@@ -213,6 +213,8 @@ class Refusal:
     retry_after_s: int | None = None
 
 
+INTERNAL_ERROR = Refusal(500, "the server failed to answer; its log says why", code="internal_error")
+
 Items = tuple[Started | Piece | Refusal, ...]
 """What comes of a request at once. They travel together, because a message costs more than what is in it."""
 

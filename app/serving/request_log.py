@@ -14,6 +14,8 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.serving.messages import INTERNAL_ERROR
+
 logger = logging.getLogger("ray.serve")
 
 CLIENT_LEFT = 499
@@ -79,7 +81,7 @@ class LogRequests:
             status = CLIENT_LEFT
             raise
         except Exception:
-            status = status or 500
+            status, record.error = status or 500, record.error or INTERNAL_ERROR.code
             raise
         finally:
             current_record.reset(token)

@@ -115,6 +115,20 @@ def test_workflows_run_what_a_developer_runs() -> None:
         subprocess.run(["bash", "-n", REPOSITORY / script], check=True)
 
 
+def test_secrets_and_known_flaws_are_looked_for_at_every_change() -> None:
+    def does(target: str) -> str:
+        """What make would run, the installations taken for done."""
+        done = [f"--assume-old=.venv/.{name}" for name in ("created", "runtime", "dev", "audit")]
+        command = ["make", "--dry-run", *done, target]
+        return subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout
+
+    assert "kingfisher scan" in does("check")
+    assert "pip-audit" in does("audit") and "kingfisher scan . --branch HEAD" in does("audit")
+    steps = [step.get("run", "") for name, job in jobs() if name.startswith("ci.") for step in job["steps"]]
+    for target in ("check", "audit"):
+        assert any(re.search(rf"\bmake {target}\b", step) for step in steps), target
+
+
 def test_a_release_waits_for_the_wheel_to_be_tried_and_keeps_no_token() -> None:
     release = read(REPOSITORY / ".github/workflows/release.yaml")["jobs"]
     assert (release["try"]["needs"], release["github"]["needs"], release["pypi"]["needs"]) == ("build", "try", "github")

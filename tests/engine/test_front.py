@@ -93,7 +93,7 @@ def test_a_full_queue_refuses_only_the_requests_beyond_it(model, prompts):
     results = asyncio.run(main())
     front.shutdown()
     answered = [result for result in results if isinstance(result, list)]
-    assert len(answered) >= 2 and all(result == answered[0] for result in answered)
+    assert 2 <= len(answered) < 6 and all(result == answered[0] for result in answered)
     assert all(isinstance(result, QueueFull) for result in results if not isinstance(result, list))
 
 

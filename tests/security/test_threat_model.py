@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from app.config import ServeConfig
+from app.serving.launch import _http_options
 
 REPOSITORY = Path(__file__).parents[2]
 NAMED = re.findall(r"(tests/[\w/]+\.py)(?:::(\w+))?", (REPOSITORY / "docs/security.md").read_text(encoding="utf-8"))
@@ -25,7 +26,7 @@ def test_the_threat_model_names_tests() -> None:
 
 
 def test_an_endpoint_listens_on_localhost_unless_told_otherwise() -> None:
-    assert ServeConfig().host == "127.0.0.1"
+    assert ServeConfig().host == _http_options(ServeConfig())["host"] == "127.0.0.1"
     deployed = yaml.safe_load((REPOSITORY / "serve_config.yaml").read_text(encoding="utf-8"))
     assert deployed["http_options"]["host"] == "127.0.0.1"
     assert deployed["proxy_location"] == "HeadOnly" and "grpc_options" not in deployed

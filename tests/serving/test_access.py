@@ -3,8 +3,9 @@
 import asyncio
 import hashlib
 import json
-import os
+import re
 import stat
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -13,10 +14,13 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from app.config import AccessConfig, ApiKeyConfig, KeyConfig
+from app.assets import EMBEDDED_BASE
+from app.config import AccessConfig, ApiKeyConfig, ApplicationConfig, KeyConfig, validate
 from app.errors import UserError
 from app.serving.access import KeyRing, RequireKey, current_key, keys_of_environment, new_key, read_keys
+from app.serving.answering import Answering
 from app.serving.application import build
+from app.serving.ingress import create_api
 from app.serving.limiter import LimiterClient, Limits
 
 
@@ -139,6 +143,21 @@ def test_without_a_right_key_nothing_is_answered(client, header):
     assert "three" not in json.dumps(response.json())
 
 
+def test_without_a_key_every_route_but_the_open_ones_is_closed():
+    config = validate(ApplicationConfig, {"generator": {"model": str(EMBEDDED_BASE)}})
+    handle = SimpleNamespace(options=lambda **_: None)
+    api = create_api(Answering(config, generator=handle, retriever=handle))
+    ring = KeyRing(AccessConfig(keys=(ApiKeyConfig(name="ana", sha256=digest("one")),)))
+    api.add_middleware(RequireKey, ring=ring, limiter=LimiterClient(Handle()))
+    asked = {(method, route.path) for route in api.routes for method in route.methods - {"HEAD"}}
+    client = TestClient(api, raise_server_exceptions=False)
+    status = {(method, path): client.request(method, re.sub(r"{\w+}", "x", path)).status_code for method, path in asked}
+    is_open = {path for (_, path), code in status.items() if code != 401}
+    assert is_open == {"/", "/healthz", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"}
+    assert {"/v1/completions", "/v1/documents", "/v1/documents/{id}/content"} <= {path for _, path in asked} - is_open
+    assert all(client.get(path).status_code == 200 for path in is_open - {"/healthz"})
+
+
 def test_with_a_key_the_request_knows_whose_it_is(client):
     assert client.get("/v1/models", headers={"authorization": "bearer one"}).text == "ana"
     assert client.get("/healthz").text == client.get("/").text == "anyone"
@@ -195,11 +214,9 @@ def test_a_key_without_limits_asks_no_limiter():
     assert handle.calls == 0
 
 
-def test_the_file_of_keys_is_for_its_owner_alone(tmp_path):
+def test_the_file_of_keys_keeps_the_rights_that_it_was_given(tmp_path):
     file = tmp_path / "keys.yaml"
-    old = os.umask(0o022)
-    try:
-        new_key(KeyConfig(name="ana", keys_file=str(file)))
-    finally:
-        os.umask(old)
-    assert stat.S_IMODE(file.stat().st_mode) & 0o022 == 0
+    new_key(KeyConfig(name="ana", keys_file=str(file)))
+    file.chmod(0o600)
+    new_key(KeyConfig(name="ben", keys_file=str(file)))
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600 and len(read_keys(file)) == 2
