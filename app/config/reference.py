@@ -1,6 +1,7 @@
 """docs/configuration.md, from the schema: `python -m app.config.reference > docs/configuration.md`."""
 
 import typing
+from typing import Any
 
 from pydantic.fields import FieldInfo
 
@@ -49,16 +50,21 @@ def render() -> str:
     return "\n".join(sections)
 
 
-def _rows(config: type[Config], *, prefix: str, defaults: Config | None = None) -> list[str]:
+def _rows(config: type[Config], *, prefix: str, defaults: Config | None = None, is_optional: bool = False) -> list[str]:
+    """`is_optional`: of a section that may be left out, or a list that may be empty."""
     rows: list[str] = []
     for name, field in config.model_fields.items():
         default = getattr(defaults, name) if defaults is not None else field.default
         variants = _configs(field)
-        if not variants:
-            rows.append(f"| `{prefix}{name}` | {_shown(default, field)} | {_meaning(field)} |")
+        may_be_left_out = default is None or default == ()
+        if not variants or may_be_left_out:
+            shown = _shown(default, field)
+            shown += ", if the section is given" if is_optional and shown == "required" else ""
+            rows.append(f"| `{prefix}{name}` | {shown} | {_meaning(field)} |")
         for variant in variants:
             is_default = isinstance(default, variant)
-            rows += _rows(variant, prefix=f"{prefix}{name}.", defaults=default if is_default else None)
+            defaults_there = default if is_default else None
+            rows += _rows(variant, prefix=f"{prefix}{name}.", defaults=defaults_there, is_optional=may_be_left_out)
     return rows
 
 
@@ -76,7 +82,20 @@ def _shown(default: object, field: FieldInfo) -> str:
 
 
 def _meaning(field: FieldInfo) -> str:
-    return " ".join((field.description or "").split()).replace("|", "\\|")
+    meaning = " ".join((field.description or "").split())
+    choices = _choices(field.annotation)
+    if len(choices) > 1 and not all(f"`{choice}`" in meaning for choice in choices):
+        meaning += f" One of {', '.join(f'`{choice}`' for choice in choices)}."
+    return meaning.strip().replace("|", "\\|")
+
+
+def _choices(annotation: Any) -> tuple[str, ...]:
+    """The words that a setting may be; none where it may be anything else too."""
+    if typing.get_origin(annotation) is typing.Literal:
+        return tuple(map(str, typing.get_args(annotation)))
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _choices(typing.get_args(annotation)[0])
+    return ()
 
 
 if __name__ == "__main__":
