@@ -36,13 +36,22 @@ def replaced_folder(folder: Path, *, contents: Collection[str]) -> Iterator[Path
         for file in staging.rglob("*"):  # safetensors makes files that only their owner can read
             file.chmod(file.stat().st_mode | (staging.stat().st_mode & 0o666))
         _swap(staging, folder, retired)
-    except BaseException:
+    except BaseException as error:
         if retired.exists() and not folder.exists():
             retired.rename(folder)
+        if _tells_of_a_full_disk(error):
+            raise UserError(f"{str(folder)!r} cannot be written: {error}; free space, or name another disk") from None
         raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         shutil.rmtree(retired, ignore_errors=True)
+
+
+def _tells_of_a_full_disk(error: BaseException) -> bool:
+    full = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, SafetensorError):  # has the number in its words alone
+        return any(f"os error {number}" in str(error) for number in full)
+    return isinstance(error, OSError) and error.errno in full
 
 
 @contextmanager

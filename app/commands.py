@@ -373,11 +373,12 @@ def run_dry(job: Any, *, resume: bool) -> None:
 def run_evaluate(plan: Any) -> None:
     """Run what `plan_evaluation` planned."""
     from app.training.evaluate import evaluate as run
-    from app.training.evaluate import plot_file
+    from app.training.evaluate import plot_file, write_evaluations
 
     with console.progress("evaluate", unit="records") as advance:
         results = run(plan, progress=advance)
     show_evaluations(plan.config, results)
+    write_evaluations(plan.config, results)
     if plan.config.output and len(results) > 1:
         console.say(f"Plot: {plot_file(plan.config)}")
 

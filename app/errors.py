@@ -5,6 +5,8 @@ import re
 
 def masked(text: str) -> str:
     """`text` without the passwords of the URIs in it, which may go into logs, run folders and tracking servers."""
+    # in a database's URI a password may hold slashes, which elsewhere end what may be a port
+    text = re.sub(r"(?i)\b((?!https?:|file:)[a-z][a-z0-9+.-]*://[^/\s:@]*):[^\s@'\"]+@", r"\1:***@", text)
     text = re.sub(r"(://[^/\s:@]*):[^/\s@]+@", r"\1:***@", text)
     return re.sub(r"(?i)\b(\w*(?:password|secret)\w*|(?:\w*_)?token)=[^&\s]+", r"\1=***", text)
 

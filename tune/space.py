@@ -114,7 +114,13 @@ def check_space(config: SweepConfig) -> Checked:
                 about = trial.model_dump_json(exclude={"optimizer", "seed"})
                 if about not in trials:
                     trials[about] = trial
-                    steps.add(plan_job(trial).total_steps)
+                    job = plan_job(trial)
+                    steps.add(job.total_steps)
+                    if not job.manifest.num_rows("validation"):
+                        raise UserError(
+                            f"train.data={trial.data!r} has no held-out records, by whose loss trials are compared; "
+                            "prepare it with a larger validation_fraction"
+                        )
             except UserError as error:
                 raise UserError(f"{where}{error}") from None
     return Checked(tuple(trials.values()), min(steps), max(steps))

@@ -74,6 +74,8 @@ class MemoryBackend:
 
     async def put(self, key: str, value: str, *, ttl_s: float) -> None:
         self._remove(key)
+        if _bytes_of(key, value) > self._max_bytes:  # all others would have to go for nothing
+            return
         self._entries[key] = (value, self._clock() + ttl_s)
         self.num_bytes += _bytes_of(key, value)
         while self.num_bytes > self._max_bytes:

@@ -57,7 +57,7 @@ def is_about_words(text: str) -> bool:
 # --- the parts of a text ---
 
 _MATERIAL_BEGINS = re.compile(r'[:\n"`<>(\[{|]|(?<!\w)\'|[^\x00-\x7f](?<![^\W\d_])(?<![€£×÷°–—])')
-_FINAL = re.compile(r"(?:[.?]|(?<![\d!])(?<!\b[a-zA-Z])!| )+$")  # 5! and n! are factorials
+_FINAL = re.compile(r"[.? ]|(?<![\d!])(?<!\b[a-zA-Z])!")  # 5! and n! are factorials
 _COMMANDS = (
     "add|answer|calculate|choose|classify|compare|compose|compute|convert|correct|create|describe|draft|edit|estimate"
     "|evaluate|explain|find|generate|give|help|identify|list|make|name|outline|paraphrase|predict|propose|provide|recommend"
@@ -179,9 +179,17 @@ _INDIRECT = _rules(
 )
 
 
+def _without_end(request: str) -> str:
+    """From the end, mark by mark: a search for the run of them would begin anew at each of a run in the middle."""
+    end = len(request)
+    while end and _FINAL.match(request, end - 1, end):
+        end -= 1
+    return request[:end]
+
+
 def _without_frames(request: str) -> str:
     is_question = request.endswith("?")
-    bare = _FINAL.sub("", request)
+    bare = _without_end(request)
     bare = _THANKS.sub("", _PLEASE.sub("", _GREETING.sub("", bare)))
     bare = _PLEASE.sub("", _I_WANT.sub("", _CAN_YOU.sub("", bare)))
     told = _TELL.sub("", bare)

@@ -68,6 +68,15 @@ Layout = Annotated[PaddedLayout | FixedLayout | PackedLayout, Field(discriminato
 RecordFormat = Literal["alpaca", "dolly", "prompt_completion", "chat", "text"]
 
 
+_FIELDS: dict[RecordFormat, tuple[str, ...]] = {
+    "alpaca": ("instruction", "input", "output"),
+    "dolly": ("instruction", "context", "response"),
+    "prompt_completion": ("prompt", "completion"),
+    "chat": ("messages",),
+    "text": ("text",),
+}
+
+
 class PrepareConfig(Config):
     """`pacos prepare`: instruction records to tokenized Parquet shards."""
 
@@ -107,6 +116,11 @@ class PrepareConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> "PrepareConfig":
+        formats = _FIELDS if self.format == "auto" else {self.format: _FIELDS[self.format]}
+        known = sorted({name for names in formats.values() for name in names})
+        for name in self.fields:
+            if name not in known:
+                raise ValueError(f"fields.{name}: format={self.format} has no such field; it has {', '.join(known)}")
         if self.validation_fraction + self.test_fraction >= 1:
             raise ValueError(
                 f"validation_fraction={self.validation_fraction} and test_fraction={self.test_fraction} leave nothing "

@@ -56,7 +56,7 @@ class TrackingConfig(StoreConfig):
     """Made if need be."""
     run_name: str | None = None
     """None takes the name of the run's folder."""
-    artifacts: str | None = None
+    artifacts: Annotated[str, Masked] | None = None
     """Folder or URI for the artifacts of a new experiment; none leaves it to the server, or takes a folder beside the
     SQLite file."""
 

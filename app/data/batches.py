@@ -39,8 +39,7 @@ class Batch:
         if parts == 1:
             return [self]
         pieces = [rows for rows in torch.arange(len(self.input_ids)).tensor_split(parts) if len(rows)]
-        empty = [Batch(self.input_ids[:1, :2], torch.zeros_like(self.loss_mask[:1, :2]), 0)] * (parts - len(pieces))
-        return [self._rows(rows) for rows in pieces] + empty
+        return [self._rows(rows) for rows in pieces] + [empty_batch()] * (parts - len(pieces))
 
     def _rows(self, rows: Tensor) -> "Batch":
         """Those rows; `num_tokens` is not theirs, and stays with the whole."""
@@ -79,6 +78,12 @@ def collate(
         return batch
     positions, documents = _places(lengths, shape)
     return Batch(batch.input_ids, batch.loss_mask, batch.num_tokens, positions, documents)
+
+
+def empty_batch() -> Batch:
+    """A row with nothing in the loss, for a worker that has none of its own where the others compute one: under ZeRO-3
+    each pass is a collective call."""
+    return Batch(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.bool), 0)
 
 
 def batches_by_length(rows: Iterable[tuple[np.ndarray, ...]], *, size: int) -> Iterator[Batch]:

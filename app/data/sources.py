@@ -26,6 +26,8 @@ from app.config.base import DATA_SUFFIXES
 from app.errors import UserError
 
 _GLOB = "*?["
+_BY_BUCKET = ("s3", "gs", "gcs")
+"""Of which a URI names the bucket, and maybe before an @ who asks."""
 _BUFFER_BYTES = 1 << 20
 _MOST_GROWTH = 200
 """How many times larger a file may become by unpacking it. Text grows tenfold, records that are much alike some fifty
@@ -64,7 +66,10 @@ def identity(file: SourceFile) -> str:
     if file.remote is None:
         return file_hash(file)
     filesystem, path = _filesystem(file.remote)
-    info = filesystem.get_file_info(path)
+    try:
+        info = filesystem.get_file_info(path)
+    except OSError as error:
+        raise UserError(f"source={file.name!r} cannot be reached: {str(error).splitlines()[0]}") from None
     return f"{info.size} bytes of {info.mtime_ns}"
 
 
@@ -79,7 +84,7 @@ def fetch(file: SourceFile, spool: Path) -> SourceFile:
         with filesystem.open_input_stream(path, compression=None) as source, copy.open("wb") as target:
             shutil.copyfileobj(source, target, _BUFFER_BYTES)
     except OSError as error:
-        raise UserError(f"source={file.name!r} cannot be read: {error}") from None
+        raise UserError(f"source={file.name!r} cannot be copied to {str(copy)!r}: {error}") from None
     return replace(file, path=copy)
 
 
@@ -125,6 +130,9 @@ def as_json(file: SourceFile, spool: Path, *, most_bytes: int | None = None) -> 
         raise UserError(f"source={file.name!r} is not UTF-8: {error.reason}; convert it with iconv") from None
     except (pa.ArrowException, csv.Error, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"source={file.name!r} is damaged: {error}") from None
+    except OSError as error:  # pyarrow's of a damaged page too; a full disk has a number
+        told = f"cannot be unpacked into {str(spool)!r}: {error.strerror}" if error.errno else f"is damaged: {error}"
+        raise UserError(f"source={file.name!r} {told}") from None
     return path
 
 
@@ -178,12 +186,15 @@ def _find_remote(uri: str) -> list[SourceFile]:
         raise UserError(f"source={uri!r} cannot be reached: {str(error).splitlines()[0]}") from None
     if not matched:
         raise UserError(f"source={uri!r}: no such file")
-    secret = rest.partition("/")[0].rpartition("@")[0] if scheme == "s3" else ""  # KEY:SECRET@BUCKET/…
+    secret = rest.partition("/")[0].rpartition("@")[0] if scheme in _BY_BUCKET else ""  # KEY:SECRET@BUCKET/…
     remote = f"{scheme}://{secret}{'@' if secret else ''}"
     return [SourceFile(f"{scheme}://{match}", Path(match), remote=f"{remote}{match}{query}") for match in matched]
 
 
 def _filesystem(uri: str) -> tuple[fs.FileSystem, str]:
+    scheme = uri.partition("://")[0]
+    if scheme not in (*_BY_BUCKET, "file"):  # others name a host or a container, which a file's path does not have
+        raise UserError(f"source={uri!r}: {scheme}:// is not read; s3://, gs:// and file:// are")
     try:
         return fs.FileSystem.from_uri(uri.replace(" ", "%20"))
     except (pa.ArrowException, OSError) as error:

@@ -74,6 +74,10 @@ def _sections(document: Document) -> Iterator[tuple[str, int, int]]:
     yield heading, start, len(document.text)
 
 
+LONGEST_TITLE = 300
+"""Characters of a title and of a heading: each chunk repeats them."""
+
+
 @dataclass(frozen=True)
 class _Heading:
     text: str
@@ -92,7 +96,7 @@ def _headings(document: Document) -> Iterator[_Heading]:
         while end <= match.start():
             start, end = next(fenced, _NOWHERE)
         if match.start() < start:
-            yield _Heading(_without_closing(match[1].rstrip()), match.start(), match.end())
+            yield _Heading(_without_closing(match[1].rstrip())[:LONGEST_TITLE], match.start(), match.end())
 
 
 def _without_closing(heading: str) -> str:

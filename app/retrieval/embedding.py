@@ -1,6 +1,7 @@
 """Texts -> unit vectors, by a model of sentence-transformers' format. Knows no chunks, no index and no cluster."""
 
 import hashlib
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -62,6 +63,7 @@ class _LibrarysModel:
 
         model = SentenceTransformer(str(folder), device=device, local_files_only=True, trust_remote_code=False)
         self._model = model.float().eval()
+        self._lock = threading.Lock()  # to encode and to count set how the one tokenizer cuts and pads
 
     @property
     def max_tokens(self) -> int | None:
@@ -69,14 +71,16 @@ class _LibrarysModel:
         return None if longest is None or longest == float("inf") else int(longest)
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        vectors = self._model.encode(list(texts), convert_to_numpy=True, show_progress_bar=False)
+        with self._lock:
+            vectors = self._model.encode(list(texts), convert_to_numpy=True, show_progress_bar=False)
         return np.asarray(vectors, dtype=np.float32)
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         tokenizer = self._model.tokenizer
         if hasattr(tokenizer, "encode_batch"):  # of the `tokenizers` package, as a static model has it
             return [len(encoding.ids) for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
-        return [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
+        with self._lock:
+            return [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
 
 
 def embedder_folder(name: str) -> Path:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,10 @@ FROM documents JOIN contents ON contents.document_id = documents.id JOIN changes
 class NameTaken(Exception):
     def __init__(self, name: str, key: str) -> None:
         super().__init__(f"there is a document {name!r} already: {key}")
+
+
+MOST_CHUNKS = 20_000
+"""Of a document: a passage of a word under each of a million headings is no document, and takes gigabytes."""
 
 
 class NoText(Exception):
@@ -124,12 +129,15 @@ class Library:
     def prepared(self, document: Document, *, kind: Kind, num_bytes: int) -> Prepared:
         """
         Raises:
-            NoText: it has none, or none below its headings.
+            NoText: it has none, none below its headings, or more than `MOST_CHUNKS` passages of it.
         """
         settings = self._chunking
-        chunks = tuple(chunk_document(document, chunk_words=settings.chunk_words, overlap_words=settings.overlap_words))
+        found = chunk_document(document, chunk_words=settings.chunk_words, overlap_words=settings.overlap_words)
+        chunks = tuple(islice(found, MOST_CHUNKS + 1))
         if not chunks:
             raise NoText("holds no text below its headings")
+        if len(chunks) > MOST_CHUNKS:
+            raise NoText(f"makes more than {MOST_CHUNKS} passages; part it into several documents")
         return Prepared(document, kind, num_bytes, chunks, self.embedder.embed([chunk.content for chunk in chunks]))
 
     def add(self, documents: Iterable[Prepared]) -> list[str]:
@@ -355,4 +363,5 @@ def _size(change: Change) -> int:
     if change.document is None:
         return 100
     vectors = change.document.vectors
-    return sum(100 + len(chunk[-1]) for chunk in change.document.chunks) + (0 if vectors is None else vectors.nbytes)
+    texts = sum(100 + len(title) + len(text) for _, title, _, _, text in change.document.chunks)
+    return texts + (0 if vectors is None else vectors.nbytes)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 from app.config.documents import ReadingConfig
-from app.retrieval.chunking import Document
+from app.retrieval.chunking import LONGEST_TITLE, Document
 
 Kind = Literal["text", "markdown", "html", "pdf"]
 SUFFIXES: dict[str, Kind] = {
@@ -23,7 +23,6 @@ MEDIA_TYPES: dict[str, Kind] = {
     "application/xhtml+xml": "html",
     "application/pdf": "pdf",
 }
-_LONGEST_TITLE = 300
 _PASSED_ON = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "PYTHONUTF8", "TMPDIR")
 _EXTRACT = Path(__file__).with_name("extract.py")
 
@@ -95,7 +94,7 @@ def _extracted(content: bytes, kind: Kind, limits: ReadingConfig) -> tuple[str, 
     answer = cast(dict[str, str], json.loads(done.stdout))
     if "refused" in answer:
         raise Unreadable(answer["refused"])
-    return _clean(answer["text"]), " ".join(_clean(answer["title"]).split())[:_LONGEST_TITLE]
+    return _clean(answer["text"]), " ".join(_clean(answer["title"]).split())[:LONGEST_TITLE]
 
 
 def _environment() -> dict[str, str]:

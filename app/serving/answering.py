@@ -43,6 +43,8 @@ _MODELS_FOR_S = 2.0
 _FULL_FOR_S = 0.1
 """A queue that has refused one answer is not asked for another so soon: under more load than can be carried most of the
 work would be to refuse, and it is done on the cores that answer."""
+_MOST_LOGPROBS = 250_000
+"""Of one request: to write them down holds up all others of the replica, for some two seconds."""
 _ENDED = Refusal(503, "the replica that worked on this has ended", code="unavailable", retry_after_s=2)
 _TIMEOUT = "the answer took longer than request_timeout_s={seconds:g}"
 
@@ -113,6 +115,7 @@ class Answering:
         return completion, result
 
     async def _completed(self, request: GenerateRequest) -> tuple[Completion, CacheResult]:
+        _check_logprobs(request)
         key = await self._key(request)
         if key is None:
             self._cache.count("uncached")
@@ -128,6 +131,7 @@ class Answering:
 
     async def stream(self, request: GenerateRequest) -> AsyncGenerator[Started | Piece, None]:
         """`Started`, then pieces, within `request_timeout_s` altogether. A cached answer is streamed as one piece."""
+        _check_logprobs(request)
         key = await self._key(request)
         if key is None:
             self._cache.count("uncached")
@@ -151,7 +155,7 @@ class Answering:
         with self._shedding(request):
             completion = await self._call(lambda: self._generator.complete.remote(request))
         self._charge(completion.prompt_tokens + completion.completion_tokens)
-        self._keep(key, request, completion)
+        self._keep(key, completion)
         return completion
 
     async def _streamed(self, key: AnswerKey | None, request: GenerateRequest) -> AsyncGenerator[Started | Piece, None]:
@@ -171,7 +175,7 @@ class Answering:
         finally:  # a client that leaves pays for what was computed
             self._charge(num_tokens)
         if collector:
-            self._keep(key, request, collector.completion())
+            self._keep(key, collector.completion())
 
     @contextmanager
     def _shedding(self, request: GenerateRequest) -> Iterator[None]:
@@ -291,12 +295,11 @@ class Answering:
         with suppress(ApiError):  # who needs it will be told
             await self.models()
 
-    def _keep(self, key: AnswerKey | None, request: GenerateRequest, completion: Completion) -> None:
+    def _keep(self, key: AnswerKey | None, completion: Completion) -> None:
         if key is None:
             return
-        known = self._models.get(request.model)  # None where another request has forgotten them in the meantime
-        if known is None or completion.model_hash != known.hash:
-            self._models = {}  # a replica was replaced and has loaded other weights; the key is for the old ones
+        if completion.model_hash != key.model_hash:
+            self._models = {}  # promoted meanwhile, or a replica was replaced: the key is for the old weights
             return
         self._cache.put(key, completion)
 
@@ -313,6 +316,18 @@ class Stopwatch:
 
     def total(self) -> float:
         return time.perf_counter() - self.start
+
+
+def _check_logprobs(request: GenerateRequest) -> None:
+    if request.logprobs is None:
+        return
+    number = request.num_choices * request.max_tokens * (1 + request.logprobs)
+    if number > _MOST_LOGPROBS:
+        message = (
+            f"{number} log-probabilities may be told ({request.num_choices} answers of {request.max_tokens} tokens, "
+            f"{request.logprobs} alternatives each), more than {_MOST_LOGPROBS}; ask for fewer of any"
+        )
+        raise ApiError(Refusal(400, message, code="too_many_logprobs", param="logprobs"))
 
 
 def _unless_refused(item: Any) -> Any:

@@ -25,6 +25,8 @@ logger = logging.getLogger("ray.serve")
 class AnswerKey:
     exact: str
     """Of the request as it is."""
+    model_hash: str
+    """Of the weights whose answer may lie there."""
     wordings: str | None = None
     """Of all requests whose last message asks the same in other words; none where only the same words will do."""
     question: str = ""
@@ -53,10 +55,10 @@ class AnswerCache:
         """
         exact = cache_key(model_hash, tenant=tenant, **request.identity())
         if self._wordings is None or (asked := _in_canonical_words(request)) is None:
-            return AnswerKey(exact)
+            return AnswerKey(exact, model_hash)
         canonical_request, question = asked
         wordings = cache_key(model_hash, tenant=tenant, wordings=True, **canonical_request.identity())
-        return AnswerKey(exact, wordings, question)
+        return AnswerKey(exact, model_hash, wordings, question)
 
     def count(self, result: str) -> None:
         """A request, by what there was for it: a `CacheResult`, or `uncached`."""

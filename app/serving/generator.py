@@ -4,9 +4,10 @@ all deployments here are: `application` puts it on Serve."""
 import asyncio
 import gc
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -38,6 +39,9 @@ _ATTEMPTS = 3
 """A model can be replaced or unloaded between its being found and its engine's being asked."""
 
 
+T = TypeVar("T")
+
+
 class GeneratorDeployment:
     def __init__(self, config: ApplicationConfig) -> None:
         torch.set_num_threads(config.generator.threads)
@@ -47,6 +51,7 @@ class GeneratorDeployment:
         gc.collect()
         gc.freeze()  # a collection over all that is loaded would hold up every answer for a tenth of a second
         self._metrics = GeneratorMetrics()
+        self._loads = ThreadPoolExecutor(1, thread_name_prefix="library")
         self._ending = threading.Event()
         threading.Thread(target=self._report, name="metrics", daemon=True).start()
         if self._library.has_aliases:
@@ -128,13 +133,17 @@ class GeneratorDeployment:
                     return
                 if isinstance(error, UnknownDelta):
                     try:
-                        await asyncio.to_thread(self._library.load_again, model)
+                        await self._in_library(self._library.load_again, model)
                     except (UserError, DeltasFull) as full:
                         yield (_unavailable_model(request.model, full),)
                         return
 
     async def _find(self, name: str) -> ServedModel | None:
-        return self._library.get(name) or await asyncio.to_thread(self._library.find, name)
+        return self._library.get(name) or await self._in_library(self._library.find, name)
+
+    async def _in_library(self, work: Callable[..., T], *given: Any) -> T:
+        """In a thread of its own, one after the other: a store that does not answer holds up no one's tokenization."""
+        return await asyncio.get_running_loop().run_in_executor(self._loads, work, *given)
 
     def _report(self) -> None:
         while not self._ending.wait(_REPORT_S):

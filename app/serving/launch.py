@@ -49,7 +49,8 @@ def serve_application(
             [serve.RunTarget(application, name=APPLICATION, route_prefix="/")], wait_for_applications_running=False
         )
         _wait_until_running(progress or (lambda states: None), timeout_s)
-        url = f"{'http' if config.tls is None else 'https'}://{config.host}:{config.port}"
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        url = f"{'http' if config.tls is None else 'https'}://{host}:{config.port}"
         _wait_until_healthy(url, timeout_s)
     except BaseException:
         stop_application()

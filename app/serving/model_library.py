@@ -68,6 +68,8 @@ class ModelLibrary:
         self._told: dict[str, str] = {}
         """By the delta's name, why it stays what it is: told once, not at every look."""
         self._unknown_until: dict[str, float] = {}
+        self._failed: dict[str, str] = {}
+        """Why a registered delta could not be loaded, until it is tried again."""
         self._loading = threading.Lock()
         try:
             for delta_name, reference in config.deltas.items():
@@ -100,6 +102,8 @@ class ModelLibrary:
         with self._loading:
             if full_name not in self._models and time.monotonic() >= self._unknown_until.get(delta_name, 0):
                 self._load_registered(delta_name)
+            if failed := self._failed.get(delta_name):
+                raise UserError(failed)
         return self._models.get(full_name)
 
     def load_again(self, model: ServedModel) -> None:
@@ -166,18 +170,23 @@ class ModelLibrary:
             self._load(delta_name, before, pin=True)
 
     def _load_registered(self, delta_name: str) -> None:
+        """What cannot be had is not asked for again within `refresh_s`: a store that is away takes its time to tell."""
         reference = production(delta_name)
+        self._failed.pop(delta_name, None)
         try:
             version = version_now(reference, self._config.tracking) if reference else None
+            if reference is not None and version is not None:
+                self._load(delta_name, version, pin=False)
+                self._references[delta_name] = reference
+                return
         except NotRegistered:
-            version = None
-        if reference is None or version is None:
-            if len(self._unknown_until) > 1000:  # whoever guesses names
-                self._unknown_until.clear()
-            self._unknown_until[delta_name] = time.monotonic() + self._config.refresh_s
-            return
-        self._load(delta_name, version, pin=False)
-        self._references[delta_name] = reference
+            pass
+        except UserError as error:
+            self._failed[delta_name] = str(error)
+        if len(self._unknown_until) > 1000:  # whoever guesses names
+            self._unknown_until.clear()
+            self._failed.clear()
+        self._unknown_until[delta_name] = time.monotonic() + self._config.refresh_s
 
     def _load(self, delta_name: str, version: str, *, pin: bool) -> None:
         """Have `NAME:delta_name` answer with the delta that `version` is, a folder or a registered version."""
@@ -187,6 +196,11 @@ class ModelLibrary:
         check_base(delta, str(folder), base_hash=self._base_hash, tokenizer_hash=self._fingerprint)
         template, weights = template_of(delta.metadata), self._base_hash + delta.hash
         if needs_own_model(delta):
+            if delta_name not in self._config.deltas:
+                raise UserError(
+                    f"{full_name} trains weights of the base itself, so it takes a model and a cache of its own; list "
+                    "it in generator.deltas"
+                )
             model = with_delta(self._folder, delta)
             front = self._engine(model, full_name)
             served = self._served(full_name, front, template, weights, model.max_length)
@@ -219,7 +233,9 @@ class ModelLibrary:
         )
         device = torch.device(config.device)
         model = model.requires_grad_(False).eval().to(device, compute_dtype(config.precision, device))
-        engine = Engine(model, settings, token_bytes=self._token_bytes)
+        # a model's vocabulary may be filled up to a round number, with tokens that have no text
+        padded = [*self._token_bytes, *[b""] * (model.config.vocab_size - len(self._token_bytes))]
+        engine = Engine(model, settings, token_bytes=padded)
         return EngineFront(engine, name=f"engine {name}", batches_per_s=_BATCHES_PER_S)
 
     def _served(

@@ -157,7 +157,9 @@ class SamplingRequest(WireRequest):
     repetition_penalty: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] = 1.0
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
-    logit_bias: Annotated[dict[TokenId, Bias], Field(json_schema_extra={"additionalProperties": False})] = {}
+    logit_bias: Annotated[
+        dict[TokenId, Bias], Field(max_length=300, json_schema_extra={"additionalProperties": False})
+    ] = {}
     seed: Integer | None = None
     """Equal seeds give equal answers."""
     stop: StopStrings = []

@@ -122,6 +122,13 @@ class ServedModel:
         return piece
 
     def _sampling(self, request: GenerateRequest) -> Sampling:
+        """
+        Raises:
+            InvalidRequest: a bias of a token that only the model has, whose vocabulary may be filled up.
+        """
+        known = len(self._token_bytes)
+        if (strange := next((token for token in request.logit_bias if token >= known), None)) is not None:
+            raise InvalidRequest(f"logit_bias: token id {strange} is outside the vocabulary of {known}")
         return Sampling(
             max_tokens=request.max_tokens,
             n=request.n,
@@ -141,7 +148,7 @@ class ServedModel:
         )
 
     def _logprob(self, token: int, logprob: float, top: Sequence[tuple[int, float]] = ()) -> TokenLogprob:
-        content = self._token_bytes[token]
+        content = self._token_bytes[token] if token < len(self._token_bytes) else b""
         text = content.decode(errors="replace") if content else self.tokenizer.decode([token], keep_special=True)
         return TokenLogprob(text, tuple(content), logprob, tuple(self._logprob(*likely) for likely in top))
 

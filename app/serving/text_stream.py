@@ -36,6 +36,8 @@ class TextStream:
         return text
 
     def _release(self, text: str) -> str:
+        if self.stopped:
+            return ""
         text = self._held + text
         found = [position for stop in self._stop if (position := text.find(stop)) >= 0]
         if found:

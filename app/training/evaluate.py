@@ -3,7 +3,7 @@
 import functools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -148,6 +148,15 @@ def evaluate(
         _evaluate_one(plan, candidate, exchanges, advance=functools.partial(advance, name=candidate.name))
         for candidate in plan.candidates
     ]
+    return evaluations
+
+
+def write_evaluations(config: EvaluateConfig, evaluations: Sequence[Evaluation]) -> None:
+    """Into `config.output`, if there is one; several also as a plot beside it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     if config.output:
         results = [asdict(evaluation) for evaluation in evaluations]
         write_text(
@@ -156,7 +165,6 @@ def evaluate(
         )
         if len(evaluations) > 1:
             plot_comparison(plot_file(config), results, title=f"{config.split} records of {Path(config.data).name}")
-    return evaluations
 
 
 def plot_file(config: EvaluateConfig) -> Path:

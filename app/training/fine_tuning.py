@@ -18,7 +18,7 @@ from app.assets import model_folder
 from app.atomic import replaced_folder, told_if_unwritable
 from app.config.methods import name_of
 from app.config.schema import TrainConfig
-from app.data.batches import Batch, batches_by_length
+from app.data.batches import Batch, batches_by_length, empty_batch
 from app.data.feed import Feed
 from app.data.shards import COLUMNS, Manifest, read_manifest
 from app.data.tokenization import TOKENIZER_FILES, copy_tokenizer
@@ -267,7 +267,7 @@ def is_packed(manifest: Manifest) -> bool:
 
 
 def validation_batches(job: Job) -> list[Batch]:
-    """This worker's share of the held-out records, by length, so that little is padding.
+    """This worker's share of the held-out records, by length, so that little is padding; as many batches on each.
 
     Kept in memory, as ids: reading them anew for every evaluation costs more.
     """
@@ -275,7 +275,9 @@ def validation_batches(job: Job) -> list[Batch]:
     columns = (table[name].to_numpy()[rank() :: world_size()] for name in COLUMNS)
     mine = list(zip(*columns, strict=True))
     size = job.config.micro_batch_size or max(1, job.config.batch_size // world_size())
-    return list(batches_by_length(mine, size=size))
+    batches = list(batches_by_length(mine, size=size))
+    largest_share = -(-table.num_rows // world_size())
+    return batches + [empty_batch()] * (-(-largest_share // size) - len(batches))
 
 
 def _trained_model(job: Job) -> Decoder:

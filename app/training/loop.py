@@ -77,7 +77,7 @@ def run(
     save: Callable[[int, Metrics], None],
     should_stop: Callable[[], bool] = lambda: False,
     until: int | None = None,
-    loss_scale: float | None = None,
+    loss_scale: LossScale | None = None,
 ) -> int:
     """Train from `start_step` to `plan.total_steps`, or to `until` before it; returns the last step made.
 
@@ -91,7 +91,7 @@ def run(
         keep_freed_memory()
     model.train()
     precision = resolve_precision(plan.precision, device)
-    scale = LossScale(loss_scale or LossScale.START) if precision == "fp16" else None
+    scale = (loss_scale or LossScale()) if precision == "fp16" else None
     kernels = {
         "attention": training_attention(model, device=device, precision=precision, is_packed=plan.is_packed),
         "cross_entropy": cross_entropy.version_on(device),
@@ -129,6 +129,7 @@ def run(
         else:
             metrics["loss_scale"] = factor
             scale.update(is_finite=math.isfinite(gradient_norm))
+            metrics |= scale.state()
         if math.isfinite(gradient_norm):  # else the step was left out
             metrics["gradient_norm"] = gradient_norm
         if plan.is_due(step, plan.eval_every):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from app.config.schema import OptimizerConfig
 from app.training.checkpointing import Checkpoint
+from app.training.precision import LEFT_OUT
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BETAS = (0.9, 0.999)
@@ -64,7 +65,8 @@ def set_rates(groups: Iterable[dict[str, Any]], *, learning_rate: float, weight_
 def adamw_state(checkpoint: Checkpoint, name: str, *, device: torch.device) -> dict[str, Tensor]:
     """What torch's AdamW keeps for parameter `name`, on `device`."""
     moments = {moment: checkpoint.moments[f"{name}.{moment}"].to(device, copy=True) for moment in MOMENTS}
-    return {"step": torch.tensor(float(checkpoint.step), device=device), **moments}
+    steps = checkpoint.step - checkpoint.state.get("metrics", {}).get(LEFT_OUT, 0)
+    return {"step": torch.tensor(float(steps), device=device), **moments}
 
 
 def unscale_and_clip(parameters: Iterable[nn.Parameter], *, scale: float, clip_norm: float) -> Tensor:

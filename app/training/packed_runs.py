@@ -53,6 +53,8 @@ class _Run:
     """Whether its result is written."""
     writing: threading.Lock = field(default_factory=threading.Lock)
     """Held while its folder is written to, and when it leaves: who joins anew finds all, and gets nothing after."""
+    error: Exception | None = None
+    """What it failed of."""
     ready: deque[Metrics | Exception] = field(default_factory=deque)
     """What `go_on` returns next."""
 
@@ -196,8 +198,9 @@ class PackedRuns:
             run = self._runs.pop(name, None)
             self._changed.notify_all()
         if run is not None:
-            with run.writing:
-                run.resources.close()
+            with run.writing:  # what it failed of is told to MLflow, and has been to whoever waits for it
+                error = run.error
+                run.resources.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)
 
     def _work(self) -> None:
         while True:
@@ -262,6 +265,7 @@ class PackedRuns:
 
     def _fail(self, run: _Run, error: Exception) -> None:
         run.allowed = -1  # no further: the step may be half made, and its rows are used up
+        run.error = error
         run.recording.told.end_by(error)
         self._tell(run, error)
 

@@ -81,7 +81,13 @@ def check_is_new(output: Path) -> None:
     Raises:
         UserError: `output` holds something.
     """
-    if output.exists() and (not output.is_dir() or any(entry.name != LOCK_FILE for entry in output.iterdir())):
+    if not output.exists():
+        return
+    begun = {LOCK_FILE, _INPUTS}  # before there is a configuration, there is no run that could go on
+    if not output.is_dir() or any(
+        entry.name not in begun and not (entry.name.startswith(".") and entry.name.endswith(".tmp"))
+        for entry in output.iterdir()
+    ):
         raise UserError(f"output={str(output)!r} is not empty; pass --resume to go on, or name another folder")
 
 

@@ -32,7 +32,7 @@ from app.training.checkpointing import Checkpoint
 from app.training.interruption import Stopped, interruptible
 from app.training.loop import Metrics
 from app.training.optimizer import Optimizer
-from app.training.precision import store_frozen
+from app.training.precision import LossScale, store_frozen
 from app.training.workers import collective_device, rank, sum_over_workers, world_size
 
 WorkerFunction = Callable[[dict[str, Any]], None]
@@ -211,13 +211,13 @@ def train_on_worker(
     """Train `model`'s trainable weights from the newest checkpoint, if any, to the plan's end, or to the step `until`;
     ends on the device.
 
-    Returns the metrics of the last step, none where the checkpoint was of the last step already.
+    Returns the metrics of the last step.
 
     `make_optimizer(model, checkpoint)` is called with the model on its device;
     `batches(start_step)` yields this worker's batches. `about(step)` is what identifies the run and its place in the
     data after that step: it is written into the checkpoint, and one that says something else is refused. Only rank 0
-    sends metrics through `channel`, writes checkpoints, and then calls `on_save`. A checkpoint has what the driver may
-    not have written down yet, which would else be lost with it.
+    sends metrics through `channel`, calls `on_save`, and then writes the checkpoint. This has what the driver may not
+    have written down yet, which would else be lost with it.
 
     Raises:
         Stopped: the driver asked to stop; the last step is saved.
@@ -236,7 +236,7 @@ def train_on_worker(
     optimizer = make_optimizer(model, checkpoint)
     start_step = checkpoint.step if checkpoint else 0
     _check_agreed(start_step, checkpoints.place)
-    saved: Metrics = {}
+    saved: Metrics = dict(checkpoint.state["metrics"]) if checkpoint else {}
     unwritten: list[Metrics] = []
 
     def report(metrics: Metrics) -> None:
@@ -250,8 +250,8 @@ def train_on_worker(
         made = checkpoint_of(optimizer, metrics, about={**about(step), UNWRITTEN: list(unwritten)})  # collective
         saved.update(metrics)
         if rank() == 0:
+            on_save(metrics)  # before: a step of which there is a checkpoint does not come again
             checkpoints.save(made, keep_last=keep_last, keep_best=keep_best)
-            on_save(metrics)
         ray.train.report(made.state["metrics"])
 
     last_step = loop.run(
@@ -265,7 +265,7 @@ def train_on_worker(
         save=save,
         should_stop=should_stop,
         until=until,
-        loss_scale=checkpoint.state["metrics"].get("loss_scale") if checkpoint else None,
+        loss_scale=LossScale.after(checkpoint.state["metrics"] if checkpoint else {}),
     )
     if last_step < (plan.total_steps if until is None else until):
         raise Stopped(last_step, plan.total_steps)

@@ -2,12 +2,13 @@
 
 import json
 import re
+import time
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
-from app.caching.wording import LONGEST, canonical, is_about_words
+from app.caching.wording import LONGEST, _without_end, canonical, is_about_words
 
 Pair = tuple[str, str]
 
@@ -135,3 +136,18 @@ def test_real_instructions_of_one_form_are_the_same_question(shared_data):
     telling = re.compile(r"\d+|\b(?:not|no|never|all|some|any|more|less|most|least|first|last|before|after|was|were)\b")
     assert 0 < len(groups) < 30
     assert [group for group in groups if len({tuple(telling.findall(text)) for text in group}) > 1] == []
+
+
+def test_a_run_of_marks_in_the_middle_is_read_once() -> None:
+    text = f"what is it{'.' * 3990}x"
+    started = time.process_time()
+    for _ in range(20):
+        canonical(text)
+    assert time.process_time() - started < 5, "begun anew at each mark it took a second each"
+
+
+@pytest.mark.parametrize(
+    ("asked", "end"), [("5!.", "5!"), ("Wow!.?", "Wow"), ("Wow!!", "Wow!!"), ("n!", "n!"), ("x. ", "x"), ("?", "")]
+)
+def test_marks_at_the_end_go_but_for_factorials(asked: str, end: str) -> None:
+    assert _without_end(asked) == end

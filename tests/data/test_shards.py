@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import socket
@@ -6,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from app.atomic import replaced_folder
 from app.data.shards import FORMAT, read_manifest
@@ -88,3 +90,18 @@ def test_several_at_once_each_leave_a_whole_folder(tmp_path: Path) -> None:
     assert [process.wait() for process in processes] == [0, 0, 0]
     assert (folder / "a").read_text() == (folder / "b").read_text()
     assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left"), SafetensorError("I/O error: No space left (os error 28)")]
+)
+def test_a_full_disk_is_told_and_what_was_there_stays(tmp_path: Path, error: Exception) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "manifest.json").write_text("old")
+    with pytest.raises(UserError, match="data' cannot be written: .*free space"), \
+            replaced_folder(folder, contents=["manifest.json"]):  # fmt: skip
+        raise error
+    with pytest.raises(OSError, match="another file"), replaced_folder(folder, contents=["manifest.json"]):
+        raise FileNotFoundError(errno.ENOENT, "another file")
+    assert (folder / "manifest.json").read_text() == "old" and list(tmp_path.iterdir()) == [folder]

@@ -79,7 +79,7 @@ def test_what_names_nothing_is_told(files: Path, tmp_path: Path) -> None:
         (str(files), r"is a folder; name the files in it, for example '.*\*\.jsonl'"),
         (str(tmp_path / "*.json"), "matches no file"),
         (f"file://{tmp_path}/absent.json", "no such file"),
-        ("ftp9://host/x", "cannot be reached"),
+        ("ftp9://host/x", "ftp9:// is not read; s3://, gs:// and file:// are"),
     ]:
         with pytest.raises(UserError, match=part):
             find_files((source,))
@@ -216,6 +216,17 @@ def test_a_dataset_of_the_hub_gives_its_training_files(files: Path, tmp_path: Pa
     assert one == other and name == "someone/recipes/data/train-00000.parquet"
     assert pq.read_table(path).to_pylist() == ROWS
     assert "'someone/absent': no such file, and the Hugging Face hub delivered no dataset of that name" in absent
+
+
+def test_a_parquet_file_with_a_damaged_page_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    rows = [{"instruction": f"question {number}", "output": f"answer {number}"} for number in range(2000)]
+    pq.write_table(pa.Table.from_pylist(rows), file, compression="none", use_dictionary=False)
+    content = bytearray(file.read_bytes())
+    content[4:60] = b"\xff" * 56  # the first page's header
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="is damaged"):
+        as_json(SourceFile(str(file), file), tmp_path / "spool")
 
 
 def test_a_gzip_bomb_is_given_up_before_it_fills_the_disk(tmp_path: Path) -> None:

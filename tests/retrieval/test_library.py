@@ -83,6 +83,13 @@ def test_all_documents_of_a_request_are_added_or_none(library: Library) -> None:
         prepared(library, "empty.md", "# Only a heading\n")
 
 
+def test_what_is_made_to_be_large_is_refused_or_cut(library: Library) -> None:
+    with pytest.raises(NoText, match="makes more than 20000 passages"):
+        prepared(library, "many.md", "# a\nb\n" * 30_000)
+    of_one = prepared(library, "title.md", f"# {'a ' * 5000}\n\n" + "hay " * 2000)
+    assert len(of_one.chunks) > 10 and all(len(chunk.title) <= 300 for chunk in of_one.chunks)
+
+
 def test_pages_of_documents_join_to_all_of_them(library: Library) -> None:
     names = [f"{number}.md" for number in range(7)]
     for name in names:

@@ -28,6 +28,8 @@ WITH_SECRETS = [
     (PrepareConfig, ["output=o", f"source=s3://key:{SECRET}@bucket/a.jsonl"]),
     (ServeConfig, ["cache.backend.type=redis", f"cache.backend.url=rediss://:{SECRET}@redis:6379/0"]),
     (ServeConfig, [f"generator.tracking.uri=postgresql://me:{SECRET}@db/mlflow"]),
+    (ServeConfig, [f"generator.tracking.uri=postgresql+psycopg://me:ab/{SECRET}@db/mlflow"]),
+    (TrainConfig, ["data=d", "output=o", f"tracking.artifacts=sftp://me:{SECRET}@host/artifacts"]),
 ]
 
 

@@ -16,6 +16,7 @@ from app.data.records import Message
 from app.serving import answering as answering_module
 from app.serving.access import current_key
 from app.serving.answering import Answering
+from app.serving.api_errors import ApiError
 from app.serving.ingress import create_api
 from app.serving.messages import (
     ChatPrompt,
@@ -173,6 +174,39 @@ def test_an_answer_of_a_model_that_took_over_meanwhile_is_not_kept_under_the_old
         assert await whole(answers, asked(QUESTION)) == ("second 2", "miss")
         generator.hash = "first"
         assert await whole(answers, asked(QUESTION)) == ("first 3", "miss")
+
+    run(scenario)
+
+
+def test_nor_where_the_list_of_models_is_renewed_while_it_is_computed():
+    async def scenario() -> None:
+        generator = Generator(seconds=0.05)
+        answers = answering(generator)
+        assert await whole(answers, asked("Why?")) == ("first 1", "miss")
+        generator.hash = "second"
+        answer = asyncio.create_task(whole(answers, asked(QUESTION)))
+        await asyncio.sleep(0.01)
+        await answers.models()
+        assert await answer == ("second 2", "miss")
+        generator.hash = "first"
+        await answers.models()
+        assert await whole(answers, asked(QUESTION)) == ("first 3", "miss")
+
+    run(scenario)
+
+
+def test_more_log_probabilities_than_can_be_written_down_soon_are_refused():
+    async def scenario() -> None:
+        answers = answering(Generator())
+        request = asked(QUESTION, n=128, logprobs=20, max_tokens=480)
+        with pytest.raises(ApiError) as whole_one:
+            await answers.complete(request)
+        with pytest.raises(ApiError) as streamed:
+            async for _ in answers.stream(request):
+                pass
+        for error in (whole_one.value, streamed.value):
+            assert (error.refusal.status, error.refusal.param) == (400, "logprobs")
+        await answers.complete(asked(QUESTION, n=8, logprobs=5, max_tokens=480))
 
     run(scenario)
 

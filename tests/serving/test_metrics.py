@@ -101,9 +101,9 @@ def test_a_cache_tells_what_it_holds_and_that_its_redis_is_away(seen) -> None:
 
     async def use(config: CacheConfig) -> None:
         cache = AnswerCache(config)
-        cache.put(AnswerKey("key"), completion)
+        cache.put(AnswerKey("key", completion.model_hash), completion)
         await asyncio.gather(*cache._writes)
-        await cache.get(AnswerKey("key"))
+        await cache.get(AnswerKey("key", completion.model_hash))
 
     asyncio.run(use(CacheConfig()))
     assert values(seen, "response_cache_bytes")[0] == 0 < values(seen, "response_cache_bytes")[-1]

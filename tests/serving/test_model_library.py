@@ -184,6 +184,28 @@ def test_a_registered_delta_is_loaded_when_it_is_first_asked_for(deploy, make_de
     assert ask(deploy(), "first-asked").status == 404, "not without load_registered"
 
 
+def test_a_registered_delta_of_the_bases_own_weights_has_to_be_listed(deploy, make_delta, registry):
+    registry("own-weights", make_delta("own-weights", FreezeConfig(frozen=("embeddings", "blocks.0")), seed=4))
+    refused = ask(deploy(load_registered=True), "own-weights")
+    assert refused.status == 503 and "list it in generator.deltas" in refused.message
+    listed = deploy(load_registered=True, deltas={"own-weights": "models:/own-weights@production"})
+    assert isinstance(ask(listed, "own-weights"), Completion)
+
+
+def test_a_registered_delta_that_cannot_be_loaded_is_not_tried_at_each_request(deploy, monkeypatch):
+    generator, looked = deploy(load_registered=True, refresh_s=60), []
+
+    def away(reference, tracking):
+        looked.append(reference)
+        raise UserError("the store does not answer")
+
+    monkeypatch.setattr("app.serving.model_library.version_now", away)
+    for _ in range(3):
+        refused = ask(generator, "somewhere")
+        assert refused.status == 503 and "the store does not answer" in refused.message
+    assert len(looked) == 1
+
+
 def test_what_was_unloaded_for_another_is_loaded_again(deploy, make_delta, registry):
     folders = [make_delta(f"delta-{seed}", LoraConfig(rank=4), seed=seed) for seed in range(3)]
     for number, folder in enumerate(folders):

@@ -48,6 +48,12 @@ def test_a_stop_string_ends_the_text_before_itself_also_across_tokens(tokenizer,
     assert stopped == (expected != text)
 
 
+def test_nothing_comes_after_a_stop_string_whatever_is_pushed(tokenizer):
+    text = TextStream(tokenizer, stop=["hay"])
+    shown = "".join(text.push(token) for token in tokenizer.encode("An alpaca eats hay each day")) + text.finish()
+    assert shown == "An alpaca eats " and text.stopped
+
+
 def test_text_that_could_begin_a_stop_string_is_held_back(tokenizer):
     text = TextStream(tokenizer, stop=["hay each day"])
     shown = "".join(text.push(token) for token in tokenizer.encode("two kilograms of hay each"))

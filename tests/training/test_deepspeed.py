@@ -3,8 +3,10 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,7 +21,7 @@ from app.config import (
     OptimizerConfig,
     PrefixConfig,
 )
-from app.data.batches import Batch, collate
+from app.data.batches import Batch, collate, empty_batch
 from app.methods import apply_method
 from app.methods.delta import load_trained
 from app.models.checkpoints import load_decoder
@@ -49,6 +51,9 @@ def batch_of(step: int) -> Batch:
     rows = [torch.randint(0, 400, (length,), generator=draw).numpy() for length in lengths]
     mine = rows[rank() :: world_size()]
     return collate(mine, [(torch.arange(len(row)) >= 2).numpy() for row in mine])
+
+
+OF_ONE_WORKER = collate([torch.arange(30).numpy()], [torch.ones(30, dtype=torch.bool).numpy()])
 
 
 def train(model_folder: Path, method: str, output: Path, *, zero_stage: int | None, resume: Path | None = None) -> None:
@@ -88,7 +93,7 @@ def train(model_folder: Path, method: str, output: Path, *, zero_stage: int | No
         ),
         start_step=start,
         batches=map(batch_of, range(start, STEPS)),
-        validation=lambda: [batch_of(100)],
+        validation=lambda: [batch_of(100), OF_ONE_WORKER if rank() == 0 else empty_batch()],
         report=seen.append,
         save=save,
     )
@@ -153,3 +158,24 @@ def test_a_plain_process_goes_on_from_two_workers_checkpoint(
     train(tiny_model, method, tmp_path, zero_stage=None, resume=runs / method / "zero-1" / f"step-{HALF:08d}")
     for step, row in metrics(tmp_path).items():
         assert row["loss"] == pytest.approx(metrics(runs / method / "plain")[step]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "workers", "size"), [(17, 2, 8), (5, 2, 1), (2, 3, 4), (16, 2, 8)])
+def test_workers_evaluate_as_many_batches_each(rows: int, workers: int, size: int, monkeypatch) -> None:
+    """Under ZeRO-3 a worker that had one less would leave the others waiting."""
+    from app.training import fine_tuning  # not what the other tests' processes need
+
+    ids = [list(range(3 + number)) for number in range(rows)]
+    table = pa.table({"input_ids": ids, "loss_mask": [[True] * len(row) for row in ids],
+                      "lengths": [[len(row)] for row in ids]})  # fmt: skip
+    job = SimpleNamespace(
+        manifest=SimpleNamespace(read=lambda split: table),
+        config=SimpleNamespace(micro_batch_size=size, batch_size=None),
+    )
+    monkeypatch.setattr(fine_tuning, "world_size", lambda: workers)
+    shares = []
+    for worker in range(workers):
+        monkeypatch.setattr(fine_tuning, "rank", lambda worker=worker: worker)
+        shares.append(fine_tuning.validation_batches(job))
+    assert len({len(share) for share in shares}) == 1
+    assert sum(batch.loss_tokens for share in shares for batch in share) == sum(len(row) - 1 for row in ids)

@@ -12,9 +12,11 @@ from app import commands
 from app.cli import main
 from app.config import TrainConfig, load_config
 from app.errors import UserError
+from app.run_lock import LOCK_FILE
 from app.training import dry_run as module
 from app.training.dry_run import batch_of, dry_run, shares_of
 from app.training.fine_tuning import fine_tune, plan_job
+from app.training.run_log import check_is_new
 from app.training.trial import Trial
 
 pytestmark = pytest.mark.ray  # the prepared data needs it; a dry run does not
@@ -120,6 +122,14 @@ def test_mistakes_are_told_as_a_run_would(small_data: Path, tiny_model: Path, tm
     (tmp_path / "full/file").write_text("")
     with pytest.raises(UserError, match="is not empty; pass --resume"):
         dry_run(plan_job(config(small_data, tiny_model, tmp_path / "full")))
+    begun = tmp_path / "begun"  # killed before its configuration was written: no run that could be resumed
+    begun.mkdir()
+    for name in ("inputs.sha256", ".config.json.123.tmp", LOCK_FILE):
+        (begun / name).write_text("")
+    check_is_new(begun)
+    (begun / "config.json").write_text("")
+    with pytest.raises(UserError, match="is not empty; pass --resume"):
+        check_is_new(begun)
     diverging = config(small_data, tiny_model, tmp_path / "o", "optimizer.learning_rate=1e30", "method.type=full")
     with pytest.raises(UserError, match="lower optimizer.learning_rate"):
         dry_run(plan_job(diverging))

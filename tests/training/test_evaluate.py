@@ -20,7 +20,7 @@ from app.methods.delta import Delta, read_delta, write_delta
 from app.models.checkpoints import load_decoder, weights_hash
 from app.training import loop
 from app.training.answers import first_exchanges
-from app.training.evaluate import evaluate, plan_evaluation, plot_file, score_batch, short_names
+from app.training.evaluate import evaluate, plan_evaluation, plot_file, score_batch, short_names, write_evaluations
 from app.training.optimizer import trained_parameters
 
 METHODS: dict[str, MethodConfig] = {"lora": LoraConfig(rank=4), "bitfit": BitFitConfig()}
@@ -61,6 +61,7 @@ def test_deltas_are_compared_with_the_model_in_one_table_and_plot(
     config = config.model_copy(update={"output": str(tmp_path / "figures.json")})
     seen: list[tuple[int, int, str]] = []
     results = evaluate(plan_evaluation(config), progress=lambda *shown: seen.append(shown))
+    write_evaluations(config, results)
 
     assert [result.name for result in results] == [tiny_model.name, "lora", "bitfit"]
     assert [str(folder) for folder in read] == deltas, "each delta's weights are read once"

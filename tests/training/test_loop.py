@@ -330,6 +330,32 @@ def test_the_loss_scale_falls_at_an_overflow_and_grows_again_slowly() -> None:
             scale.update(is_finite=False)
 
 
+def test_a_resumed_loss_scale_goes_on_as_if_nothing_had_been() -> None:
+    whole = LossScale(8.0)
+    for is_finite in (True, False, True):
+        whole.update(is_finite=is_finite)
+    resumed = LossScale.after({"loss": 1.0, **whole.state()})
+    assert resumed.state() == whole.state() == {"next_loss_scale": 4.0, "steps_at_loss_scale": 1, "steps_left_out": 1}
+    assert LossScale.after({"loss": 1.0}).value == LossScale.START
+
+
+def test_steps_that_an_overflow_left_out_do_not_count_for_adam(tiny_model: Path) -> None:
+    model = load_decoder(tiny_model)
+    optimizer, metrics = PlainOptimizer(model, OPTIMIZER), LossScale(4.0)
+    for factor in (1.0, float("inf"), 1.0):
+        optimizer.backward(masked_nll(model, next(batches(0)))[0] * factor, scale=2.0)
+        metrics.update(is_finite=np.isfinite(optimizer.step(1e-3, scale=2.0)))
+    checkpoint = Checkpoint(3, optimizer.weights(), optimizer.moments(), {"metrics": metrics.state()})
+    resumed_model = load_decoder(tiny_model)
+    load_trained(resumed_model, checkpoint.weights)
+    resumed = PlainOptimizer(resumed_model, OPTIMIZER, resume=checkpoint)
+    for each, its in ((model, optimizer), (resumed_model, resumed)):
+        its.backward(masked_nll(each, next(batches(1)))[0])
+        its.step(1e-3)
+    for name, weight in optimizer.weights().items():
+        assert torch.equal(weight, resumed.weights()[name]), name
+
+
 @pytest.mark.parametrize(("instructions", "chosen"), [({"avx2": True}, "fp32"), ({"avx512_bf16": True}, "bf16")])
 def test_auto_precision_is_bf16_only_where_the_cpu_has_it(
     instructions: dict[str, bool], chosen: str, monkeypatch: pytest.MonkeyPatch

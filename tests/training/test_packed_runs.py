@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from app.config import TrainConfig, validate
 from app.methods.delta import read_delta
@@ -169,8 +170,10 @@ def test_a_run_that_joins_anew_while_its_step_is_recorded_has_each_step_once(
     assert steps == list(range(7))
 
 
-def test_a_loss_that_diverges_is_told_to_its_own_run(run_config) -> None:
-    good, bad = run_config("good"), run_config("bad", optimizer={"learning_rate": 1e30, "clip_norm": 1e30})
+def test_a_loss_that_diverges_is_told_to_its_own_run(run_config, tmp_path: Path) -> None:
+    tracking = {"uri": f"sqlite:///{tmp_path}/mlflow.db"}
+    good = run_config("good", tracking=tracking)
+    bad = run_config("bad", optimizer={"learning_rate": 1e30, "clip_norm": 1e30}, tracking=tracking)
     runs = PackedRuns(good, pass_tokens=256)
     runs.join("good", good)
     runs.join("bad", bad)
@@ -187,6 +190,12 @@ def test_a_loss_that_diverges_is_told_to_its_own_run(run_config) -> None:
     assert [row["step"] for row in finish(runs, "good")] == [0, 2, 4, 6]
     thread.join(60)
     assert "lower optimizer.learning_rate" in str(failures[0])
+    client = MlflowClient(tracking["uri"])
+    ended = {
+        name: client.get_run(json.loads((tmp_path / name / "mlflow.json").read_text())["run_id"]).info.status
+        for name in ("good", "bad")
+    }
+    assert ended == {"good": "FINISHED", "bad": "FAILED"}
 
 
 def test_runs_that_join_at_once_begin_with_the_weights_that_each_has_alone(

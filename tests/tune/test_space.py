@@ -1,5 +1,7 @@
 """What may be tried, and what is refused before anything starts; no Ray."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,6 +97,17 @@ def test_what_could_not_run_is_refused_with_key_and_value(
 ) -> None:
     with pytest.raises(UserError, match=told):
         plan_sweep(sweep_of(**settings))
+
+
+def test_data_without_held_out_records_compares_nothing(sweep_of: SweepOf, tiny_shards: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "all-for-training"
+    shutil.copytree(tiny_shards, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["splits"]["validation"] = dict.fromkeys(manifest["splits"]["validation"], 0)
+    manifest["shards"] = [shard for shard in manifest["shards"] if shard["split"] != "validation"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="has no held-out records.*larger validation_fraction"):
+        plan_sweep(sweep_of(train={"data": str(copy)}))
 
 
 def test_each_value_is_checked_also_where_combinations_are_many(sweep_of: SweepOf) -> None:
