@@ -361,6 +361,16 @@ def test_a_store_that_goes_away_ends_the_run_at_once_and_the_run_goes_on_when_it
     assert 80 in job.checkpoints.steps() and not (tmp_path / "run/checkpoints").exists()
 
 
+def test_a_finished_run_that_is_resumed_keeps_what_its_delta_says_of_it(
+    unbroken, small_data: Path, tiny_model: Path
+) -> None:
+    delta = unbroken[0] / "delta/delta.json"
+    before = json.loads(delta.read_text())["metrics"]
+    assert before["eval_loss"] > 0 and before["step"] == 8
+    train(config(small_data, tiny_model, unbroken[0], "samples=2"), resume=True)
+    assert json.loads(delta.read_text())["metrics"] == before
+
+
 def test_a_run_folder_is_not_overwritten_and_a_resumed_run_not_changed(
     unbroken, small_data: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
