@@ -36,15 +36,28 @@ def replaced_folder(folder: Path, *, contents: Collection[str]) -> Iterator[Path
         for file in staging.rglob("*"):  # safetensors makes files that only their owner can read
             file.chmod(file.stat().st_mode | (staging.stat().st_mode & 0o666))
         _swap(staging, folder, retired)
-    except BaseException as error:
+    except BaseException:
         if retired.exists() and not folder.exists():
             retired.rename(folder)
-        if _tells_of_a_full_disk(error):
-            raise UserError(f"{str(folder)!r} cannot be written: {error}; free space, or name another disk") from None
         raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         shutil.rmtree(retired, ignore_errors=True)
+
+
+@contextmanager
+def told_if_full(path: Path) -> Iterator[None]:
+    """For the block, which reads other files too, a full disk as an error that names what was to be written.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if not _tells_of_a_full_disk(error):
+            raise
+        raise UserError(f"{str(path)!r} cannot be written: {error}; free space, or name another disk") from None
 
 
 def _tells_of_a_full_disk(error: BaseException) -> bool:

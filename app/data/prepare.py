@@ -20,7 +20,7 @@ import numpy as np
 
 from app import __version__
 from app.assets import model_folder
-from app.atomic import check_replaceable, replaced_folder
+from app.atomic import check_replaceable, replaced_folder, told_if_full
 from app.config.data import PrepareConfig, RecordFormat
 from app.data.chunks import Chunk, cut, read_chunk
 from app.data.passes import DUPLICATE, HASH_BYTES, Advance, Settings, check_chunk, run_pass, write_chunk
@@ -142,7 +142,8 @@ def opened(plan: Plan) -> Iterator[Work]:
         UserError: a source is damaged, or its fields are those of no known format.
     """
     config = plan.config
-    with replaced_folder(Path(config.output), contents=CONTENTS) as staging:
+    output = Path(config.output)
+    with told_if_full(output), replaced_folder(output, contents=CONTENTS) as staging:
         spool = staging / _SPOOL
         sources = []
         for number, (file, known) in enumerate(zip(plan.files, plan.identities, strict=True)):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from app.assets import model_folder
-from app.atomic import check_apart, check_replaceable, replaced_folder
+from app.atomic import check_apart, check_replaceable, replaced_folder, told_if_full
 from app.config.methods import name_of
 from app.config.transfer import ExportConfig, ImportConfig, MergeConfig
 from app.data.prompts import PacosTemplate
@@ -83,7 +83,7 @@ def merge(config: MergeConfig) -> Merged:
     merge_method(model, delta.method)
     dequantize(model)
     after = _probe(model)
-    with replaced_folder(output, contents=contents) as staging:
+    with told_if_full(output), replaced_folder(output, contents=contents) as staging:
         save_decoder(staging, model)
         copy_tokenizer(folder, staging)
         origin = {"merged_delta": delta.hash}
@@ -108,7 +108,8 @@ def export(config: ExportConfig) -> None:
     check_apart(Path(config.output), folder, Path(config.delta))
     if is_own_folder(folder):
         raise UserError(f"the base {str(folder)!r} is in our own format; peft wraps models that transformers opens")
-    with replaced_folder(Path(config.output), contents=PEFT_FILES) as staging:
+    output = Path(config.output)
+    with told_if_full(output), replaced_folder(output, contents=PEFT_FILES) as staging:
         write_peft(staging, delta, shape=read_config(folder), base_folder=folder)
 
 
@@ -129,7 +130,8 @@ def import_adapter(config: ImportConfig) -> Delta:
     }
     delta = read_peft(Path(config.source), shape=read_config(folder), metadata=metadata)
     apply_delta(load_decoder(folder), delta)  # whether it fits
-    with replaced_folder(Path(config.output), contents=DELTA_FILES) as staging:
+    output = Path(config.output)
+    with told_if_full(output), replaced_folder(output, contents=DELTA_FILES) as staging:
         write_delta(staging, delta)
     return delta
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from app.atomic import check_replaceable, replaced_folder
+from app.atomic import check_replaceable, replaced_folder, told_if_full
 from app.config.base import VectorKind
 from app.errors import UserError
 from app.retrieval.chunking import Chunk, Document
@@ -68,7 +68,7 @@ def write_index(
     A kill at any moment leaves the old index, the new one or none, never a part. `vectors` [chunks, width] are in the
     order of `chunks`. Returns the manifest with the hashes filled in.
     """
-    with replaced_folder(folder.resolve(), contents=_FILES) as staging:
+    with told_if_full(folder), replaced_folder(folder.resolve(), contents=_FILES) as staging:
         write_store(staging / DOCUMENTS, documents, chunks)
         build_vectors(staging / VECTORS, vectors, kind=kind, threads=threads)
         hashes = {

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from app.assets import model_folder
-from app.atomic import check_apart, check_replaceable, replaced_folder
+from app.atomic import check_apart, check_replaceable, replaced_folder, told_if_full
 from app.config.transfer import QuantizeConfig
 from app.data.batches import Batch, batches_by_length
 from app.data.shards import COLUMNS, Manifest, read_manifest
@@ -103,7 +103,7 @@ def _write_quantized(source: Path, output: Path, config: QuantizeConfig, manifes
         assert manifest is not None
         calibration = _calibration_ids(manifest, config.calibration_records)
     quantize(model, quantization, calibration=calibration)
-    with replaced_folder(output, contents=_CONTENTS) as staging:
+    with told_if_full(output), replaced_folder(output, contents=_CONTENTS) as staging:
         save_decoder(staging, model, dtype=stored_dtype(source), quantization=quantization)
         copy_tokenizer(source, staging)
         origin = {"quantized_from": config.model, "quantized_hash": weights_hash(source)}

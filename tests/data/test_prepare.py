@@ -227,7 +227,7 @@ def test_formats_of_several_files_are_told_apart(ray_cluster: None, tiny_model: 
     with pytest.raises(UserError, match="the fields answer, question, which no format has.*fields="):
         prepare(config(tiny_model, unknown, tmp_path / "u"))
     for name, format in (("inputs", "auto"), ("context", "alpaca")):
-        with pytest.raises(UserError, match=rf"fields\.{name}: format={format} has no such field; it has .*input"):
+        with pytest.raises(ValueError, match=rf"fields\.{name}: format={format} has no such field; it has .*input"):
             config(tiny_model, unknown, tmp_path / "u", fields={name: "ctx"}, format=format)
     fields = {"instruction": "question", "output": "answer"}
     assert (

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from app.atomic import replaced_folder
+from app.atomic import replaced_folder, told_if_full
 from app.data.shards import FORMAT, read_manifest
 from app.errors import UserError
 
@@ -99,7 +99,7 @@ def test_a_full_disk_is_told_and_what_was_there_stays(tmp_path: Path, error: Exc
     folder = tmp_path / "data"
     folder.mkdir()
     (folder / "manifest.json").write_text("old")
-    with pytest.raises(UserError, match="data' cannot be written: .*free space"), \
+    with pytest.raises(UserError, match="data' cannot be written: .*free space"), told_if_full(folder), \
             replaced_folder(folder, contents=["manifest.json"]):  # fmt: skip
         raise error
     with pytest.raises(OSError, match="another file"), replaced_folder(folder, contents=["manifest.json"]):

@@ -23,7 +23,7 @@ from app.run_lock import locked
 from app.tracking.registry import fetch, list_versions, promote
 from app.tracking.store import open_store
 from app.training.checkpointing import CHECKPOINT_FILES, read_checkpoint
-from app.training.evaluate import evaluate, plan_evaluation
+from app.training.evaluate import evaluate, plan_evaluation, write_evaluations
 from app.training.fine_tuning import fine_tune, plan_job
 from app.training.interruption import ONE_WISH_S
 from app.training.loop import Metrics
@@ -159,6 +159,7 @@ def test_the_delta_reproduces_the_held_out_loss(unbroken, small_data: Path, tiny
         workers=config(small_data, tiny_model, output).workers.fixed,
     )
     (result,) = evaluate(plan_evaluation(settings))
+    write_evaluations(settings, [result])
     assert result.loss == pytest.approx(summary["eval_loss_after"], rel=1e-5)
     assert len(result.samples) == 2
     assert all(sample.prompt.startswith("Instruction:") for sample in result.samples)
