@@ -60,11 +60,11 @@ def told_if_full(path: Path) -> Iterator[None]:
         raise UserError(f"{str(path)!r} cannot be written: {error}; free space, or name another disk") from None
 
 
-def _tells_of_a_full_disk(error: BaseException) -> bool:
+def _tells_of_a_full_disk(error: OSError | SafetensorError) -> bool:
     full = (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, SafetensorError):  # has the number in its words alone
         return any(f"os error {number}" in str(error) for number in full)
-    return isinstance(error, OSError) and error.errno in full
+    return error.errno in full
 
 
 @contextmanager

@@ -47,7 +47,7 @@ MOST_CHUNKS = 20_000
 
 
 class NoText(Exception):
-    """A document without anything to find."""
+    """A document without anything to find, or with more passages than one may have."""
 
 
 class DiskFull(Exception):

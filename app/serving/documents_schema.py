@@ -8,13 +8,14 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import Field, ValidationError
 from starlette.datastructures import UploadFile
 
+from app.retrieval.chunking import LONGEST_TITLE
 from app.retrieval.library import Record
 from app.retrieval.reading import MEDIA_TYPES, File, Kind, kind_of
 from app.serving.api_errors import ApiError
 from app.serving.messages import Refusal
 from app.serving.openai_schema import Text, Wire, WireRequest
 
-_LONGEST_NAME, _LONGEST_TITLE = 255, 300
+_LONGEST_NAME = 255
 _FORM = "multipart/form-data"
 _MEDIA_TYPE: dict[Kind, str] = {
     "text": "text/plain",
@@ -27,7 +28,7 @@ _MEDIA_TYPE: dict[Kind, str] = {
 _ONE_LINE = r"^[^\x00-\x1f\x7f]*$"
 Name = Annotated[str, Field(min_length=1, max_length=_LONGEST_NAME, pattern=_ONE_LINE)]
 """A label. No file is ever called so."""
-Title = Annotated[str, Field(max_length=_LONGEST_TITLE, pattern=_ONE_LINE)]
+Title = Annotated[str, Field(max_length=LONGEST_TITLE, pattern=_ONE_LINE)]
 
 
 class DocumentRequest(WireRequest):

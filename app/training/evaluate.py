@@ -144,11 +144,10 @@ def evaluate(
         done += count
         progress(done, total, name)
 
-    evaluations = [
+    return [
         _evaluate_one(plan, candidate, exchanges, advance=functools.partial(advance, name=candidate.name))
         for candidate in plan.candidates
     ]
-    return evaluations
 
 
 def write_evaluations(config: EvaluateConfig, evaluations: Sequence[Evaluation]) -> None:
