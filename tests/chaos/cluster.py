@@ -33,7 +33,7 @@ GIVES_UP_SOONER = {
 
 KEEPS_LESS = {
     "RAY_task_events_max_num_task_in_gcs": "2000",
-    "RAY_JEMALLOC_CONF": "narenas:1,background_thread:true,dirty_decay_ms:1000,muzzy_decay_ms:0",
+    "RAY_JEMALLOC_CONF": "narenas:1,tcache:false,background_thread:true,dirty_decay_ms:1000,muzzy_decay_ms:0",
     "RAY_JEMALLOC_PROFILE": "raylet,gcs_server",
 }
 """Every node's too, as there, but for fewer events: a soak's head has them all within the warm-up."""
