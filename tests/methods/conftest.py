@@ -12,13 +12,12 @@ from app.data.prompts import PacosTemplate
 from app.data.tokenization import load_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
-LONGEST = 80
 
 
 Record = tuple[np.ndarray, np.ndarray]
 
 
-def encode_examples(model: Path) -> list[Record]:
+def encode_examples(model: Path, *, longest: int) -> list[Record]:
     """The first eighty example records that are short enough: ids, and what of them is in the loss."""
     tokenizer, template = load_tokenizer(model), PacosTemplate()
     found = []
@@ -26,7 +25,7 @@ def encode_examples(model: Path) -> list[Record]:
         record = json.loads(line)
         prompt = tokenizer.encode(template.prompt(record["instruction"], record.get("input", "")))
         response = [*tokenizer.encode(f" {record['output']}"), tokenizer.end_id]
-        if len(prompt) + len(response) <= LONGEST:
+        if len(prompt) + len(response) <= longest:
             mask = np.arange(len(prompt) + len(response)) >= len(prompt)
             found.append((np.array(prompt + response), mask))
     return found[:80]
@@ -40,7 +39,7 @@ def in_batches(records: list[Record]) -> list[Batch]:
 
 @pytest.fixture(scope="session")
 def records(tiny_model: Path) -> list[Record]:
-    return encode_examples(tiny_model)
+    return encode_examples(tiny_model, longest=80)
 
 
 @pytest.fixture(scope="session")
@@ -50,5 +49,7 @@ def batches(records: list[Record]) -> list[Batch]:
 
 @pytest.fixture(scope="session")
 def embedded_batches() -> list[Batch]:
-    """For the embedded base."""
-    return in_batches(encode_examples(model_folder("embedded")))
+    """For the embedded base: twenty, of short records, on which every technique takes a step each."""
+    batches = in_batches(encode_examples(model_folder("embedded"), longest=40))
+    assert len(batches) == 20
+    return batches
