@@ -1,6 +1,7 @@
 """`pacos serve` as a process of its own, for the tests that end it."""
 
 import os
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,9 +32,11 @@ def pacos_serve(
 
 
 @contextmanager
-def client_of(process: subprocess.Popen, port: int) -> Iterator[httpx.Client]:
-    """Once it answers."""
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
+def client_of(process: subprocess.Popen, port: int, *, authority: str | None = None) -> Iterator[httpx.Client]:
+    """Once it answers; by HTTPS where the file of an authority is given."""
+    scheme, verify = ("http", True) if authority is None else ("https", ssl.create_default_context(cafile=authority))
+    url = f"{scheme}://127.0.0.1:{port}"
+    with httpx.Client(base_url=url, verify=verify, timeout=60, trust_env=False) as client:
 
         def answers() -> bool:
             assert process.poll() is None, "it has ended"

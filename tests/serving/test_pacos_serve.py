@@ -1,10 +1,16 @@
-"""`pacos serve` as a process of its own: a request is one trace, and SIGTERM finishes what was accepted."""
+"""`pacos serve` as a process of its own, with a certificate: it speaks HTTPS alone, a request is one trace, and SIGTERM
+finishes what was accepted."""
 
 import signal
 
+import httpx
 import pytest
+from certificates import Certificates, certificates
 
+from app.config import AskConfig
 from app.data.tokenization import load_tokenizer
+from app.errors import UserError
+from app.serving.ask import ask
 from tests.serving.collector import collector
 from tests.serving.load import until
 from tests.serving.served_process import client_of, pacos_serve
@@ -22,19 +28,31 @@ def traced():
 
 
 @pytest.fixture(scope="module")
-def process(model_dir, free_port, traced, tmp_path_factory):
+def folder(tmp_path_factory):
+    """Where it runs, with what it prints in `output`."""
+    return tmp_path_factory.mktemp("serving")
+
+
+@pytest.fixture(scope="module")
+def tls(folder) -> Certificates:
+    return certificates(folder)
+
+
+@pytest.fixture(scope="module")
+def process(model_dir, free_port, traced, folder, tls):
     settings = [
         f"port={free_port}", f"generator.model={model_dir}", "generator.threads=1",
+        f"tls.certificate={tls.certificate}", f"tls.key={tls.key}",
         "tracing.enabled=true", "tracing.sampling_ratio=0.001",
     ]  # fmt: skip
-    environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": traced[0]}
-    with pacos_serve(settings, tmp_path_factory.mktemp("serving"), environment=environment) as process:
+    environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": traced[0], "OTEL_BSP_SCHEDULE_DELAY": "200"}  # ms
+    with pacos_serve(settings, folder, environment=environment) as process:
         yield process
 
 
 @pytest.fixture(scope="module")
-def client(process, free_port):
-    with client_of(process, free_port) as client:
+def client(process, free_port, tls):
+    with client_of(process, free_port, authority=tls.authority) as client:
         yield client
 
 
@@ -57,7 +75,7 @@ def test_a_request_is_one_trace_from_the_proxy_to_the_engines_steps(client, trac
             span = found.get(parent)
         return names, parent
 
-    until(lambda: way_up()[1] == ROOT)  # each process sends its own, some seconds later
+    until(lambda: way_up()[1] == ROOT)  # each process sends its own, some time later
     names, _ = way_up()
     assert names[:2] == ["decode", "generate"] and names[-1] == "POST /v1/completions", names  # FastAPI's own
     assert any("generator" in name for name in names), names
@@ -70,6 +88,17 @@ def test_a_request_is_one_trace_from_the_proxy_to_the_engines_steps(client, trac
     (decode,) = [span for span in mine().values() if span.name == "decode"]
     steps = [event.attributes[0].value.int_value for event in decode.events if event.name == "step"]
     assert steps and steps == sorted(set(steps)) and steps[-1] - steps[0] == 4, "a token a step, alone"
+
+
+def test_an_endpoint_with_a_certificate_speaks_https_alone(client, tls, folder, free_port):
+    url = f"https://127.0.0.1:{free_port}"
+    until(lambda: f"{url}/v1/chat/completions" in (folder / "output").read_text())  # once it answers, it says where
+    asked = AskConfig(question="What do alpacas eat?", url=url, max_tokens=3, ca_file=tls.authority)
+    assert ask(asked)["usage"]["completion_tokens"] == 3
+    with pytest.raises(UserError, match="CERTIFICATE_VERIFY_FAILED"):
+        ask(asked.model_copy(update={"ca_file": None}))
+    with pytest.raises(httpx.HTTPError):
+        httpx.get(f"http://127.0.0.1:{free_port}/healthz", timeout=10, trust_env=False)
 
 
 def test_what_was_accepted_is_finished_and_what_comes_is_refused_until_it_ends(client, process):
