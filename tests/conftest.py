@@ -8,6 +8,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ hypothesis.settings.load_profile("pacos")
 
 REPOSITORY = Path(__file__).parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+# Commands of the environment, such as `pacos`, run the checkout that it was made in; here they are to run this one.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -74,10 +77,13 @@ def tracking_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """A local cluster of six logical CPUs."""
+    """A local cluster of six logical CPUs. A replica that cannot start there is not started again."""
     from app.ray_cluster import connected
 
-    with connected(None, min_cpus=6):
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as environment:  # which its processes keep, and no other cluster gets
+            environment.setenv("RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT", "1")
+            stack.enter_context(connected(None, min_cpus=6))
         yield
 
 
