@@ -145,16 +145,14 @@ def test_a_full_queue_answers_429_with_retry_after_and_serves_the_others(client)
     assert int(refused.headers["retry-after"]) >= 1
 
 
-def test_an_answer_that_takes_too_long_is_a_504_and_its_generation_ends(client):
-    response = client.post("/v1/completions", json=LONG)
-    assert response.status_code == 504 and response.json()["error"]["code"] == "timeout"
-    wait_until_idle()
-
-
-def test_a_stream_that_takes_too_long_ends_with_an_error_event(client):
-    with client.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as response:
-        lines = [line for line in response.iter_lines() if line]
-    assert response.status_code == 200
+def test_what_takes_too_long_is_a_504_or_a_streams_error_event_and_its_generation_ends(client):
+    with ThreadPoolExecutor(1) as pool:
+        answering = pool.submit(client.post, "/v1/completions", json=LONG)
+        with client.stream("POST", "/v1/completions", json=another(LONG, 4) | {"stream": True}) as stream:
+            lines = [line for line in stream.iter_lines() if line]
+        answer = answering.result()
+    assert answer.status_code == 504 and answer.json()["error"]["code"] == "timeout"
+    assert stream.status_code == 200
     assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "timeout"
     wait_until_idle()
 
@@ -202,4 +200,4 @@ def test_a_model_that_cannot_be_loaded_is_told_in_one_line(url, tmp_path, free_p
     application = build({"generator": {"model": str(tmp_path / "model")}})
     serve.run_many([serve.RunTarget(application, name="pacos", route_prefix="/")], wait_for_applications_running=False)
     with pytest.raises(UserError, match="did not start: .*tokenizer.json"):
-        _wait_until_running(lambda states: None, 400)  # Serve tries three times
+        _wait_until_running(lambda states: None, 400)
