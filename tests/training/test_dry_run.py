@@ -1,7 +1,6 @@
 """`pacos train --dry-run`: what it foretells, against the run."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from app import commands
 from app.cli import main
 from app.config import TrainConfig, load_config
+from app.display.dry_run import show_forecast
 from app.errors import UserError
 from app.run_lock import LOCK_FILE
 from app.training import dry_run as module
@@ -135,7 +135,9 @@ def test_mistakes_are_told_as_a_run_would(small_data: Path, tiny_model: Path, tm
         dry_run(plan_job(diverging))
 
 
-def test_the_run_takes_what_the_dry_run_told(small_data: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_the_run_takes_what_the_dry_run_told(
+    small_data: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = config(
         small_data, tiny_model, tmp_path / "run", "batch_size=160", "workers.count=1", "max_steps=3", "epochs=3"
     )
@@ -143,6 +145,9 @@ def test_the_run_takes_what_the_dry_run_told(small_data: Path, tiny_model: Path,
     told = dry_run(job)
     assert not (tmp_path / "run").exists(), "nothing is written"
     assert told.trial is not None and told.total_s is not None and told.total_s > 0
+    show_forecast(told)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "measured: " in shown and "3 of 160 rows" in shown and "expected time" in shown
     measured = fine_tune(job)["peak_worker_bytes"]
     assert told.worker.total == pytest.approx(measured, rel=0.2)
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -151,16 +156,28 @@ def test_the_run_takes_what_the_dry_run_told(small_data: Path, tiny_model: Path,
 
 
 def test_the_command_prints_settings_memory_and_time_and_writes_nothing(
-    small_data: Path, tiny_model: Path, tmp_path: Path
+    small_data: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    no_trial: list[module.TrialWork],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    def on_ray(*args: object, **options: object) -> None:
+        pytest.fail("a dry run needs no Ray")
+
+    monkeypatch.setattr(commands, "on_ray", on_ray)
     settings = [f"data={small_data}", f"model={tiny_model}", f"output={tmp_path / 'run'}", "max_steps=4"]
-    pacos = str(Path(sys.executable).with_name("pacos"))
-    done = subprocess.run([pacos, "train", "--dry-run", *settings], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", ["pacos", "train", "--dry-run", *settings])
+    with pytest.raises(SystemExit) as end:
+        main()
+    shown = capsys.readouterr()
+    assert end.value.code == 0, shown.err
+    assert len(no_trial) == 1
     for part in ("learning_rate: 0.001", "frozen weights", "activations", "sum", "4 of 16 rows", "expected time"):
-        assert part in done.stdout
+        assert part in shown.out
     assert not (tmp_path / "run").exists()
-    assert "ray" not in done.stderr.lower()
+    assert "ray" not in shown.err.lower()
 
 
 def test_the_option_reaches_the_command(monkeypatch: pytest.MonkeyPatch, small_data: Path, tmp_path: Path) -> None:
