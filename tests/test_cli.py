@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import runpy
 import socket
 import subprocess
 import sys
@@ -10,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from app import ray_cluster
 from app.cli import main
-from app.errors import Interrupted
+from app.errors import Interrupted, UserError
 
 REPOSITORY = Path(__file__).parent.parent
 PACOS = str(Path(sys.executable).parent / "pacos")
@@ -64,10 +67,23 @@ def test_help_names_every_command_and_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in (REPOSITORY / "jobs").glob("*.py")))
-def test_every_job_script_answers_help(script: str) -> None:
-    result = run(sys.executable, f"jobs/{script}", "--help")
+def test_every_job_script_answers_help(
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = REPOSITORY / "jobs" / script
+    monkeypatch.setattr(sys, "argv", [str(file), "--help"])
+    monkeypatch.syspath_prepend(str(file.parent))  # as Python does
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(file), run_name="__main__")
+    printed = capsys.readouterr()
+    assert not end.value.code, printed.err
+    assert "Usage" in printed.out or "usage" in printed.out
+
+
+def test_a_job_script_answers_help_in_a_process_of_its_own() -> None:
+    result = run(sys.executable, "jobs/train.py", "--help")
     assert result.returncode == 0, result.stderr
-    assert "Usage" in result.stdout or "usage" in result.stdout
+    assert "Usage" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -125,17 +141,21 @@ def test_serve_checks_a_file_before_anything_is_deployed(here, tmp_path: Path) -
     assert settings.returncode == 2 and "none" in settings.stderr
 
 
-def test_a_cluster_that_does_not_answer_is_told_within_ten_seconds(small_source: Path, tmp_path: Path) -> None:
+def test_a_cluster_that_does_not_answer_is_told_within_ten_seconds(
+    here, small_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ray_cluster.ANSWER_WITHIN_S < 10
+    monkeypatch.setattr(ray_cluster, "ANSWER_WITHIN_S", 1.0)
+    monkeypatch.setattr("ray.shutdown", lambda: None)  # it would end the cluster that this process' tests share
     with socket.socket() as listener:  # accepts, and never says a word
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         address = f"127.0.0.1:{listener.getsockname()[1]}"
         started = time.monotonic()
-        code = f"from app.ray_cluster import _check_answers; _check_answers({address!r})"
-        result = run(sys.executable, "-c", code)
-        assert time.monotonic() - started < 30  # the check itself gives up after 8 s; the rest is start-up
-    assert f"address='{address}' does not answer" in result.stderr
-    nobody = run(PACOS, "prepare", f"source={small_source}", f"output={tmp_path / 'o'}", "--address", "127.0.0.1:9")
+        with pytest.raises(UserError, match=re.escape(f"address='{address}' does not answer (1 s)")):
+            ray_cluster._check_answers(address)
+        assert time.monotonic() - started < 30
+    nobody = here("prepare", f"source={small_source}", f"output={tmp_path / 'o'}", "--address", "127.0.0.1:9")
     assert nobody.returncode == 2
     assert "does not answer" in nobody.stderr
     assert "Traceback" not in nobody.stderr
@@ -165,7 +185,7 @@ def test_an_interrupted_run_says_how_to_go_on(
 @pytest.mark.ray
 @pytest.mark.slow
 def test_prepare_on_a_cluster_of_its_own_and_what_it_prints(
-    small_source: Path, tiny_model: Path, tmp_path: Path
+    here, small_source: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = run(PACOS, "prepare", f"source={small_source}", "output=data", f"model={tiny_model}", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -173,10 +193,14 @@ def test_prepare_on_a_cluster_of_its_own_and_what_it_prints(
     assert "200" in result.stdout
     assert json.loads((tmp_path / "data/manifest.json").read_text())["rows"] == 200
 
-    again = run(PACOS, "prepare", f"source={small_source}", "output=data", f"model={tiny_model}", cwd=tmp_path)
+    def on_ray(*args: object, **options: object) -> None:
+        pytest.fail("nothing is left for Ray to do")
+
+    monkeypatch.setattr("app.commands.on_ray", on_ray)
+    again = here("prepare", f"source={small_source}", "output=data", f"model={tiny_model}")
     assert again.returncode == 0 and "is up to date" in again.stdout and "dashboard" not in again.stdout
 
-    shown = run(PACOS, "inspect", "data", "samples=1", "split=validation", cwd=tmp_path)
+    shown = here("inspect", "data", "samples=1", "split=validation")
     assert shown.returncode == 0, shown.stderr
     assert "Instruction:" in shown.stdout and "in the loss" in shown.stdout
     assert (tmp_path / "data/report.html").exists()
