@@ -19,15 +19,19 @@ pytestmark = [pytest.mark.own_ray, pytest.mark.slow]
 
 BIN = Path(sys.executable).parent
 WHERE = """
-import ray, time
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
 ray.init(address={gcs!r}, log_to_driver=False)
 
 @ray.remote(num_cpus=1)
 def where():
-    time.sleep(3)
     return ray.get_runtime_context().get_node_id()
 
-print("found", sum(node["Alive"] for node in ray.nodes()), len(set(ray.get([where.remote(), where.remote()]))))
+alive = [node for node in ray.nodes() if node["Alive"]]
+workers = [node["NodeID"] for node in alive if node["Resources"].get("CPU")]
+tasks = [where.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)) for node in workers]
+print("found", len(alive), len(workers), sorted(ray.get([task.remote() for task in tasks])) == sorted(workers))
 """
 
 
@@ -56,7 +60,7 @@ def test_tasks_run_on_both_workers_over_tls_and_ctrl_c_leaves_no_process(tmp_pat
             [sys.executable, "-c", WHERE.format(gcs=found[1])],
             env=environment | tls | exported, capture_output=True, text=True, timeout=200,
         )  # fmt: skip
-        assert "found 3 2" in script.stdout, script.stderr
+        assert "found 3 2 True" in script.stdout, script.stderr
         with ssl.create_default_context(cafile=made.authority).wrap_socket(
             socket.create_connection(found[1].split(":"), timeout=10), server_hostname="127.0.0.1"
         ) as gcs:
@@ -68,11 +72,17 @@ def test_tasks_run_on_both_workers_over_tls_and_ctrl_c_leaves_no_process(tmp_pat
         up.send_signal(signal.SIGINT)
         status = up.wait(120)
     assert status == 0, log.read_text()
-    address = found[1].encode()
-    left = [
-        file for file in Path("/proc").glob("[0-9]*/cmdline") if b"ray" in (words := _read(file)) and address in words
+    deadline = time.monotonic() + 30
+    while left := _of_the_cluster(found[1].encode()):
+        assert time.monotonic() < deadline, f"processes are left: {left}"
+        time.sleep(0.2)
+
+
+def _of_the_cluster(address: bytes) -> list[bytes]:
+    """The command lines of its processes."""
+    return [
+        words for file in Path("/proc").glob("[0-9]*/cmdline") if b"ray" in (words := _read(file)) and address in words
     ]
-    assert not left, "processes are left"
 
 
 def _read(file: Path) -> bytes:
