@@ -6,17 +6,21 @@ import torch
 from app.engine.decode_model import DecodeModel
 from app.engine.decoding import Decoding
 from app.engine.engine import Engine
+from app.engine.kernels import paged_attention
 from app.engine.kernels.few_rows import FewRows
-from app.engine.kernels.paged_attention import PagedAttention
 from app.engine.sampling import Sampling
 from app.models.decoder import Decoder, DecoderConfig
 from app.models.quantization import QuantizationConfig, quantize
+
+# No context here is long enough to be split: of several programs for a row all but one would return at once, and to
+# begin is most of what a program takes in the interpreter.
+paged_attention._num_processors = lambda device: 1
 
 
 def interpreted(model: Decoder, **changes) -> Engine:
     engine = Engine(model, kernels="torch", **changes)
     config, cache, runner = model.config, engine._cache, engine._runner
-    attention = PagedAttention(
+    attention = paged_attention.PagedAttention(
         max_rows=8, num_heads=config.num_heads, head_width=config.head_width, device=torch.device("cpu")
     )
     runner.paged = attention

@@ -30,13 +30,18 @@ def many() -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def expected(reference, many) -> list[list[int]]:
-    answers = []
-    for ids in many:
+    by_length: dict[int, list[int]] = {}  # no prompt is padded
+    for number, ids in enumerate(many):
+        by_length.setdefault(len(ids), []).append(number)
+    answers: list[list[int]] = [[]] * len(many)
+    for length, numbers in by_length.items():
+        ids = torch.tensor([many[number] for number in numbers])
         output = reference.generate(
-            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=MAX_TOKENS, do_sample=False,
-            eos_token_id=None, pad_token_id=0,
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=MAX_TOKENS, do_sample=False, eos_token_id=None,
+            pad_token_id=0,
         )  # fmt: skip
-        answers.append(output[0, len(ids) :].tolist())
+        for number, row in zip(numbers, output, strict=True):
+            answers[number] = row[length:].tolist()
     return answers
 
 

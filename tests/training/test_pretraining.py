@@ -137,7 +137,8 @@ def test_going_on_lowers_the_loss_from_where_it_stood(
     first: tuple[dict, list[Metrics]], small_source: Path, tmp_path: Path
 ) -> None:
     seen: list[Metrics] = []
-    again = continued(small_source, Path(first[0]["result"]), output=str(tmp_path / "again"))
+    settings = {"output": str(tmp_path / "again"), "workers": {"count": 1, "cpus": 0.5}}
+    again = continued(small_source, Path(first[0]["result"]), **settings)
     summary = pretrain(again, on_metrics=seen.append)
     # the model is stored in bf16
     assert seen[0]["step"] == 0 and seen[0]["eval_loss"] == pytest.approx(first[0]["eval_loss"], abs=0.02)
