@@ -115,6 +115,17 @@ def test_workflows_run_what_a_developer_runs() -> None:
         subprocess.run(["bash", "-n", REPOSITORY / script], check=True)
 
 
+def test_programs_without_which_tests_are_skipped_are_installed_where_they_run() -> None:
+    files = (REPOSITORY / "tests").rglob("*.py")
+    missed = {name for file in files for name in re.findall(r'skip\("([\w-]+) is not on PATH', file.read_text())}
+    assert missed == {"redis-server", "prometheus", "promtool"}
+    for job in ("ci.test", "nightly.chaos"):
+        *before, last = [step["run"] for step in dict(jobs())[job]["steps"] if "run" in step]
+        assert last.startswith("make ")
+        (packages,) = re.findall(r"apt-get install --no-install-recommends --yes (.*)", "\n".join(before))
+        assert missed - {"promtool"} <= set(packages.split()), job  # which comes with prometheus
+
+
 def test_secrets_and_known_flaws_are_looked_for_at_every_change() -> None:
     def does(target: str) -> str:
         """What make would run, the installations taken for done."""
