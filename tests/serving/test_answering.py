@@ -5,6 +5,7 @@ import asyncio
 import signal
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -212,16 +213,20 @@ def test_more_log_probabilities_than_can_be_written_down_soon_are_refused():
 
 
 def test_in_use_the_list_of_models_is_renewed_before_anyone_waits_for_it(monkeypatch):
-    monkeypatch.setattr(answering_module, "_MODELS_FOR_S", 0.4)
+    now = 100.0
+    monkeypatch.setattr(answering_module, "time", SimpleNamespace(monotonic=lambda: now))
 
     async def scenario() -> None:
+        nonlocal now
         generator = Generator()
         answers = answering(generator)
-        for _ in range(50):
+        for step in range(50):
+            assert step == 0 or answers._models_until > now, "this one has to wait for it"
             await whole(answers, asked(QUESTION))
-            assert answers._models_until > time.monotonic()
-            await asyncio.sleep(0.02)
-        assert 3 <= generator.num_listings <= 8
+            while answers._refresh is not None and not answers._refresh.done():
+                await asyncio.sleep(0)
+            now += answering_module._MODELS_FOR_S / 8
+        assert 7 <= generator.num_listings <= 13, "in the time that six last"
 
     run(scenario)
 
