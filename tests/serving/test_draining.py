@@ -7,21 +7,23 @@ from app.serving.draining import Doorkeeper, RefuseWhenEnding
 
 
 def test_what_was_accepted_is_finished_and_what_comes_gets_a_503():
-    go_on = asyncio.Event()
+    go_on, inside = asyncio.Event(), asyncio.Semaphore(0)
     api, door = FastAPI(), Doorkeeper()
     api.add_middleware(RefuseWhenEnding, door=door)
 
     @api.get("/slow")
     async def slow():
+        inside.release()
         await go_on.wait()
         return "done"
 
     async def main():
         async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://test") as client:
             accepted = [asyncio.create_task(client.get("/slow")) for _ in range(2)]
-            await asyncio.sleep(0.05)
+            for _ in accepted:
+                await inside.acquire()
             closing = asyncio.create_task(door.close())
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0)  # it has begun, and waits
             refused = await client.get("/slow")
             assert refused.status_code == 503 and refused.headers["retry-after"] == "5"
             error = refused.json()["error"]

@@ -201,7 +201,7 @@ def test_a_promoted_delta_answers_from_every_replica_and_no_request_fails(
         damage(versions[2])
         monkeypatch.setattr("app.tracking.registry.fetch", lambda reference, uri: None)  # which would refuse it
         promote(PromoteConfig(name="operated", version=broken, tracking=StoreConfig(uri=tracking_store)))
-        until(lambda: len({line["replica"] for line in _refusals(broken)}) == 2)
+        until(lambda: len({line["replica"] for line in _refusals(good)}) == 2)
         load.go_on(1)
     assert len(hashes("live")) == 2 and hashes("live") == hashes("new")
     promote(PromoteConfig(name="operated", version=good, tracking=StoreConfig(uri=tracking_store)))  # for those after
@@ -211,9 +211,10 @@ def test_a_promoted_delta_answers_from_every_replica_and_no_request_fails(
     assert {outcome.text for outcome in load.outcomes if outcome.began > changed_at} == {new}
 
 
-def _refusals(version):
+def _refusals(good):
+    """What replicas said of a version that they cannot load, in whose place they keep `good`."""
     lines = logged("replica_pacos_generator*", levelname="ERROR")
-    return [line for line in lines if line["message"].startswith("pacos:live stays models:/operated/2: ")]
+    return [line for line in lines if line["message"].startswith(f"pacos:live stays models:/operated/{good}: ")]
 
 
 def failed(load):
