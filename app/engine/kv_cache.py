@@ -200,6 +200,8 @@ class _Long:
     rows: slice
     blocks: Tensor
     """[blocks] those that hold places up to the last row's."""
+    num_places: int
+    """Up to the last row's; what stands behind them in these blocks nobody has written."""
     mask: Tensor | None
     """[rows, places] what each row sees; None: each row sees those before it, and nothing is cached yet."""
     num_filling: int
@@ -259,12 +261,12 @@ class StepCache:
         num_filling = -(rows.stop - rows.start) % multiple
         blocks = sequence.blocks[: blocks_for(last)]
         if first == 0:
-            return _Long(rows, to_device(torch.tensor(blocks), device), None, num_filling)
+            return _Long(rows, to_device(torch.tensor(blocks), device), last, None, num_filling)
         blocks = blocks + [blocks[0]] * (-len(blocks) % max(1, multiple // BLOCK_SIZE))
         places = torch.arange(len(blocks) * BLOCK_SIZE)
         seen = F.pad(self.seen[rows], (0, num_filling), value=1)
         mask = to_device(places < seen.unsqueeze(1), device)
-        return _Long(rows, to_device(torch.tensor(blocks), device), mask, num_filling)
+        return _Long(rows, to_device(torch.tensor(blocks), device), last, mask, num_filling)
 
 
 class _Part:
@@ -316,6 +318,8 @@ class _Part:
             q, k, v = (F.pad(part, filling) for part in (q, k, v))
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=is_grouped)[:, :, :num_rows]
         keys, values = self._gathered(layer, long.blocks.unsqueeze(0), q.dtype)
+        for part in (keys, values):  # a mask does not hide what is not a number
+            part[:, :, long.num_places :] = 0
         return F.scaled_dot_product_attention(
             F.pad(q, filling), keys, values, attn_mask=long.mask, enable_gqa=is_grouped
         )[:, :, :num_rows]
@@ -332,8 +336,10 @@ class _Part:
         if self._paged is not None:
             self._attend_paged(self._paged, layer, q[0].transpose(0, 1), mixed[0].transpose(0, 1))
             return
-        tables, mask = self._padded
+        tables, mask, rows, places = self._padded
         keys, values = self._gathered(layer, tables, q.dtype)  # [rows, kv_heads, places, head_width]
+        for part in (keys, values):  # a mask does not hide what is not a number
+            part[rows, :, places] = 0
         short = short.to(q.device)
         queries = q[0, :, short].transpose(0, 1).unsqueeze(2)  # [rows, heads, 1, head_width]
         is_grouped = queries.shape[1] != keys.shape[1]
@@ -358,13 +364,17 @@ class _Part:
         return tuple(to_device(part, self._blocks.device) for part in (self.short, tables, self._seen))  # type: ignore[return-value]
 
     @functools.cached_property
-    def _padded(self) -> tuple[Tensor, Tensor]:
-        """Of each short row its blocks [rows, blocks], as many as the longest has, and what it sees of them."""
+    def _padded(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of each short row its blocks [rows, blocks], as many as the longest has, and what it sees of them; then row
+        and place of all that none sees: there another's may stand, or what nobody has written."""
         device = self._blocks.device
         num_blocks = blocks_for(int(self._seen.max()))
-        tables = self._tables[self._table_of_row, :num_blocks].long().to(device)
-        mask = torch.arange(num_blocks * BLOCK_SIZE, device=device) < self._seen.to(device).unsqueeze(1)
-        return tables, mask[:, None, None, :]
+        tables = self._tables[self._table_of_row, :num_blocks].long()
+        mask = torch.arange(num_blocks * BLOCK_SIZE) < self._seen.unsqueeze(1)
+        rows, places = (~mask).nonzero(as_tuple=True)
+        return tuple(  # type: ignore[return-value]
+            to_device(part, device) for part in (tables, mask[:, None, None, :], rows, places)
+        )
 
     def _gathered(self, layer: int, tables: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values [rows, kv_heads, places, head_width] of the blocks `tables` [rows, blocks], copied."""

@@ -143,11 +143,18 @@ def check_base(delta: Delta, folder: str, *, base_hash: str, tokenizer_hash: str
 
 @torch.no_grad()
 def load_trained(model: Decoder, weights: Mapping[str, Tensor]) -> None:
-    """Copy `weights` into the trainable parameters of the same names; the two must match exactly."""
+    """Copy `weights` into the trainable parameters of the same names; the two must match exactly.
+
+    Raises:
+        UserError: they do not, or not all of them are numbers.
+    """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     wrong = sorted(trained.keys() ^ weights.keys())
     wrong += [name for name in trained.keys() & weights.keys() if trained[name].shape != weights[name].shape]
     if wrong:
         raise UserError(f"the delta does not fit this model: {wrong[0]} differs; was it trained on another base?")
+    strange = next((name for name in trained if not weights[name].isfinite().all()), None)
+    if strange is not None:
+        raise UserError(f"the delta's {strange} holds NaN or infinite weights; train it again")
     for name, parameter in trained.items():
         parameter.copy_(weights[name])

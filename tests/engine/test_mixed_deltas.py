@@ -18,6 +18,7 @@ from app.config import (
 )
 from app.engine.deltas import DeltasFull, UnknownDelta
 from app.engine.engine import Engine, EngineSettings
+from app.engine.kv_cache import KVCache
 from app.engine.sampling import Sampling
 from app.errors import UserError
 from app.methods import apply_method
@@ -166,6 +167,36 @@ def test_loras_of_all_rows_are_added_together(model, prompts, kernels, scheme, m
         engine.add_request(ids, SAMPLING, hashes[number % 2])
     while engine.has_work:
         engine.step()
+
+
+def test_a_delta_whose_rows_are_no_numbers_touches_nobody_else(model, deltas, expected, prompts, kernels):
+    engine = Engine(model, max_batch_size=2, max_queue=8, kernels=kernels)
+    broken = Delta(deltas["lora"].method, {name: w * torch.nan for name, w in deltas["lora"].weights.items()}, {})
+    with pytest.raises(UserError, match="holds NaN"):
+        engine.add_delta(broken)
+    lora = engine.add_delta(deltas["lora"])
+    for layer in engine.deltas.get(lora).layers.values():  # past the check, as a sum that overflows would be
+        for factor in (layer.lora_b, *getattr(layer, "factors_for_kernels", ())):
+            factor.data.fill_(torch.nan)
+    engine.add_request(prompts[3], SAMPLING, lora)  # of more tokens than those beside it; the cache's first block
+    asked = [engine.add_request(ids, SAMPLING) for ids in some(prompts)]
+    tokens, _ = drain(engine)
+    assert [tokens[request_id] for request_id in asked] == expected[""]
+
+
+def test_what_stands_where_nobody_has_written_is_not_seen(model, prompts, kernels, monkeypatch):
+    monkeypatch.setattr("app.engine.kv_cache._FEW_ROWS", 8)
+    monkeypatch.setattr("app.engine.kv_cache._FEW_ROWS_OF_CPU", 8)
+    block = KVCache.block_bytes(model.config, num_extra_layers=1, dtype=torch.float32)
+    engine = Engine(model, max_batch_size=2, max_queue=8, max_kv_bytes=3 * block, kernels=kernels)
+    engine._cache.keys.fill_(torch.nan)
+    engine._cache.values.fill_(torch.nan)
+    longer = prompts[2][:16] + prompts[7]  # of 28 tokens, of which 12 are new when it comes second
+    for ids in (prompts[2], longer, prompts[1]):
+        request_id = engine.add_request(ids, SAMPLING)
+        tokens, _ = drain(engine)
+        assert tokens[request_id] == alone(model, ids, SAMPLING)
+    assert engine.stats().reused_tokens == 16
 
 
 def test_deltas_come_and_go_while_requests_run(model, deltas, expected, prompts):

@@ -91,6 +91,15 @@ def test_a_delta_of_another_shape_and_a_damaged_folder_are_told(
         read_delta(tmp_path)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_told(trained: Decoder, tiny_model: Path, value: float) -> None:
+    weights = {name: parameter.detach().clone() for name, parameter in trained_parameters(trained).items()}
+    name = next(iter(weights))
+    weights[name].view(-1)[3] = value
+    with pytest.raises(UserError, match=f"{name} holds NaN or infinite weights; train it again"):
+        apply_delta(load_decoder(tiny_model), Delta(CONFIG, weights, {}))
+
+
 @pytest.mark.parametrize("content", ["[1]", '{"method": {"type": "lora"}, "metrics": null}', '{"method": 3}'])
 def test_metadata_of_another_kind_is_told(trained: Decoder, tmp_path: Path, content: str) -> None:
     weights = {name: parameter.detach() for name, parameter in trained_parameters(trained).items()}
