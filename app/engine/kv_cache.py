@@ -209,7 +209,8 @@ class _Long:
 
 
 class StepCache:
-    """Attention of one step's rows [1, heads, rows, head_width]: the scheduled tokens of `sequences`, end to end."""
+    """Attention of one step's rows [1, heads, rows, head_width] in `dtype`: the scheduled tokens of `sequences`, end to
+    end."""
 
     def __init__(
         self,
@@ -217,10 +218,13 @@ class StepCache:
         sequences: SequenceOf[Sequence],
         kernels: Kernels | None,
         paged: "PagedAttention | None" = None,
+        *,
+        dtype: torch.dtype,
     ) -> None:
         self.cache = cache
         self.kernels = kernels
         self.paged = paged
+        self._dtype = dtype
         self.needed: Tensor | None = None
         """Those rows, int64, that are of use when all have been attended to; None: all."""
         device = cache.keys.device
@@ -257,7 +261,7 @@ class StepCache:
     def _as_long(self, sequence: Sequence, rows: slice) -> _Long:
         device = self.positions.device
         first, last = sequence.variant.prefix_length + sequence.num_cached, int(self.seen[rows.stop - 1])
-        multiple = _ROWS_OF_BF16 if self.cache.keys.dtype == torch.bfloat16 and device.type == "cpu" else 1
+        multiple = _ROWS_OF_BF16 if self._dtype == torch.bfloat16 and device.type == "cpu" else 1
         num_filling = -(rows.stop - rows.start) % multiple
         blocks = sequence.blocks[: blocks_for(last)]
         if first == 0:

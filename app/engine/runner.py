@@ -33,6 +33,7 @@ class Runner:
         self.cache = cache
         self.kernels = kernels
         self.paged = paged
+        self._dtype = model.base.token_embedding.weight.dtype
         self._compiled_blocks = model.compiled_blocks(cache.layers)
         self._has_few_row_counts = has_onednns(model.decoder, head)
 
@@ -43,7 +44,7 @@ class Runner:
         Returns those whose newest token was among them, and the logits [of them, vocab_size] after it.
         """
         ordered = sorted(sequences, key=lambda sequence: sequence.variant.hash)
-        step = StepCache(self.cache, ordered, self.kernels, self.paged)
+        step = StepCache(self.cache, ordered, self.kernels, self.paged, dtype=self._dtype)
         device = step.positions.device
         ids = to_device(torch.tensor([token for sequence in ordered for token in sequence.scheduled_ids]), device)
         filling = (0, self._rows(len(ids)) - len(ids))

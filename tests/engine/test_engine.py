@@ -1,7 +1,9 @@
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from single import alone, collect, drain
 
 from app.engine.engine import Engine
@@ -156,6 +158,23 @@ def test_a_bound_on_queued_tokens_refuses_the_next_request_and_recovers(model, p
     drain(engine)
     assert engine.stats().queued_tokens == 0
     engine.add_request(prompts[0], Sampling(max_tokens=40))
+
+
+@pytest.mark.parametrize(("dtype", "kv_dtype", "rows"), [("bfloat16", "int8", 64), ("float32", "bf16", 40)])
+def test_a_long_prompts_rows_are_filled_up_where_the_products_are_in_bf16(model, monkeypatch, dtype, kv_dtype, rows):
+    """Whatever the cache is in: it is torch's products in bf16 that are compiled for each number of rows."""
+    attention, shapes = F.scaled_dot_product_attention, []
+
+    def seen(q, *args, **kwargs):
+        shapes.append(q.shape[2])
+        return attention(q, *args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", seen)
+    halved = copy.deepcopy(model).to(getattr(torch, dtype))
+    engine = Engine(halved, kernels="torch", kv_dtype=kv_dtype)
+    engine.add_request([3] * 40, Sampling(max_tokens=1))
+    engine.step()
+    assert shapes == [rows] * 3
 
 
 def test_smaller_priorities_go_first_and_take_the_place_of_larger_ones(model, prompts):
