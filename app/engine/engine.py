@@ -117,6 +117,11 @@ class Engine:
         dtype = weight.dtype if settings.kv_dtype == "auto" else _KV_DTYPES[settings.kv_dtype]
         if dtype == torch.int8 and weight.device.type != "cpu":
             raise UserError(f"kv_dtype: int8 is for a CPU, and the model is on {weight.device.type}; take bf16 there")
+        if dtype == torch.int8 and model.config.head_width % 4:
+            raise UserError(
+                f"kv_dtype: int8 is for heads that are a multiple of 4 wide, and the model's are {model.config.head_width}; "
+                "take bf16"
+            )
         kernels = paged = None
         if settings.kernels == "auto":
             kernels = kernels_for(model.config, cache_dtype=dtype, dtype=weight.dtype, device=weight.device)

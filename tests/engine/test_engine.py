@@ -11,6 +11,7 @@ from app.engine.events import ContextLengthExceeded, InvalidRequest, QueueFull
 from app.engine.kv_cache import KVCache
 from app.engine.sampling import Sampling
 from app.errors import UserError
+from app.models.decoder import Decoder, DecoderConfig
 
 CONTEXT_LENGTH = 48
 VOCAB_SIZE = 97
@@ -272,6 +273,9 @@ def test_settings_that_hold_nothing_are_refused(model):
         Engine(model, max_batch_size=0)
     with pytest.raises(UserError, match="max_kv_bytes=100 holds no block of 16 tokens"):
         Engine(model, max_kv_bytes=100)
+    odd = Decoder(DecoderConfig(VOCAB_SIZE, CONTEXT_LENGTH, num_layers=1, num_heads=2, width=12, mlp_width=8))
+    with pytest.raises(UserError, match="kv_dtype: int8 is for heads .* are 6; take bf16"):
+        Engine(odd, kv_dtype="int8")
 
 
 def test_a_request_that_the_cache_could_never_hold_is_refused(model, prompts):
