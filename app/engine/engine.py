@@ -117,10 +117,10 @@ class Engine:
         dtype = weight.dtype if settings.kv_dtype == "auto" else _KV_DTYPES[settings.kv_dtype]
         if dtype == torch.int8 and weight.device.type != "cpu":
             raise UserError(f"kv_dtype: int8 is for a CPU, and the model is on {weight.device.type}; take bf16 there")
-        if dtype == torch.int8 and model.config.head_width % 4:
+        head_width = model.config.head_width
+        if dtype == torch.int8 and head_width % 4:
             raise UserError(
-                f"kv_dtype: int8 is for heads that are a multiple of 4 wide, and the model's are {model.config.head_width}; "
-                "take bf16"
+                f"kv_dtype: int8 is for heads that are a multiple of 4 wide, and the model's are {head_width}; take bf16"
             )
         kernels = paged = None
         if settings.kernels == "auto":
@@ -267,12 +267,18 @@ class Engine:
         """What `add_delta` takes. It changes nothing, and may run in another thread than the engine's.
 
         Raises:
-            UserError: the delta does not fit the model, or cannot share a batch with it.
+            UserError: the delta does not fit the model, or cannot share a batch with it, or its prefix leaves no room
+                in the context or the cache.
         """
         variant = self.deltas.model.variant(delta)
-        if variant.prefix_length + 2 > self._context_length:
-            raise UserError(f"the delta's prefix of {variant.prefix_length} leaves no room in the context")
-        self._check_fits(variant, 2)
+        length, there = variant.prefix_length, self._cache.pool.num_blocks
+        if length + 2 > self._context_length:
+            raise UserError(f"the delta's prefix of {length} leaves no room in the context")
+        if blocks_for(length + 2) > there:
+            raise UserError(
+                f"the delta's prefix of {length} tokens, and two behind it, take {blocks_for(length + 2)} blocks of "
+                f"the KV cache, and max_kv_bytes={self.settings.max_kv_bytes} holds {there}; raise it"
+            )
         return variant
 
     def add_delta(self, delta: Delta | Variant, *, pin: bool = False) -> str:
@@ -327,9 +333,10 @@ class Engine:
         """Whether the cache could hold it alone: else it would wait for ever."""
         there = self._cache.pool.num_blocks
         if blocks_for(variant.prefix_length + max_length) > there:
+            prefix = f" behind a prefix of {variant.prefix_length}" if variant.prefix_length else ""
             raise InvalidRequest(
-                f"prompt and answer may take {max_length} tokens; the KV cache holds {there * BLOCK_SIZE} in all: "
-                "ask for fewer tokens, or raise max_kv_bytes"
+                f"prompt and answer may take {max_length} tokens{prefix}; the KV cache holds {there * BLOCK_SIZE} in "
+                "all: ask for fewer tokens, or raise max_kv_bytes"
             )
 
     def _forget(self, sequence: Sequence) -> None:

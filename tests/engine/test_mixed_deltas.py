@@ -18,6 +18,8 @@ from app.config import (
 )
 from app.engine.deltas import DeltasFull, UnknownDelta
 from app.engine.engine import Engine, EngineSettings
+from app.engine.events import InvalidRequest
+from app.engine.front import EngineFront
 from app.engine.kv_cache import KVCache
 from app.engine.sampling import Sampling
 from app.errors import UserError
@@ -246,3 +248,17 @@ def test_what_cannot_share_a_batch_is_refused(model, deltas):
     with pytest.raises(UnknownDelta):
         engine.add_request([1], SAMPLING, "abc")
     assert not engine.has_work and engine.stats().deltas == 0
+
+
+def test_a_prefix_that_the_cache_cannot_hold_is_refused_with_its_delta(model, deltas):
+    block = KVCache.block_bytes(model.config, num_extra_layers=1, dtype=torch.float32)
+    front = EngineFront(Engine(model, max_kv_bytes=block))
+    try:
+        with pytest.raises(UserError, match=f"prefix of 18 tokens.*2 blocks.*max_kv_bytes={block} holds 1; raise it"):
+            front.load_delta(deltas["longer prefix"])
+    finally:
+        front.shutdown()
+    engine = Engine(model, max_kv_bytes=2 * block)
+    longer = engine.add_delta(deltas["longer prefix"])
+    with pytest.raises(InvalidRequest, match="may take 15 tokens behind a prefix of 18; the KV cache holds 32 in all"):
+        engine.add_request([1] * 5, SAMPLING, longer)
