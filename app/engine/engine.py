@@ -35,7 +35,7 @@ class EngineSettings:
     max_queue: int = 128
     """Answers that may wait beyond those that the batch has room for."""
     max_queued_tokens: int | None = None
-    """Prompt and answer tokens that those who wait may take together."""
+    """Prompt and answer tokens that those who wait may take together, beyond those that the batch has room for."""
     max_step_tokens: int = 512
     """Rows that one step computes at most, above `max_batch_size`; longer prompts are read in several."""
     max_kv_bytes: int | None = None
@@ -120,7 +120,7 @@ class Engine:
         head_width = model.config.head_width
         if dtype == torch.int8 and head_width % 4:
             raise UserError(
-                f"kv_dtype: int8 is for heads that are a multiple of 4 wide, and the model's are {head_width}; take bf16"
+                f"kv_dtype: int8 is for heads a multiple of 4 wide, and the model's are {head_width}; take bf16"
             )
         kernels = paged = None
         if settings.kernels == "auto":
@@ -192,7 +192,7 @@ class Engine:
         )
         max_length = min(len(ids) + sampling.max_tokens, context_length)
         self._check_fits(variant, max_length)
-        self._scheduler.check_room(sampling.n, sampling.n * max_length)
+        self._scheduler.check_room(sampling.n, max_length)
         request_id = next(self._ids)
         answers: list[Sequence] = []
         for index in range(sampling.n):

@@ -39,17 +39,21 @@ class Scheduler:
     def free_slots(self) -> int:
         return self.max_batch_size - len(self.running)
 
-    def check_room(self, num_sequences: int, num_tokens: int) -> None:
-        """
+    def check_room(self, num_sequences: int, max_length: int) -> None:
+        """For `num_sequences` of `max_length` tokens each.
+
         Raises:
             QueueFull: as many sequences or tokens wait as may, beyond those that the free slots will take.
         """
-        num_waiting = len(self.waiting)
-        if num_waiting + num_sequences > self.max_queue + self.free_slots:
+        num_waiting, slots = len(self.waiting), self.free_slots
+        if num_waiting + num_sequences > self.max_queue + slots:
             raise QueueFull(f"{num_waiting} requests are waiting already (max_queue={self.max_queue})")
         limit = self.max_queued_tokens
-        if limit is not None and num_waiting and self.queued_tokens + num_tokens > limit:
-            raise QueueFull(f"{self.queued_tokens} tokens are waiting already (max_queued_tokens={limit})")
+        if limit is None or num_waiting <= slots:  # those who would be the first to wait may be of any length
+            return
+        queued = self.queued_tokens - sum(sequence.max_length for sequence in self.waiting[:slots])
+        if queued + num_sequences * max_length > limit:
+            raise QueueFull(f"{queued} tokens are waiting already (max_queued_tokens={limit})")
 
     def add(self, sequence: Sequence) -> None:
         insort(self.waiting, sequence, key=_rank)

@@ -161,6 +161,18 @@ def test_a_bound_on_queued_tokens_refuses_the_next_request_and_recovers(model, p
     engine.add_request(prompts[0], Sampling(max_tokens=40))
 
 
+def test_the_bound_on_queued_tokens_is_of_those_whom_no_slot_takes(model, prompts):
+    engine = Engine(model, max_batch_size=3, max_queue=100, max_queued_tokens=40)
+    fifteen = Sampling(max_tokens=10)
+    for _ in range(5):  # three for the free slots, two that wait, and no step between them
+        engine.add_request(prompts[0], fifteen)
+    with pytest.raises(QueueFull, match="30 tokens are waiting already"):
+        engine.add_request(prompts[0], fifteen)
+    tokens, _ = drain(engine)
+    assert len(tokens) == 5
+    engine.add_request(prompts[0], replace(fifteen, n=4))
+
+
 @pytest.mark.parametrize(("dtype", "kv_dtype", "rows"), [("bfloat16", "int8", 64), ("float32", "bf16", 40)])
 def test_a_long_prompts_rows_are_filled_up_where_the_products_are_in_bf16(model, monkeypatch, dtype, kv_dtype, rows):
     """Whatever the cache is in: it is torch's products in bf16 that are compiled for each number of rows."""
@@ -274,7 +286,7 @@ def test_settings_that_hold_nothing_are_refused(model):
     with pytest.raises(UserError, match="max_kv_bytes=100 holds no block of 16 tokens"):
         Engine(model, max_kv_bytes=100)
     odd = Decoder(DecoderConfig(VOCAB_SIZE, CONTEXT_LENGTH, num_layers=1, num_heads=2, width=12, mlp_width=8))
-    with pytest.raises(UserError, match="kv_dtype: int8 is for heads .* are 6; take bf16"):
+    with pytest.raises(UserError, match="kv_dtype: int8 is for heads.* are 6; take bf16"):
         Engine(odd, kv_dtype="int8")
 
 
