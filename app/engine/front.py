@@ -80,6 +80,8 @@ class EngineFront:
         self._stopping = False
         self._stopped = False
         self._calls: dict[int, _Call] = {}
+        self._holding: dict[int, _Call] = {}
+        """Those of `_calls` with events that are held back."""
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -204,19 +206,19 @@ class EngineFront:
             return
         now, pause_s = self._clock(), self._pause_s()
         by_loop: dict[asyncio.AbstractEventLoop, list[_Delivery]] = defaultdict(list)
-        touched: dict[int, _Call] = {}
         for event in events:
-            call = touched[event.request_id] = self._calls[event.request_id]
+            call = self._holding[event.request_id] = self._calls[event.request_id]
             call.held.append(event)
             if event.finish_reason is not None:
                 call.unfinished -= 1
                 call.due_at = now
-        for request_id, call in touched.items():
+        for request_id, call in list(self._holding.items()):  # also of those who gave way and have nothing new
             if not call.unfinished:
                 del self._calls[request_id]
             if now >= call.due_at:
                 by_loop[call.loop].append((call, call.held))
                 call.held, call.due_at = [], now + pause_s
+                del self._holding[request_id]
         for loop, deliveries in by_loop.items():
             self._deliver(loop, deliveries)
 
@@ -237,6 +239,7 @@ class EngineFront:
     def _abort(self, call: _Call) -> None:
         if call.request_id is not None and call.request_id in self._calls:
             del self._calls[call.request_id]
+            self._holding.pop(call.request_id, None)
             self._engine.abort(call.request_id)
 
     def _deliver(self, loop: asyncio.AbstractEventLoop, deliveries: Sequence[_Delivery]) -> None:
@@ -255,6 +258,7 @@ class EngineFront:
     def _fail_all(self, error: Exception) -> None:
         self._engine.abort_all()
         calls, self._calls = list(self._calls.values()), {}
+        self._holding = {}
         for call in calls:
             self._deliver(call.loop, [(call, call.held), (call, error)] if call.held else [(call, error)])
 

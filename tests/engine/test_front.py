@@ -1,5 +1,6 @@
 import asyncio
 import itertools
+import time
 from contextlib import aclosing
 
 import pytest
@@ -30,8 +31,6 @@ async def until(condition, timeout_s=30.0):
 
 
 def slow_down(front, delay_s=0.03):
-    import time
-
     step = front._engine.step
 
     def slow_step():
@@ -131,6 +130,48 @@ def test_events_come_in_batches_as_often_as_is_asked_for_the_first_and_the_last_
         assert asyncio.run(sizes(prompts[0], max_tokens=14)) == [1, 5, 5, 3]
         for of_one in asyncio.run(two_at_once()):
             assert sum(of_one) == 16 and of_one[0] == 1 and max(of_one) > 5, "two share what is allowed"
+    finally:
+        front.shutdown()
+
+
+def test_what_is_held_back_comes_when_it_is_due_though_its_request_gave_way_to_another(model, prompts):
+    steps = itertools.count()  # a step takes a second on this clock
+    front = EngineFront(
+        Engine(model, max_batch_size=1, max_queue=8), batches_per_s=1e-6, longest_pause_s=3.0,
+        clock=lambda: float(next(steps)),
+    )  # fmt: skip
+    step, numbers = front._engine.step, itertools.count()
+    came: list[tuple[str, int]] = []
+
+    async def read(name, prompt, *, priority):
+        sampling = Sampling(max_tokens=12, ignore_eos=True)
+        async with aclosing(front.batches(prompt, sampling, priority=priority)) as batches:
+            async for batch in batches:
+                came.append((name, len(batch)))
+
+    async def main():
+        loop, third = asyncio.get_running_loop(), asyncio.Event()
+
+        def step_with_another():
+            if next(numbers) == 3:  # two tokens are held back, and due in this step
+                loop.call_soon_threadsafe(third.set)
+                while not front._inbox:
+                    time.sleep(0.001)
+                front._empty_inbox()
+            return step()
+
+        front._engine.step = step_with_another
+        first = asyncio.create_task(read("first", prompts[0], priority=5))
+        await third.wait()
+        await read("urgent", prompts[1], priority=1)
+        await first
+
+    try:
+        asyncio.run(main())
+        assert front.stats().preemptions == 1
+        urgent = [number for number, (name, _) in enumerate(came) if name == "urgent"]
+        assert came[: urgent[-1]].count(("first", 1)) == 1 and ("first", 2) in came[: urgent[-1]]
+        assert sum(size for name, size in came if name == "first") == 12
     finally:
         front.shutdown()
 
