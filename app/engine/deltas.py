@@ -300,15 +300,11 @@ class Deltas:
         return self._loaded[delta]
 
     def unpin(self, delta: str) -> None:
-        self.get(delta).is_pinned = False
-
-    def remove(self, delta: str) -> bool:
-        """Unload it, unless requests use it or it is not there."""
+        """Nobody asks for it any more: where it is still loaded, it is the next to go."""
         variant = self._loaded.get(delta)
-        if variant is None or variant.num_requests:
-            return False
-        del self._loaded[delta]
-        return True
+        if variant is not None:
+            variant.is_pinned = False
+            self._loaded.move_to_end(delta, last=False)
 
     def _evict(self, max_bytes: int) -> None:
         idle = [v for v in self._loaded.values() if not v.is_pinned and not v.num_requests]

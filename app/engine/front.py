@@ -135,7 +135,7 @@ class EngineFront:
         return variant
 
     def unpin_delta(self, delta_hash: str) -> None:
-        """Let it go, once no request uses it and another needs its room."""
+        """Let it go, once no request uses it and another needs its room; it may have gone already."""
         self._on_engine(lambda: self._engine.deltas.unpin(delta_hash))
 
     def stats(self) -> Stats:

@@ -234,6 +234,19 @@ def test_the_least_recently_used_goes_first(model, deltas):
     assert engine.deltas.loaded == [lora, dora] and adapter not in engine.deltas.loaded
 
 
+def test_what_is_unpinned_is_the_next_to_go_and_may_be_gone(model, deltas):
+    names = ["lora", "adapter", "dora"]
+    sizes = {name: Engine(model).prepare_delta(deltas[name]).num_bytes for name in names}
+    engine = Engine(model, max_delta_bytes=sum(sizes.values()) - 1)
+    lora, adapter = engine.add_delta(deltas["lora"]), engine.add_delta(deltas["adapter"], pin=True)
+    engine.deltas.unpin(adapter)
+    assert engine.deltas.loaded == [adapter, lora]
+    dora = engine.add_delta(deltas["dora"])
+    assert engine.deltas.loaded == [lora, dora]
+    engine.deltas.unpin(adapter)
+    assert engine.deltas.loaded == [lora, dora]
+
+
 def test_what_cannot_share_a_batch_is_refused(model, deltas):
     engine = Engine(model, max_extra_blocks=1)
     with pytest.raises(UserError, match="'full' trains the base's own weights"):

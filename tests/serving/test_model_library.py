@@ -1,6 +1,7 @@
 """Deltas that come and go while requests run: from folders and from the registry."""
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -206,15 +207,25 @@ def test_a_registered_delta_that_cannot_be_loaded_is_not_tried_at_each_request(d
     assert len(looked) == 1
 
 
-def test_what_was_unloaded_for_another_is_loaded_again(deploy, make_delta, registry):
+def test_what_was_unloaded_for_another_is_loaded_again(deploy, make_delta, registry, model_dir, tokenizer, caplog):
     folders = [make_delta(f"delta-{seed}", LoraConfig(rank=4), seed=seed) for seed in range(3)]
     for number, folder in enumerate(folders):
         registry(f"many-{number}", folder)
     size = sum(weight.numel() * 4 for weight in read_delta(folders[0]).weights.values())
-    generator = deploy(load_registered=True, max_delta_bytes=2 * size + 64)
+    caplog.set_level(logging.INFO, "ray.serve")
+    generator = deploy(load_registered=True, max_delta_bytes=2 * size + 64, refresh_s=1000)
     texts = [text(generator, f"many-{number}") for number in range(3)]
     assert asyncio.run(generator.stats())["pacos"]["deltas"] == 2
     assert [text(generator, f"many-{number}") for number in range(3)] == texts
+    unloaded = generator._library.get("pacos:many-0")
+    assert unloaded.delta not in unloaded.front._engine.deltas.loaded
+    promoted = make_delta("delta-3", LoraConfig(rank=4), seed=3)
+    registry("many-0", promoted)
+    generator._library.follow_aliases()
+    assert generator._library.get("pacos:many-0").delta == read_delta(promoted).hash
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+    assert "pacos:many-0 is models:/many-0/2 now" in caplog.text
+    assert text(generator, "many-0") == alone(model_dir, promoted, tokenizer)
     pinned = {f"pinned-{number}": str(folder) for number, folder in enumerate(folders)}
     with pytest.raises(UserError, match=r"max_delta_bytes=\d+.*raise it"):
         deploy(max_delta_bytes=2 * size + 64, deltas=pinned)
