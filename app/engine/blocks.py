@@ -37,11 +37,6 @@ class BlockPool:
         """Blocks that nobody holds, whatever they contain."""
         return len(self._unheld)
 
-    @property
-    def num_named(self) -> int:
-        """Blocks whose content can be found."""
-        return len(self._by_key)
-
     def take(self) -> int:
         """A block for new content; the caller has looked at `num_free`."""
         block, _ = self._unheld.popitem(last=False)
@@ -74,12 +69,6 @@ class BlockPool:
                 self._unheld[block] = None
                 if self._key_of[block] is None:
                     self._unheld.move_to_end(block, last=False)
-
-    def forget_all(self) -> None:
-        """No content can be found any more."""
-        for block in self._by_key.values():
-            self._key_of[block] = None
-        self._by_key.clear()
 
     def _forget(self, block: int) -> None:
         key = self._key_of[block]
