@@ -38,6 +38,8 @@ class GeneratorConfig(Config):
     max_delta_bytes: Positive = 2**30
     """Of the deltas in the base's engine; those that `deltas` does not name are unloaded beyond it, the least recently
     used first."""
+    max_extra_blocks: Annotated[int, Field(ge=0)] = 1
+    """As many as a delta in the base's engine may add to it; the KV cache has room for their keys and values."""
     threads: Positive = 2
     device: Literal["cpu", "cuda"] = "cpu"
 

@@ -240,8 +240,8 @@ class MixedModel:
                         variant.layers[f"blocks.{number}.{name}"] = layer_here
         if num_extra > self.num_extra_layers:
             raise UserError(
-                f"the delta adds {num_extra} blocks; this engine's cache has room for {self.num_extra_layers}: "
-                f"max_extra_blocks={num_extra}"
+                f"the delta adds {num_extra} blocks; this engine's cache has room for {self.num_extra_layers}: set "
+                f"max_extra_blocks={num_extra}, of a server generator.max_extra_blocks={num_extra}"
             )
         return order
 

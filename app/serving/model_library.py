@@ -230,6 +230,7 @@ class ModelLibrary:
             prefault_kv=config.prefault_kv,
             kv_dtype=config.kv_dtype,
             max_delta_bytes=config.max_delta_bytes,
+            max_extra_blocks=config.max_extra_blocks,
         )
         device = torch.device(config.device)
         model = model.requires_grad_(False).eval().to(device, compute_dtype(config.precision, device))

@@ -251,7 +251,7 @@ def test_what_cannot_share_a_batch_is_refused(model, deltas):
     engine = Engine(model, max_extra_blocks=1)
     with pytest.raises(UserError, match="'full' trains the base's own weights"):
         engine.add_delta(trained(model, FullConfig(), seed=0))
-    with pytest.raises(UserError, match="adds 2 blocks.*max_extra_blocks=2"):
+    with pytest.raises(UserError, match="adds 2 blocks.*set max_extra_blocks=2, .*generator.max_extra_blocks=2"):
         engine.add_delta(deltas["two extra blocks"])
     with pytest.raises(UserError, match="larger|more than max_delta_bytes=10"):
         Engine(model, max_delta_bytes=10).add_delta(deltas["lora"])

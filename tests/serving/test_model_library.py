@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from app.config import ApplicationConfig
-from app.config.methods import AdapterConfig, FreezeConfig, LoraConfig, PrefixConfig
+from app.config.methods import AdapterConfig, ExtraBlockConfig, FreezeConfig, LoraConfig, PrefixConfig
 from app.data.tokenization import Tokenizer
 from app.errors import UserError
 from app.methods.delta import apply_delta, read_delta
@@ -93,6 +93,14 @@ def test_deltas_of_all_kinds_answer_as_each_does_alone_and_share_the_bases_engin
     assert list(asyncio.run(generator.stats())) == ["pacos", "pacos:frozen"], "one trains the base's own weights"
     lengths = {info.name: info.context_length for info in asyncio.run(generator.models())}
     assert lengths["pacos:prefix"] == lengths["pacos"] - 3
+
+
+def test_as_many_extra_blocks_are_served_as_the_settings_say(deploy, make_delta, model_dir, tokenizer):
+    folder = make_delta("taller", ExtraBlockConfig(count=2))
+    with pytest.raises(UserError, match=r"room for 1: .*generator\.max_extra_blocks=2"):
+        deploy(deltas={"taller": str(folder)})
+    generator = deploy(deltas={"taller": str(folder)}, max_extra_blocks=2)
+    assert text(generator, "taller") == alone(model_dir, folder, tokenizer)
 
 
 def test_a_promoted_delta_answers_soon_and_no_request_fails_meanwhile(deploy, make_delta, registry):
