@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from app.config.methods import name_of, parts_of
 from app.engine.fused_block import FusedBlock, fused
-from app.engine.kernels import CachedLayer, Kernels
+from app.engine.kernels import CachedLayer, Kernels, lora_factors
 from app.engine.kernels.blocks import CompiledBlocks, LowRank, Updates, library_of_blocks
 from app.engine.kernels.products import products
 from app.engine.packing import pack
@@ -30,6 +30,7 @@ from app.methods.over_base import shared_copy
 from app.models.attention import KeysValues
 from app.models.decoder import Block, Decoder
 from app.models.quantization import QuantizedLinear
+from app.models.quantization.int8 import IntegerLinear
 
 _LAYERS = (nn.Linear, QuantizedLinear, nn.LayerNorm, nn.RMSNorm)
 _OWN_MODELS = {"full", "freeze"}
@@ -197,6 +198,8 @@ class MixedModel:
         for module in changed.modules():
             if isinstance(module, DoraLinear):
                 module.fix()
+            if isinstance(module, IntegerLinear):
+                module.product = None  # which a prompt was computed with: the engine multiplies by the base's
         variant = Variant(delta.hash)
         order = self._take_blocks(changed, copy_of, variant)
         if differs(changed.final_norm, self.base.final_norm):
@@ -249,7 +252,10 @@ class MixedModel:
         base = {p.data_ptr() for p in [*self.base.parameters(), *self.base.buffers()]}
         modules = [*variant.layers.values(), *(b for blocks in variant.blocks_after.values() for b in blocks)]
         own = {p.data_ptr(): p.nbytes for m in modules for p in [*m.parameters(), *m.buffers()]}
-        own |= {factor.data_ptr(): factor.nbytes for factor in (variant.low_rank.factors if variant.low_rank else ())}
+        if self._kernels is not None:  # which take low-rank updates in a form of their own
+            layers = variant.layers.items()
+            loras = [layer for name, layer in layers if is_low_rank(layer, self.base.get_submodule(name))]
+            own |= {factor.data_ptr(): factor.nbytes for layer in loras for factor in lora_factors(layer)}
         prefix = sum(part.nbytes for kv in variant.prefix or () for part in kv)
         return sum(size for pointer, size in own.items() if pointer not in base) + prefix
 

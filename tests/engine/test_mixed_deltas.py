@@ -27,6 +27,7 @@ from app.methods import apply_method
 from app.methods.delta import Delta, apply_delta
 from app.models.decoder import Decoder
 from app.models.quantization import QuantizationConfig, quantize
+from app.models.quantization.int8 import IntegerLinear
 
 METHODS = {
     "lora": LoraConfig(rank=4),
@@ -245,6 +246,36 @@ def test_what_is_unpinned_is_the_next_to_go_and_may_be_gone(model, deltas):
     assert engine.deltas.loaded == [lora, dora]
     engine.deltas.unpin(adapter)
     assert engine.deltas.loaded == [lora, dora]
+
+
+def test_a_prompt_over_an_int8_base_leaves_no_copy_of_the_base_behind(model):
+    base = copy.deepcopy(model)
+    quantize(base, QuantizationConfig.model_validate({"scheme": "int8_dynamic"}))
+    method = ComposedConfig(parts=(LoraConfig(rank=2), PromptConfig(length=3)))
+    variant = Engine(base).prepare_delta(trained(base, method, seed=0))
+    below = [module for layer in variant.layers.values() for module in layer.modules()]
+    integers = [module for module in below if isinstance(module, IntegerLinear)]
+    assert len(integers) == 12 and all(module._product is None for module in integers)
+
+
+def test_low_rank_updates_are_counted_in_the_kernels_form_too(model, prompts, kernels):
+    """Beside other techniques as well, where they are made for each layer by itself."""
+    engine = Engine(model, kernels=kernels)
+    method = ComposedConfig(parts=(LoraConfig(rank=2, targets=("attn.qkv",)), AdapterConfig(size=4, placement="mlp")))
+    delta = trained(model, method, seed=0)
+    variant = engine.prepare_delta(delta)
+    stored = sum(weight.nbytes for weight in delta.weights.values())
+    turned = sum(weight.nbytes for name, weight in delta.weights.items() if name.endswith("lora_b"))
+    assert turned and variant.num_bytes == stored + (0 if engine._runner.kernels is None else turned)
+    engine.add_request(prompts[0], SAMPLING, engine.add_delta(variant))
+    drain(engine)
+    factors = [
+        factor
+        for layer in variant.layers.values()
+        for factor in getattr(layer, "factors_for_kernels", ())
+        if all(factor.data_ptr() != weight.data_ptr() for weight in layer.parameters())
+    ]
+    assert stored + sum(factor.nbytes for factor in factors) == variant.num_bytes
 
 
 def test_what_cannot_share_a_batch_is_refused(model, deltas):

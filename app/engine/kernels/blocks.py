@@ -78,8 +78,7 @@ class LowRank:
 
     def __init__(self, layers: Sequence[Any]) -> None:
         held = [None if layer is None else lora_factors(layer) for layer in layers]
-        self.factors = [factor for factors in held for factor in factors or ()]
-        """In the kernels' own form, kept here."""
+        self._held = held  # whose addresses these are
         pointers = [(0, 0) if factors is None else tuple(map(address, factors)) for factors in held]
         self.a, self.b = (torch.tensor(each) for each in zip(*pointers, strict=True))
         self.ranks = torch.tensor([0 if layer is None else len(layer.lora_a) for layer in layers])
