@@ -65,8 +65,9 @@ class KVCache:
         if dtype == torch.int8:
             steps = [_zeros((*shape, BLOCK_SIZE), torch.float32, device) for _ in range(2)]
         if prefault:
-            self.keys[: config.num_layers].zero_()
-            self.values[: config.num_layers].zero_()
+            for part in (self.keys, self.values, *steps):
+                if isinstance(part, Tensor):
+                    part[: config.num_layers].zero_()
         self.layers = [CachedLayer(*parts) for parts in zip(self.keys, self.values, *steps, strict=True)]
         self.pool = BlockPool(num_blocks)
         self.reuse = reuse

@@ -111,13 +111,16 @@ def test_max_kv_bytes_is_honoured(model, max_kv_blocks):
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from Linux")
-def test_the_caches_memory_is_taken_as_it_is_used_or_at_once(model):
-    size = 160 << 20  # keys and values are each more than malloc keeps for another time, 32 MiB
+@pytest.mark.parametrize(("kv_dtype", "size"), [("auto", 160 << 20), ("int8", 340 << 20)])
+def test_the_caches_memory_is_taken_as_it_is_used_or_at_once(model, kv_dtype, size):
+    """Keys and values, and in int8 their steps, are each more than malloc keeps for another time, 32 MiB."""
     grown = {}
     for prefault in (False, True):
         before = psutil.Process().memory_info().rss
-        engine = Engine(model, EngineSettings(max_kv_bytes=size, max_extra_blocks=0, prefault_kv=prefault))
+        settings = EngineSettings(max_kv_bytes=size, max_extra_blocks=0, prefault_kv=prefault, kv_dtype=kv_dtype)
+        engine = Engine(model, settings)
         grown[prefault] = psutil.Process().memory_info().rss - before
-        assert engine._cache.keys.nbytes + engine._cache.values.nbytes > size * 0.9
+        parts = [part for layer in engine._cache.layers for part in vars(layer).values() if part is not None]
+        assert sum(part.nbytes for part in parts) > size * 0.9
         del engine
     assert grown[False] < size / 4 and grown[True] > size * 0.9
