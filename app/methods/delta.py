@@ -79,7 +79,7 @@ def apply_delta(model: Decoder, delta: Delta) -> None:
     """Put the technique and its trained weights into `model`, in place.
 
     Raises:
-        UserError: the delta was trained on a model of another shape.
+        UserError: the delta was trained on a model of another shape, or holds weights that are no numbers.
     """
     check_extent(model, delta)
     apply_method(model, delta.method)
