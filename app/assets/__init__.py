@@ -10,20 +10,22 @@ EMBEDDED_BASE = ASSETS / "base"
 EMBEDDED_EMBEDDER = ASSETS / "embedder"
 
 
-def model_folder(name: str, *, embedded: Path = EMBEDDED_BASE) -> Path:
+def model_folder(name: str, *, embedded: Path | None = EMBEDDED_BASE, setting: str = "model") -> Path:
     """The folder of model `name`: `embedded`, a path, or a Hugging Face name, fetched if it is not in the hub cache.
+
+    `setting` is what the user calls it. With `embedded=None` there is none of that kind in the package.
 
     Raises:
         UserError: the name is neither a folder here nor to be had from the hub.
     """
-    if name == "embedded":
+    if name == "embedded" and embedded is not None:
         return embedded
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"model={name!r}: no such folder")
-    return _from_hub(name)
+        raise UserError(f"{setting}={name!r}: no such folder")
+    return _from_hub(name, setting=setting, remedy="a local folder" + (", or `embedded`" if embedded else ""))
 
 
 def carried_file(path: str) -> str:
@@ -32,7 +34,7 @@ def carried_file(path: str) -> str:
     return next((str(file) for root in (Path(), *carried) if (file := root / path).exists()), path)
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, *, setting: str, remedy: str) -> Path:
     from huggingface_hub import snapshot_download
 
     # Weights as safetensors only: pickled ones can run code when they are loaded.
@@ -41,6 +43,6 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # the hub raises a dozen types, all of them meaning "not to be had"
         raise UserError(
-            f"model={name!r}: no such folder, and the Hugging Face hub did not deliver it "
-            f"({type(error).__name__}); give a local folder, or `embedded`"
+            f"{setting}={name!r}: no such folder, and the Hugging Face hub did not deliver it "
+            f"({type(error).__name__}); give {remedy}"
         ) from None

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from app.errors import UserError
-from app.retrieval.reranking import Reranker
+from app.retrieval.reranking import Reranker, reranker_folder
 from app.retrieval.search import Passage, Searcher
 
 
@@ -68,12 +68,31 @@ def test_a_deployment_reads_the_best_ones_again_and_cuts_then(cross_encoder: Pat
 
 
 def test_what_is_no_cross_encoder_is_refused(tmp_path: Path, tiny_embedder: Path) -> None:
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match=r"retriever\.reranker=.*no such folder"):
         Reranker(str(tmp_path / "none"))
     with pytest.raises(UserError, match=r"lacks weights as \.safetensors"):
         Reranker(str(tmp_path))
     with pytest.raises(UserError, match="no cross-encoder with one score"):
         Reranker(str(tiny_embedder))
+
+
+def test_an_embedder_is_refused_rather_than_given_a_random_head(cross_encoder: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, BertModel
+
+    BertModel.from_pretrained(cross_encoder).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(cross_encoder).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"no cross-encoder .*architectures=\['BertModel'\]"):
+        Reranker(str(tmp_path))
+
+
+def test_a_cross_encoder_is_one_as_sentence_transformers_saves_it(cross_encoder: Path, tmp_path: Path) -> None:
+    from sentence_transformers import CrossEncoder
+
+    CrossEncoder(str(cross_encoder), device="cpu").save_pretrained(str(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["architectures"]  # it says itself what it is
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert reranker_folder(str(tmp_path)) == tmp_path
 
 
 def test_a_passage_is_a_passage_still(cross_encoder: Path, index: Path) -> None:
