@@ -83,9 +83,21 @@ class _LibrarysModel:
             return [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
 
 
-def embedder_folder(name: str) -> Path:
-    """Where the embedder `name` lies on disk, fetched from the hub if need be."""
-    return model_folder(name, embedded=EMBEDDED_EMBEDDER)
+def embedder_folder(name: str, *, setting: str = "embedder") -> Path:
+    """Where the embedder `name` lies on disk, fetched from the hub if need be; `setting` is what the user calls it.
+
+    Raises:
+        UserError: it is not to be had, or its files are not those of a sentence-transformers model in safetensors.
+    """
+    folder = model_folder(name, embedded=EMBEDDED_EMBEDDER, setting=setting)
+    if not (folder / "modules.json").is_file():
+        raise UserError(f"{setting}={name!r}: {folder} lacks modules.json; give a sentence-transformers model")
+    if not any(folder.rglob("*.safetensors")):
+        raise UserError(
+            f"{setting}={name!r}: {folder} lacks weights as .safetensors; pickled ones are not loaded, because they "
+            "can run code: save the model again with safe_serialization=True"
+        )
+    return folder
 
 
 def embedder_hash(folder: Path) -> str:
@@ -99,13 +111,6 @@ def embedder_hash(folder: Path) -> str:
 
 
 def _load(folder: Path, name: str, device: str) -> _Model:
-    if not (folder / "modules.json").is_file():
-        raise UserError(f"embedder={name!r}: {folder} lacks modules.json; give a sentence-transformers model")
-    if not any(folder.rglob("*.safetensors")):
-        raise UserError(
-            f"embedder={name!r}: {folder} lacks weights as .safetensors; pickled ones are not loaded, because they "
-            "can run code: save the model again with safe_serialization=True"
-        )
     try:
         return StaticModel(folder) if is_static(folder) else _LibrarysModel(folder, device)
     except Exception as error:  # damaged JSON, weights or tokenizer: every layer raises its own type

@@ -6,7 +6,7 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from app.atomic import make_folder
 from app.config import ServeConfig, TlsConfig, TracingConfig
@@ -94,15 +94,14 @@ def with_absolute_paths(config: ServeConfig) -> ServeConfig:
 
     generator, retriever = config.generator, config.retriever
     deltas = {name: d if is_reference(d) else _absolute(d) for name, d in generator.deltas.items()}
-    is_folder = generator.model != "embedded" and Path(generator.model).expanduser().is_dir()
-    model = _absolute(generator.model) if is_folder else generator.model
     index = None if retriever.index is None else _absolute(retriever.index)
     documents = None if retriever.documents is None else _absolute(retriever.documents)
+    models = {"embedder": _absolute_model(retriever.embedder), "reranker": _absolute_model(retriever.reranker)}
     keys_file = None if config.access.keys_file is None else _absolute(config.access.keys_file)
     return config.model_copy(
         update={
-            "generator": generator.model_copy(update={"deltas": deltas, "model": model}),
-            "retriever": retriever.model_copy(update={"index": index, "documents": documents}),
+            "generator": generator.model_copy(update={"deltas": deltas, "model": _absolute_model(generator.model)}),
+            "retriever": retriever.model_copy(update={"index": index, "documents": documents} | models),
             "access": config.access.model_copy(update={"keys_file": keys_file}),
         }
     )
@@ -118,7 +117,9 @@ def check_folders(config: ServeConfig) -> None:
     from app.data.tokenization import load_tokenizer
     from app.methods.delta import read_delta
     from app.models.checkpoints import read_config
+    from app.retrieval.embedding import embedder_folder
     from app.retrieval.folder import read_manifest
+    from app.retrieval.reranking import reranker_folder
     from app.serving.access import keys_of_environment, read_keys
     from app.serving.registered_deltas import delta_folder
 
@@ -137,7 +138,7 @@ def check_folders(config: ServeConfig) -> None:
     for key, folder in folders.items():
         if not Path(folder).is_dir():
             raise UserError(f"{key}={folder!r}: no such folder")
-    if config.generator.model.startswith((".", "/", "~")):  # not a name of the hub: replicas fetch where they run
+    if _is_path(config.generator.model):  # not a name of the hub: replicas fetch where they run
         model = model_folder(config.generator.model)
         read_config(model)
         load_tokenizer(model)
@@ -145,6 +146,10 @@ def check_folders(config: ServeConfig) -> None:
         read_delta(Path(folder))
     if config.retriever.index is not None:
         read_manifest(Path(config.retriever.index))
+    if _is_path(config.retriever.embedder):
+        embedder_folder(config.retriever.embedder, setting="retriever.embedder")
+    if _is_path(config.retriever.reranker):
+        reranker_folder(config.retriever.reranker)
 
 
 def check_port_is_free(host: str, port: int) -> None:
@@ -238,6 +243,19 @@ def tracing_environment(config: TracingConfig) -> dict[str, str]:
 
 def _absolute(folder: str) -> str:
     return str(Path(folder).expanduser().absolute())
+
+
+def _absolute_model(name: str | None) -> str | None:
+    """A folder's; `embedded` and names of the hub stay."""
+    if name is None:
+        return None
+    is_folder = name != "embedded" and Path(name).expanduser().is_dir()
+    return _absolute(name) if is_folder else name
+
+
+def _is_path(name: str | None) -> TypeGuard[str]:
+    """Whether the model `name` can be no name of the hub."""
+    return name is not None and name.startswith((".", "/", "~"))
 
 
 def _check_address_is_free(config: ServeConfig) -> None:

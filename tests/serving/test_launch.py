@@ -29,17 +29,24 @@ def test_a_taken_port_is_told_before_anything_is_deployed():
 def test_paths_become_absolute_and_model_names_stay(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
-    (tmp_path / "embedded").mkdir()
+    for folder in ("embedded", "embedder", "reranker"):
+        (tmp_path / folder).mkdir()
     deltas = {"a": "d", "b": "models:/alpaca@production"}
-    retriever = {"index": "~/index", "documents": "runs/documents"}
+    retriever = {
+        "index": "~/index", "documents": "runs/documents", "embedder": "embedder", "reranker": "./reranker",
+    }  # fmt: skip
     values = {"generator": {"model": "model", "deltas": deltas}, "retriever": retriever}
     config = with_absolute_paths(validate(ServeConfig, values))
     assert config.generator.model == str(tmp_path / "model")
     assert config.generator.deltas == {"a": str(tmp_path / "d"), "b": "models:/alpaca@production"}
     assert config.retriever.documents == str(tmp_path / "runs" / "documents")
     assert config.retriever.index is not None and config.retriever.index.startswith("/")
-    for name in ("embedded", "gpt2"):
-        assert with_absolute_paths(validate(ServeConfig, {"generator": {"model": name}})).generator.model == name
+    assert config.retriever.embedder == str(tmp_path / "embedder")
+    assert config.retriever.reranker == str(tmp_path / "reranker")
+    for name in ("embedded", "gpt2", "cross-encoder/ms-marco"):
+        values = {"generator": {"model": name}, "retriever": {"embedder": name, "reranker": name}}
+        config = with_absolute_paths(validate(ServeConfig, values))
+        assert (config.generator.model, config.retriever.embedder, config.retriever.reranker) == (name, name, name)
 
 
 @pytest.mark.parametrize("values", [{"generator": {"deltas": {"a": "runs/none"}}}, {"retriever": {"index": "none"}}])
@@ -60,6 +67,10 @@ def test_a_folder_of_another_kind_is_told_before_anything_is_deployed(tmp_path, 
         ({"generator": {"model": str(tmp_path / "none")}}, "no such folder"),
         ({"generator": {"deltas": {"a": str(model_dir)}}}, "lacks delta.json"),
         ({"retriever": {"index": str(model_dir)}}, "lacks manifest.json"),
+        ({"retriever": {"embedder": "./none"}}, r"retriever\.embedder='./none': no such folder"),
+        ({"retriever": {"embedder": str(model_dir)}}, r"retriever\.embedder=.* lacks modules\.json"),
+        ({"retriever": {"reranker": "./none"}}, r"retriever\.reranker='./none': no such folder"),
+        ({"retriever": {"reranker": str(model_dir)}}, r"retriever\.reranker=.* is no cross-encoder"),
     ):
         with pytest.raises(UserError, match=reason):
             check_folders(validate(ServeConfig, values))
