@@ -158,11 +158,11 @@ def key(config: KeyConfig) -> None:
 
 
 def index(config: IndexConfig, *, address: Address) -> None:
-    from app.retrieval.documents import read_documents
+    from app.retrieval.documents import find_files
     from app.retrieval.folder import check_output
 
     check_output(Path(config.output))
-    read_documents(config.documents)
+    find_files(config.documents)  # a wrong folder is told before Ray starts; what is in the files, by the job
     with on_ray(address, workers=config.workers):
         run_index(config)
 

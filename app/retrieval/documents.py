@@ -17,16 +17,15 @@ class Skipped:
 
 def read_documents(source: str, reading: ReadingConfig | None = None) -> tuple[list[Document], list[Skipped]]:
     """Every text, Markdown, HTML and PDF file of the folder `source` and its subfolders, or that one file, in order of
-    their names.
+    their names. One whose name is not UTF-8 is left out.
 
     Hidden files and folders are passed over. Line ends become \\n, and a byte order mark goes.
 
     Raises:
         UserError: `source` is missing, holds no such file, or none that can be used.
     """
-    root = Path(source).expanduser()
     documents, skipped = [], []
-    for name, file in _files(root, source):
+    for name, file in find_files(source):
         document = _read(name, file, reading or ReadingConfig())
         if isinstance(document, Document):
             documents.append(document)
@@ -38,7 +37,13 @@ def read_documents(source: str, reading: ReadingConfig | None = None) -> tuple[l
     return documents, skipped
 
 
-def _files(root: Path, source: str) -> list[tuple[str, Path]]:
+def find_files(source: str) -> list[tuple[str, Path]]:
+    """(name, file) of all that `read_documents` would read; none is opened.
+
+    Raises:
+        UserError: `source` is missing, or holds no such file.
+    """
+    root = Path(source).expanduser()
     if root.is_file():
         return [(root.name, root)]
     if not root.is_dir():
@@ -55,6 +60,9 @@ def _is_hidden(name: Path) -> bool:
 
 
 def _read(name: str, file: Path, reading: ReadingConfig) -> Document | Skipped:
+    shown = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    if shown != name:  # as it is, it could be neither stored nor printed
+        return Skipped(shown, "its name is not UTF-8; rename it, for example with convmv -f LATIN1 -t UTF-8")
     try:
         return read_file(File(name, file.read_bytes(), kind_of(name) or "text"), reading)
     except Unreadable as error:

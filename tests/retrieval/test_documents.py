@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,18 @@ def test_empty_and_undecodable_files_are_left_out_with_the_reason(tmp_path: Path
     assert [(file.name, file.reason.split(";")[0]) for file in skipped] == [
         ("empty.md", "holds no text"),
         ("latin.txt", "byte 2 is not UTF-8"),
+    ]
+
+
+def test_a_file_whose_name_is_not_utf8_is_left_out_under_one_that_can_be_shown(tmp_path: Path) -> None:
+    (tmp_path / "good.md").write_text("good")
+    folder = tmp_path / os.fsdecode(b"Gr\xf6\xdfe")
+    folder.mkdir()
+    (folder / "hay.md").write_text("hay")
+    documents, skipped = read_documents(str(tmp_path))
+    assert [document.name for document in documents] == ["good.md"]
+    assert [(file.name, file.reason.split(";")[0]) for file in skipped] == [
+        (r"Gr\xf6\xdfe/hay.md", "its name is not UTF-8")
     ]
 
 

@@ -1,9 +1,12 @@
 """The index job on a real local Ray."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from app import commands
+from app.config.documents import ReadingConfig
 from app.config.schema import IndexConfig, WorkersConfig
 from app.errors import UserError
 from app.retrieval.search import Searcher
@@ -57,3 +60,23 @@ def test_mistakes_are_reported_before_any_worker_starts(documents: Path, tmp_pat
     with pytest.raises(UserError, match="no file has text; headings.md: no text below its headings"):
         build_index(IndexConfig(documents=str(documents / "headings.md"), output=output))
     assert not Path(output).exists()
+
+
+def test_before_ray_starts_the_command_looks_for_files_and_leaves_their_content_to_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which knows the limits that were set."""
+    asked: list[IndexConfig] = []
+    monkeypatch.setattr(commands, "on_ray", lambda *arguments, **settings: nullcontext(True))
+    monkeypatch.setattr(commands, "run_index", asked.append)
+    (tmp_path / "long.txt").write_text("hay " * 1_300_000)
+    config = IndexConfig(
+        documents=str(tmp_path / "long.txt"),
+        output=str(tmp_path / "index"),
+        reading=ReadingConfig(max_characters=6_000_000),
+    )
+    assert len((tmp_path / "long.txt").read_text()) > ReadingConfig().max_characters
+    commands.index(config, address=None)
+    assert asked == [config]
+    with pytest.raises(UserError, match="no such folder or file"):
+        commands.index(config.model_copy(update={"documents": str(tmp_path / "absent")}), address=None)
