@@ -19,7 +19,10 @@ from collections.abc import Callable
 from typing import Any
 
 # what a page shows is its text; these hold none, or none of its own
-_NOT_TEXT = ("script", "style", "noscript", "template", "head", "iframe", "object", "svg", "math", "nav", "form")
+_NOT_TEXT = ("title", "script", "style", "noscript", "template", "iframe", "object", "svg", "math", "nav")
+_CONTROLS = ("button", "select", "option", "textarea")
+_MAY_HOLD_ALL = ("head", "form")
+"""A page whose </head> is left out stands in its head, and some pages stand in one form."""
 
 
 class Refused(Exception):
@@ -83,8 +86,10 @@ def _html(content: bytes) -> tuple[str, str]:
 
     page = BeautifulSoup(content, "html.parser")
     title = page.title.get_text(" ", strip=True) if page.title else ""
-    for element in page(_NOT_TEXT):
+    for element in [*page(_NOT_TEXT), *(control for form in page("form") for control in form(_CONTROLS))]:
         element.decompose()
+    for element in page(_MAY_HOLD_ALL):
+        element.name = "div"  # parts what stands in it from what is around it
     converter = MarkdownConverter(heading_style="ATX", strip=["a", "img"], escape_asterisks=False,
                                   escape_underscores=False, escape_misc=False)  # fmt: skip
     return converter.convert_soup(page).strip(), title

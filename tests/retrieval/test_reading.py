@@ -57,6 +57,20 @@ def test_html_becomes_markdown_without_what_is_no_text() -> None:
         assert absent not in document.text
 
 
+def test_a_page_without_an_end_of_its_head_is_read() -> None:
+    page = """<!doctype html><html><head><meta charset="utf-8"><title>Hay</title><style>p { color: red }</style>
+    <body><h1>Feeding</h1><p>It is dry.</p></body></html>"""
+    document = read(page.encode(), "html")
+    assert (document.title, document.text) == ("Hay", "# Feeding\n\nIt is dry.")
+
+
+def test_a_page_that_stands_in_a_form_is_read_without_its_controls() -> None:
+    page = """<html><head><title>Hay</title></head><body>Before<form method="post"><input value="no"><h1>Feeding</h1>
+    <p>It is dry.</p><select><option>no</option></select><textarea>no</textarea><button>no</button></form>after
+    <h2><button>When</button></h2></body></html>"""
+    assert read(page.encode(), "html").text == "Before\n\n# Feeding\n\nIt is dry.\n\nafter\n\n## When"
+
+
 def test_htmls_own_encoding_is_honoured() -> None:
     page = '<meta charset="iso-8859-1"><p>Größe</p>'.encode("latin-1")
     assert read(page, "html").text == "Größe"
