@@ -6,6 +6,7 @@ Knows no vectors, and no changes: `library.py` has documents that come and go.
 import re
 import sqlite3
 import threading
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +108,8 @@ class Chunks:
     def search(self, query: str, *, top_k: int) -> list[int]:
         """Ids of the `top_k` chunks that have most of the words of `query`, best first, by BM25 (Robertson and Zaragoza
         2009; k1 = 1.2, b = 0.75). English words count as their stems. Nothing in `query` is a command."""
-        words = list(dict.fromkeys(_WORD.findall(query.lower())))[:_MOST_WORDS]
+        composed = unicodedata.normalize("NFC", query.lower())  # else marks of their own would part words
+        words = list(dict.fromkeys(_WORD.findall(composed)))[:_MOST_WORDS]
         if not words:
             return []
         any_of_them = " OR ".join(f'"{word}"' for word in words)

@@ -1,8 +1,10 @@
 import json
 import shutil
 import threading
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -41,6 +43,16 @@ def test_each_way_of_searching_finds_what_it_can(index: Path) -> None:
 @pytest.mark.parametrize("query", ['"', "a AND", "NEAR(", "text:", "x*", "-- '; DROP TABLE chunks", "(((", "^"])
 def test_nothing_in_a_query_is_a_command(index: Path, query: str) -> None:
     Searcher(index).search(query, top_k=3)
+
+
+@pytest.mark.parametrize("stored", ["NFC", "NFD"])
+@pytest.mark.parametrize("asked", ["NFC", "NFD"])
+def test_words_are_found_however_their_accents_are_written(
+    tmp_path: Path, tiny_embedder: Path, build: Build, stored: Literal["NFC", "NFD"], asked: Literal["NFC", "NFD"]
+) -> None:
+    build(tmp_path / "index", tiny_embedder, {"de.txt": unicodedata.normalize(stored, "Die Größe der Höcker")})
+    found = Searcher(tmp_path / "index").search(unicodedata.normalize(asked, "Größe"), top_k=3, mode="words")
+    assert [passage.document for passage in found] == ["de.txt"]
 
 
 def test_ranks_are_fused_by_the_weights_of_their_lists() -> None:
