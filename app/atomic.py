@@ -5,6 +5,7 @@ import glob
 import os
 import shutil
 import socket
+import sqlite3
 import stat
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -54,17 +55,22 @@ def told_if_full(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, sqlite3.Error, RuntimeError) as error:
         if not _tells_of_a_full_disk(error):
             raise
-        raise UserError(f"{str(path)!r} cannot be written: {error}; free space, or name another disk") from None
+        told = str(error).strip().splitlines()[-1]  # of another process, the end of its traceback
+        raise UserError(f"{str(path)!r} cannot be written: {told}; free space, or name another disk") from None
 
 
-def _tells_of_a_full_disk(error: OSError | SafetensorError) -> bool:
+def _tells_of_a_full_disk(error: Exception) -> bool:
     full = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError):
+        return error.errno in full
+    if isinstance(error, sqlite3.Error):
+        return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
     if isinstance(error, SafetensorError):  # has the number in its words alone
         return any(f"os error {number}" in str(error) for number in full)
-    return error.errno in full
+    return any(os.strerror(number) in str(error) for number in full)  # of FAISS, which has what C calls it
 
 
 @contextmanager

@@ -104,4 +104,6 @@ def test_a_full_disk_is_told_and_what_was_there_stays(tmp_path: Path, error: Exc
         raise error
     with pytest.raises(OSError, match="another file"), replaced_folder(folder, contents=["manifest.json"]):
         raise FileNotFoundError(errno.ENOENT, "another file")
+    with pytest.raises(RuntimeError, match="a mistake of ours"), told_if_full(folder):
+        raise RuntimeError("a mistake of ours")
     assert (folder / "manifest.json").read_text() == "old" and list(tmp_path.iterdir()) == [folder]

@@ -1,5 +1,6 @@
 import json
 import shutil
+import sqlite3
 import threading
 import unicodedata
 from collections.abc import Callable
@@ -119,6 +120,33 @@ def test_a_build_that_dies_leaves_the_old_index(
     assert Searcher(index).manifest.documents == 3
     monkeypatch.undo()
     build(index, tiny_embedder, {"new.txt": "A pair of llamas."})
+    assert [file.name for file in index.parent.iterdir()] == ["index"]
+
+
+def _full_database(*arguments: object) -> None:
+    connection = sqlite3.connect(":memory:")
+    connection.execute("PRAGMA max_page_count = 1")
+    connection.execute("CREATE TABLE documents (text TEXT)")
+
+
+def _full_vectors(file: Path, vectors: np.ndarray, **settings: object) -> None:
+    write_vectors(Path("/dev/full"), vectors)
+
+
+@pytest.mark.parametrize(("part", "full"), [("write_store", _full_database), ("build_vectors", _full_vectors)])
+def test_a_full_disk_is_told_and_the_old_index_stays(
+    index: Path,
+    tiny_embedder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    build: Build,
+    part: str,
+    full: Callable[..., None],
+) -> None:
+    """By the errors that SQLite and FAISS have for it."""
+    monkeypatch.setattr(index_folder, part, full)
+    with pytest.raises(UserError, match="index' cannot be written: .*free space"):
+        build(index, tiny_embedder, {"new.txt": "A pair of llamas."})
+    assert Searcher(index).manifest.documents == 3
     assert [file.name for file in index.parent.iterdir()] == ["index"]
 
 
