@@ -85,12 +85,14 @@ class Snapshots:
     def _write(self, version: int, ids: np.ndarray, vectors: np.ndarray) -> None:
         file = self._file(version)
         staging = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        build_vectors(staging, vectors, ids=ids, kind=self._kind, threads=self._threads)
-        snapshot = Snapshot(version, file_sha256(staging), len(ids))
-        staging.replace(file)
-        before = [known for known in self._known() if known.version != version]
-        self._library.set_snapshots([snapshot, *before][:_KEPT])
-        self._clear()
+        try:
+            build_vectors(staging, vectors, ids=ids, kind=self._kind, threads=self._threads)
+            snapshot = Snapshot(version, file_sha256(staging), len(ids))
+            staging.replace(file)
+            before = [known for known in self._known() if known.version != version]
+            self._library.set_snapshots([snapshot, *before][:_KEPT])
+        finally:
+            self._clear()  # on a full disk, too: what could not be finished
 
     def _forget_broken(self) -> None:
         sound = []
@@ -105,7 +107,7 @@ class Snapshots:
         self._clear()
 
     def _clear(self) -> None:
-        """Files that no row knows: of earlier versions, or left by a process that was killed."""
+        """Files that no row knows: of earlier versions, of what failed, or left by a process that was killed."""
         kept = {self._file(snapshot.version) for snapshot in self._known()}
         for path in [*self._library.folder.glob("vectors-*.faiss"), *self._library.folder.glob(".vectors-*.tmp")]:
             if path not in kept:

@@ -4,6 +4,7 @@ work is `app.retrieval`'s."""
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,6 +34,8 @@ _MOST_UPLOADS = 32
 _BATCH_BYTES = 2**23
 """Of changes that are told at once."""
 _LOOK_EVERY_S = 1.0
+_LONGEST_PAUSE_S = 600.0
+"""Between attempts to write a snapshot that fail, of a full disk for example: each writes until there is no room."""
 
 
 class DocumentsDeployment:
@@ -47,6 +50,7 @@ class DocumentsDeployment:
         self._uploading = ThreadPoolExecutor(_UPLOADS_AT_ONCE, "upload")
         self._num_uploads = 0
         self._metrics = DocumentsMetrics()
+        self._write_from, self._pause_s = 0.0, _LOOK_EVERY_S
         self._ending = threading.Event()
         threading.Thread(target=self._keep_snapshots, name="snapshots", daemon=True).start()
 
@@ -132,11 +136,21 @@ class DocumentsDeployment:
 
     def _keep_snapshots(self) -> None:
         while not self._ending.wait(_LOOK_EVERY_S):
-            try:
-                self._metrics.set_version(self._library.version)
+            self._look(time.monotonic())
+
+    def _look(self, now: float) -> None:
+        try:
+            self._metrics.set_version(self._library.version)
+            if now >= self._write_from:
                 self._snapshots.write_if_due()
-            except Exception:  # searches go on over the changes, and the next attempt may succeed
-                logger.exception("a snapshot of the documents' vectors could not be written")
+                self._pause_s = _LOOK_EVERY_S
+        except Exception as error:  # searches go on over the changes, and a later attempt may succeed
+            self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+            self._write_from = now + self._pause_s
+            logger.error(
+                f"a snapshot of the documents' vectors could not be written ({type(error).__name__}: {error}); "
+                f"trying again in {self._pause_s:g} s"
+            )
 
     def __del__(self) -> None:
         if hasattr(self, "_ending"):

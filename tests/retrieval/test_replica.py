@@ -1,5 +1,6 @@
 """Copies of a library: what each finds after every change is what a fresh search over the library would find."""
 
+import errno
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from app.config.base import VectorKind
 from app.config.documents import ChunkingConfig
 from app.errors import UserError
 from app.retrieval import replica as replica_module
+from app.retrieval import snapshots as snapshots_module
 from app.retrieval.changes import Changes
 from app.retrieval.chunking import Document
 from app.retrieval.embedding import Embedder
@@ -205,6 +207,26 @@ def test_leftovers_of_a_killed_writer_and_old_snapshots_go(
     open_source(folder, embedder)
     assert {file.name for file in folder.glob("*vectors*")} == {"vectors-3.faiss", "vectors-4.faiss"}
     assert not list(folder.glob(".build-*"))
+
+
+@pytest.mark.parametrize("part", ["build_vectors", "file_sha256", "set_snapshots"])
+def test_an_attempt_that_fails_leaves_no_file(
+    source: LocalSource, embedder: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    def fail(*arguments: object, **settings: object) -> None:
+        if part == "build_vectors":
+            (staging,) = (path for path in arguments if isinstance(path, Path))
+            staging.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    put(source.library, "hay.txt", "An adult alpaca eats hay.")
+    monkeypatch.setattr(source.library if part == "set_snapshots" else snapshots_module, part, fail)
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space left"):
+            source.snapshots.write_if_due()
+        assert not [file.name for file in (tmp_path / "documents").iterdir() if "vectors" in file.name]
+    monkeypatch.undo()
+    assert source.snapshots.write_if_due()
 
 
 def test_a_copy_begins_anew_when_the_library_is_another_one(

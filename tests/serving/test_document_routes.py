@@ -11,6 +11,7 @@ from local_application import served_here
 
 from app.config import ApplicationConfig, RetrieverConfig, validate
 from app.retrieval.reading import File
+from app.serving import documents as documents_module
 from app.serving.documents import DocumentsDeployment
 
 MAX_BYTES = 200_000
@@ -272,3 +273,24 @@ def test_a_full_disk_is_told_and_what_is_there_stays(tmp_path):
     refused = asyncio.run(documents.add([file("second.txt", "An adult alpaca eats hay each day. " * 2000)]))
     assert (refused.status, refused.code) == (507, "disk_full")
     assert asyncio.run(documents.records(10, None)) == ([first], False)
+
+
+def test_a_snapshot_that_cannot_be_written_is_tried_again_after_ever_longer_pauses(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(documents_module, "_LOOK_EVERY_S", 1e6)  # its thread does not look by itself
+    documents = DocumentsDeployment(RetrieverConfig(documents=str(tmp_path)))
+    documents._pause_s = 1.0
+    attempts = []
+
+    def full():
+        attempts.append(now)
+        raise RuntimeError("No space left on device")
+
+    monkeypatch.setattr(documents._snapshots, "write_if_due", full)
+    for now in range(2000):
+        documents._look(float(now))
+    assert attempts == [0, 2, 6, 14, 30, 62, 126, 254, 510, 1022, 1622]
+    assert len(caplog.records) == len(attempts) and "trying again in 600 s" in caplog.records[-1].getMessage()
+    monkeypatch.setattr(documents._snapshots, "write_if_due", lambda: attempts.append(now))
+    for now in range(2222, 2225):
+        documents._look(float(now))
+    assert attempts[-3:] == [2222, 2223, 2224]
