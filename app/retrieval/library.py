@@ -106,10 +106,9 @@ class Library:
             self._writer, self._reader = self.connection(), self.connection()
             self._open()
         except DiskFull:
-            raise UserError(f"retriever.documents={str(folder)!r}: the disk is full; make room") from None
+            raise no_room(folder) from None
         except sqlite3.DatabaseError as error:
-            file = str(folder / FILE)
-            raise UserError(f"{file!r} is damaged ({error}); put a copy of it back, or move it away") from None
+            raise _unusable(folder, error) from None
 
     def connection(self) -> sqlite3.Connection:
         """Another one to the file, for one thread at a time."""
@@ -126,17 +125,18 @@ class Library:
 
     # --- changes ---
 
-    def prepared(self, document: Document, *, kind: Kind, num_bytes: int) -> Prepared:
-        """
+    def prepared(self, document: Document, *, kind: Kind, num_bytes: int, is_bounded: bool = True) -> Prepared:
+        """With `is_bounded=False` it may have any number of passages: whoever runs the server has chosen it.
+
         Raises:
             NoText: it has none, none below its headings, or more than `MOST_CHUNKS` passages of it.
         """
         settings = self._chunking
         found = chunk_document(document, chunk_words=settings.chunk_words, overlap_words=settings.overlap_words)
-        chunks = tuple(islice(found, MOST_CHUNKS + 1))
+        chunks = tuple(islice(found, MOST_CHUNKS + 1) if is_bounded else found)
         if not chunks:
             raise NoText("holds no text below its headings")
-        if len(chunks) > MOST_CHUNKS:
+        if is_bounded and len(chunks) > MOST_CHUNKS:
             raise NoText(f"makes more than {MOST_CHUNKS} passages; part it into several documents")
         return Prepared(document, kind, num_bytes, chunks, self.embedder.embed([chunk.content for chunk in chunks]))
 
@@ -253,9 +253,23 @@ class Library:
             row = self._writer.execute(f"{query} WHERE key = ?", [wanted]).fetchone()
             key, number, name, title, text, kind, num_bytes = row
             document = Document(name, text, given_title=title, is_markdown=kind in ("markdown", "html"))
-            self._replace(key, number, self.prepared(document, kind=kind, num_bytes=num_bytes))
+            (before,) = self._writer.execute("SELECT count(*) FROM chunks WHERE document_id = ?", [number]).fetchone()
+            is_bounded = before <= MOST_CHUNKS  # one of an index may have had more
+            try:
+                prepared = self.prepared(document, kind=kind, num_bytes=num_bytes, is_bounded=is_bounded)
+            except NoText:
+                raise self._too_small_chunks(name) from None
+            self._replace(key, number, prepared)
         self._writer.execute("DELETE FROM snapshots")
         self._set_fact("library", secrets.token_hex(8))  # its copies have to begin anew
+
+    def _too_small_chunks(self, name: str) -> UserError:
+        settings = self._chunking
+        return UserError(
+            f"retriever.uploads.chunk_words={settings.chunk_words} and overlap_words={settings.overlap_words} make "
+            f"more than {MOST_CHUNKS} passages of {name!r} in retriever.documents={str(self.folder)!r}; choose longer "
+            "passages or less overlap, or remove that document with the settings before"
+        )
 
     def _insert(self, prepared: Prepared) -> str:
         key, now = f"doc-{secrets.token_hex(12)}", int(time.time())
@@ -352,6 +366,24 @@ class Library:
             if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
                 raise DiskFull(str(error)) from None
             raise
+
+
+def no_room(folder: Path) -> UserError:
+    return UserError(f"retriever.documents={str(folder)!r}: the disk is full; make room")
+
+
+def _unusable(folder: Path, error: sqlite3.DatabaseError) -> UserError:
+    """What SQLite says when a library is opened, with what mends that."""
+    code, file = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF, str(folder / FILE)
+    if code == sqlite3.SQLITE_FULL:
+        return no_room(folder)
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return UserError(f"{file!r} is in use by another process ({error}); end that, or give another folder")
+    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        return UserError(f"{file!r} is damaged ({error}); put a copy of it back, or move it away")
+    if code == sqlite3.SQLITE_ERROR:  # a table is not there
+        return UserError(f"{file!r} holds no library ({error}); move it away, or give another folder")
+    return UserError(f"{file!r} cannot be opened or written ({error}); mend the access to its folder, or the disk")
 
 
 def as_vectors(blobs: Sequence[bytes], width: int) -> np.ndarray:

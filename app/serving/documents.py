@@ -14,7 +14,7 @@ from app.config import RetrieverConfig
 from app.retrieval.changes import Changes
 from app.retrieval.embedding import Embedder
 from app.retrieval.folder import DOCUMENTS, read_manifest
-from app.retrieval.library import DiskFull, Library, NameTaken, NoText, Prepared, Record
+from app.retrieval.library import DiskFull, Library, NameTaken, NoText, Prepared, Record, no_room
 from app.retrieval.reading import File, Unreadable, read_file
 from app.retrieval.snapshots import Snapshots
 from app.retrieval.store import stored_documents
@@ -44,9 +44,12 @@ class DocumentsDeployment:
         self._reading = config.uploads.reading
         embedder = Embedder(embedder_of(config))
         self._library = Library(Path(config.documents), embedder=embedder, chunking=config.uploads)
-        if config.index is not None and self._library.version == 0:
-            self._take_in(Path(config.index))
-        self._snapshots = Snapshots(self._library, kind=config.vectors, threads=config.threads)
+        try:
+            if config.index is not None and self._library.version == 0:
+                self._take_in(Path(config.index))
+            self._snapshots = Snapshots(self._library, kind=config.vectors, threads=config.threads)
+        except DiskFull:
+            raise no_room(self._library.folder) from None
         self._uploading = ThreadPoolExecutor(_UPLOADS_AT_ONCE, "upload")
         self._num_uploads = 0
         self._metrics = DocumentsMetrics()
@@ -129,7 +132,7 @@ class DocumentsDeployment:
     def _take_in(self, index: Path) -> None:
         """The documents of an index, in one transaction: after a kill it begins again."""
         prepared = (
-            self._library.prepared(document, kind=kind, num_bytes=len(document.text.encode()))
+            self._library.prepared(document, kind=kind, num_bytes=len(document.text.encode()), is_bounded=False)
             for document, kind in stored_documents(index / DOCUMENTS)
         )
         self._library.add(prepared)

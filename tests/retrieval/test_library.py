@@ -11,10 +11,12 @@ import pytest
 
 from app.config.documents import ChunkingConfig
 from app.errors import UserError
+from app.retrieval import library as library_module
 from app.retrieval.changes import Changes
 from app.retrieval.chunking import Document
 from app.retrieval.embedding import Embedder
 from app.retrieval.library import FILE, DiskFull, Library, NameTaken, NoText, Prepared
+from app.retrieval.tables import connect
 
 CHUNKING = ChunkingConfig(chunk_words=12, overlap_words=3)
 
@@ -163,6 +165,44 @@ def test_a_folder_that_is_not_there_and_a_damaged_file_are_told(tmp_path: Path, 
     (tmp_path / FILE).write_bytes(b"not a database" * 1000)
     with pytest.raises(UserError, match=r"library\.sqlite' is damaged .*put a copy"):
         Library(tmp_path, embedder=embedder, chunking=CHUNKING)
+
+
+def test_a_library_that_is_in_use_or_cannot_be_opened_is_not_called_damaged(
+    library: Library, tmp_path: Path, embedder: Embedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def impatient(file: Path) -> sqlite3.Connection:
+        connection = connect(file)
+        connection.execute("PRAGMA busy_timeout = 0")
+        return connection
+
+    monkeypatch.setattr(library_module, "connect", impatient)
+    library._writer.execute("BEGIN IMMEDIATE")
+    with pytest.raises(UserError, match=r"library\.sqlite' is in use by another process .*end that"):
+        Library(tmp_path, embedder=embedder, chunking=CHUNKING)
+    library._writer.execute("ROLLBACK")
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / FILE).mkdir(parents=True)
+    with pytest.raises(UserError, match=r"library\.sqlite' cannot be opened or written .*mend the access"):
+        Library(elsewhere, embedder=embedder, chunking=CHUNKING)
+    (elsewhere / FILE).rmdir()
+    sqlite3.connect(elsewhere / FILE).execute("CREATE TABLE cats (name TEXT)").connection.close()
+    with pytest.raises(UserError, match=r"library\.sqlite' holds no library .*move it away"):
+        Library(elsewhere, embedder=embedder, chunking=CHUNKING)
+
+
+def test_a_stored_document_of_too_many_passages_is_told_with_the_setting(
+    library: Library, tmp_path: Path, embedder: Embedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(library, "many.txt", " ".join(f"w{number}" for number in range(100)))
+    monkeypatch.setattr(library_module, "MOST_CHUNKS", 15)
+    smaller = ChunkingConfig(chunk_words=10, overlap_words=5)
+    with pytest.raises(
+        UserError, match=r"uploads\.chunk_words=10 .*more than 15 passages of 'many\.txt' .*choose longer"
+    ):
+        Library(tmp_path, embedder=embedder, chunking=smaller)
+    assert all_changes(Library(tmp_path, embedder=embedder, chunking=CHUNKING)).version == 1, "nothing has changed"
+    monkeypatch.setattr(library_module, "MOST_CHUNKS", 5)  # as if it were of an index, which has no bound
+    assert all_changes(Library(tmp_path, embedder=embedder, chunking=smaller)).version == 2
 
 
 def test_a_full_disk_refuses_changes_keeps_what_is_there_and_takes_more_when_there_is_room(library: Library) -> None:

@@ -10,7 +10,11 @@ from hand_made_pdf import make_pdf
 from local_application import served_here
 
 from app.config import ApplicationConfig, RetrieverConfig, validate
+from app.errors import UserError
+from app.retrieval import library as library_module
+from app.retrieval.library import DiskFull
 from app.retrieval.reading import File
+from app.retrieval.search import Searcher
 from app.serving import documents as documents_module
 from app.serving.documents import DocumentsDeployment
 
@@ -294,3 +298,23 @@ def test_a_snapshot_that_cannot_be_written_is_tried_again_after_ever_longer_paus
     for now in range(2222, 2225):
         documents._look(float(now))
     assert attempts[-3:] == [2222, 2223, 2224]
+
+
+def test_an_index_is_taken_in_however_many_passages_a_document_has(index_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(library_module, "MOST_CHUNKS", 0)
+    (tmp_path / "taken").mkdir()
+    documents = DocumentsDeployment(RetrieverConfig(documents=str(tmp_path / "taken"), index=str(index_dir)))
+    (records, _) = asyncio.run(documents.records(100, None))
+    assert len(records) == Searcher(index_dir).num_documents
+    refused = asyncio.run(documents.add([File("upload.txt", b"hay", "text", "")]))
+    assert refused.code == "invalid_document" and "more than 0 passages" in refused.message
+
+
+def test_a_disk_without_room_for_the_index_is_told_at_the_start(index_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(library_module.Library, "add", full_disk)
+    with pytest.raises(UserError, match=r"retriever\.documents=.* the disk is full; make room"):
+        DocumentsDeployment(RetrieverConfig(documents=str(tmp_path), index=str(index_dir)))
+
+
+def full_disk(library, documents):
+    raise DiskFull("database or disk is full")
