@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.tracking import MlflowClient
 
+    from app.methods.delta import Delta
+
 SCHEME = "models:/"
 BEFORE = "-before"
 """Ends the alias of the version that had the alias before."""
@@ -195,30 +197,50 @@ def fetch(reference: str, *, uri: str) -> Path:
     folder = local_folder(source)
     if folder is None:
         with told_as_mistakes(uri):
-            folder = _downloaded(source, expected, uri=uri)
-    if (found := read_delta(folder).hash) != expected:
-        raise UserError(
-            f"{reference!r}: the delta in {str(folder)!r} has changed since it was registered ({_HASH}={found[:16]!r}, "
-            f"not {expected[:16]!r}); register it anew, or restore it"
-        )
+            return _downloaded(source, expected, reference=reference, uri=uri)
+    _check_hash(read_delta(folder), expected, reference=reference, place=str(folder))
     return folder
 
 
-def _downloaded(source: str, delta_hash: str, *, uri: str) -> Path:
-    """In the cache by content, so that a version is fetched once."""
+def _check_hash(delta: "Delta", expected: str, *, reference: str, place: str) -> None:
+    if delta.hash != expected:
+        raise UserError(
+            f"{reference!r}: the delta in {place!r} has changed since it was registered ({_HASH}={delta.hash[:16]!r}, "
+            f"not {expected[:16]!r}); register it anew, or restore it"
+        )
+
+
+def _downloaded(source: str, delta_hash: str, *, reference: str, uri: str) -> Path:
+    """In the cache by content, so that a version is fetched once. What is not what was registered never gets there, and
+    what has been damaged there is fetched anew."""
     import mlflow.artifacts
 
-    from app.methods.delta import DELTA_FILES
+    from app.methods.delta import DELTA_FILES, read_delta
 
     if not re.fullmatch("[0-9a-f]{64}", delta_hash):  # it becomes a folder's name
         raise UserError(f"{source}: {_HASH}={delta_hash!r} is no hash")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / "pacos" / "deltas" / delta_hash
-    if not folder.is_dir():
-        with replaced_folder(folder, contents=DELTA_FILES) as staging:
-            for file in DELTA_FILES:
-                mlflow.artifacts.download_artifacts(f"{source}/{file}", dst_path=str(staging), tracking_uri=uri)
+    if _holds(folder, delta_hash):
+        return folder
+    with replaced_folder(folder, contents=DELTA_FILES) as staging:
+        for file in DELTA_FILES:
+            mlflow.artifacts.download_artifacts(f"{source}/{file}", dst_path=str(staging), tracking_uri=uri)
+        try:
+            delta = read_delta(staging)
+        except UserError as error:
+            raise UserError(f"{reference!r}: what {source!r} has is no delta ({error})") from None
+        _check_hash(delta, delta_hash, reference=reference, place=source)
     return folder
+
+
+def _holds(folder: Path, delta_hash: str) -> bool:
+    from app.methods.delta import read_delta
+
+    try:
+        return read_delta(folder).hash == delta_hash
+    except UserError:  # it is not there, or damaged
+        return False
 
 
 def _versions(client: "MlflowClient", name: str) -> dict[str, "ModelVersion"]:

@@ -11,6 +11,7 @@ from app.config import ApplicationConfig, PromoteConfig, StoreConfig, TrackingCo
 from app.errors import UserError
 from app.methods.delta import read_delta
 from app.serving.registered_deltas import delta_folder, version_now, with_registry
+from app.tracking import registry
 from app.tracking.registry import fetch, list_versions, pinned, promote, register
 from app.tracking.run import open_tracker, tracked_run
 from app.tracking.store import open_store
@@ -92,6 +93,30 @@ def test_a_delta_that_has_changed_since_is_refused(store: str, make_delta: MakeD
             ask()
     with pytest.raises(UserError, match="has no alias 'production'"):
         pinned("models:/changed@production", uri=store)
+
+
+def test_what_was_fetched_is_kept_only_if_it_is_what_was_registered(
+    store: str, make_delta: MakeDelta, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what has been damaged since is fetched anew."""
+    registered(store, "fetched", make_delta(tmp_path / "run/delta", 7))
+    folder = fetch("models:/fetched/1", uri=store)
+    expected = read_delta(folder).hash
+    shutil.copytree(folder, tmp_path / "sound")
+    monkeypatch.setattr(registry, "local_folder", lambda source: None)  # as where it lies in a store
+    weights = folder / "delta.safetensors"
+    shutil.copytree(make_delta(tmp_path / "other/delta", 8), folder, dirs_exist_ok=True)
+    with pytest.raises(UserError, match="'models:/fetched/1': the delta in .*has changed since it was registered"):
+        fetch("models:/fetched/1", uri=store)
+    weights.write_bytes(b"half")
+    with pytest.raises(UserError, match="'models:/fetched/1': what .* has is no delta"):
+        fetch("models:/fetched/1", uri=store)
+    assert not list(cache.iterdir())
+    shutil.copytree(tmp_path / "sound", folder, dirs_exist_ok=True)
+    fetched = fetch("models:/fetched/1", uri=store)
+    assert fetched.parent == cache and read_delta(fetched).hash == expected
+    (fetched / "delta.safetensors").write_bytes(b"half")
+    assert read_delta(fetch("models:/fetched/1", uri=store)).hash == expected
 
 
 def test_what_was_not_registered_by_a_run_of_ours_is_refused(store: str, tmp_path: Path) -> None:
