@@ -81,8 +81,13 @@ class Exchanges:
             takeover
             for takeover in exchange.takeovers
             if not {takeover.weak, takeover.strong} & self._gone
-            and (takeover.strong, exchange.step) not in self._record(takeover.weak).lineage
+            and not self._has_taken_over(takeover.weak, exchange.step)
         ]
+
+    def _has_taken_over(self, number: int, step: int) -> bool:
+        """After `step`, or since: who takes over once more has the other's lineage, without its own earlier ones."""
+        lineage = self._record(number).lineage
+        return bool(lineage) and lineage[-1][1] >= step
 
     def _record(self, number: int) -> TrialRecord:
         return read_record(trial_folder(self._config, number))

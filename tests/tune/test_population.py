@@ -229,6 +229,26 @@ def test_an_exchange_that_was_cut_short_is_finished_as_it_was_decided(population
     asyncio.run(run())
 
 
+def test_a_takeover_is_done_also_where_its_trial_has_taken_over_another_since(population_of: SweepOf) -> None:
+    """Else who comes to the earlier step again, from a checkpoint, would wait there for ever."""
+    sweep = population_of()
+    trials = trials_of(sweep, [5.0, 5.1, 5.2, 5.3])
+    output, weak = Path(sweep.output), trials[3]
+    for step, strong in ((2, 0), (4, 1)):
+        exchange = Exchange(step, {}, [Takeover(3, strong, {}, {RATE: 1.2e-3})])
+        write_exchange(output, exchange)
+        weak = taken_over(sweep, weak, trials[strong], exchange)
+        begin_record(weak)
+    assert weak.lineage == ((1, 4),)
+
+    async def run() -> None:
+        trials = _Trials(sweep)
+        assert not await asyncio.wait_for(trials.exchanges.meet(0, 2, 0), 5)
+        assert trials.handed == []
+
+    asyncio.run(run())
+
+
 def rows_of(config: TrainConfig) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(config.output) / "metrics.jsonl").read_text().splitlines()]
 
