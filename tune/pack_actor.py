@@ -24,6 +24,9 @@ class _PackActor:
     def go_on(self, name: str) -> dict[str, Any] | None:
         return self._runs.go_on(name)
 
+    def present(self, names: list[str]) -> list[str]:
+        return self._runs.present(names)
+
     def leave(self, name: str) -> None:
         self._runs.leave(name)
 

@@ -21,7 +21,7 @@ RESTARTED_WITHIN_S = 60.0
 Current = Callable[[], TrainConfig]
 """What the trial trains; another thing after a takeover."""
 Meet = Callable[[dict[str, Any] | None], bool]
-"""Takes the trial's last row, waits where there is an exchange after it, and says whether it has taken over another."""
+"""Takes the trial's last row, waits where there is an exchange after it, and says whether its run begins anew."""
 
 
 def run_trial(

@@ -6,7 +6,7 @@ there: so whoever asks may decide first whether it is worth it. Knows no Ray.
 
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -191,6 +191,10 @@ class PackedRuns:
             self.leave(name)
             raise result
         return result
+
+    def present(self, names: Iterable[str]) -> list[str]:
+        """Those of `names` that have joined and not left, which none has in a process that began anew."""
+        return [name for name in names if name in self._runs]
 
     def leave(self, name: str) -> None:
         """Its rows go to others; what it has recorded stays, and it may join again."""

@@ -81,7 +81,9 @@ def test_a_run_waits_for_the_word_at_each_evaluation(run_config) -> None:
     assert [row["step"] for row in finish(runs, "b")] == [0, 2, 4, 6]
     assert runs._runs["a"].member.step == 2  # nobody has asked for more
     assert runs.go_on("a")["step"] == 4
+    assert runs.present(["a", "b", "c"]) == ["a"]
     runs.leave("a")
+    assert runs.present(["a"]) == []
     with pytest.raises(KeyError):
         runs.go_on("a")
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from past_trials import end_with, past_trial
+from ray.exceptions import ActorUnavailableError
 
 from app.config import SweepConfig, TrainConfig
 from app.errors import UserError
@@ -18,7 +19,7 @@ from app.training.checkpoint_store import UNWRITTEN, CheckpointStore
 from app.training.checkpointing import Checkpoint
 from app.training.packed_runs import PackedRuns
 from app.training.takeover import hand_over
-from tune.exchanges import Exchanges
+from tune.exchanges import Exchanges, find_lost
 from tune.plan import plan_sweep
 from tune.population import Exchange, Takeover, decide, read_exchange, taken_over, value_of, write_exchange
 from tune.records import TrialRecord, begin_record, read_record, read_records
@@ -143,12 +144,18 @@ class _Trials:
     def __init__(self, sweep: SweepConfig, *, size: int = 4, gone: tuple[int, ...] = ()) -> None:
         self.handed: list[tuple[int, str, int | None]] = []
         self.fails = False
-        self.exchanges = Exchanges(sweep, self._hand_over, size=size, total_steps=8, gone=gone)
+        self.lost: set[int] = set()
+        self.exchanges = Exchanges(
+            sweep, self._hand_over, find_lost=self._find_lost, size=size, total_steps=8, gone=gone
+        )
 
     async def _hand_over(self, strong: TrialRecord, target: TrainConfig, pack: int | None) -> None:
         if self.fails:
             raise OSError("no space left")
         self.handed.append((strong.number, Path(target.output).parent.name, pack))
+
+    async def _find_lost(self, waiting: Mapping[int, int | None]) -> list[int]:
+        return [number for number in waiting if number in self.lost]
 
     def meet(self, number: int, step: int = 2, pack: int | None = 0) -> "asyncio.Task[bool]":
         return asyncio.create_task(self.exchanges.meet(number, step, pack))
@@ -227,6 +234,49 @@ def test_an_exchange_that_was_cut_short_is_finished_as_it_was_decided(population
         assert [target for _, target, _ in again.handed] == ["0003"]
 
     asyncio.run(run())
+
+
+def test_trials_whose_pack_was_lost_while_they_waited_join_again_before_the_others_exchange(
+    population_of: SweepOf,
+) -> None:
+    sweep = population_of()
+    trials_of(sweep, [5.0, 5.1, 5.2, 5.3])
+
+    async def run() -> None:
+        trials = _Trials(sweep)
+        trials.lost = {0, 2}
+        waiting = [trials.meet(number, pack=number % 2) for number in range(4)]
+        assert [await asyncio.wait_for(waiting[number], 5) for number in (0, 2)] == [True, True]
+        assert trials.handed == [] and not waiting[1].done() and not waiting[3].done()
+        assert read_exchange(Path(sweep.output), 2) is None
+        trials.lost = set()
+        again = [trials.meet(number) for number in (0, 2)]
+        assert [await asyncio.wait_for(task, 5) for task in (*again, waiting[1], waiting[3])] == [
+            False, False, False, True,
+        ]  # fmt: skip
+        assert trials.handed == [(0, "0003", 0)]
+
+    asyncio.run(run())
+
+
+class _Pack:
+    """An actor's handle, as far as it is asked who is there."""
+
+    def __init__(self, *here: str, is_starting: bool = False) -> None:
+        self._here = here
+        self._is_starting = is_starting
+        self.present = SimpleNamespace(remote=self._present)
+
+    async def _present(self, names: list[str]) -> list[str]:
+        if self._is_starting:
+            raise ActorUnavailableError("it is restarting", None)
+        return [name for name in names if name in self._here]
+
+
+def test_a_pack_is_asked_for_its_own_trials_and_has_none_while_it_starts_anew() -> None:
+    packs = [_Pack("0", "1", "5"), _Pack(is_starting=True), _Pack()]
+    waiting = {0: 0, 1: 0, 2: 0, 3: 1, 4: None}
+    assert asyncio.run(find_lost(packs, waiting)) == [2, 3]
 
 
 def test_a_takeover_is_done_also_where_its_trial_has_taken_over_another_since(population_of: SweepOf) -> None:
