@@ -28,11 +28,12 @@ class Search(Protocol):
         ...
 
 
-def open_search(config: SweepConfig) -> Search:
+def open_search(config: SweepConfig, *, begun: int = 0) -> Search:
+    """`begun` is how many trials earlier sessions have begun."""
     if isinstance(config.search, GridSearchConfig):
         return GridSearch(config.space)
     if isinstance(config.search, TpeSearchConfig):
-        return TpeSearch(config.space, config.search)
+        return TpeSearch(config.space, config.search, begun=begun)
     return RandomSearch(config.space, seed=config.search.seed)
 
 
@@ -80,14 +81,14 @@ class TpeSearch:
     """Optuna's, by `ask` and `tell`. A branch's keys are parameters of their own, so that each technique learns from
     its own trials."""
 
-    def __init__(self, space: Sequence[Branch], config: TpeSearchConfig) -> None:
+    def __init__(self, space: Sequence[Branch], config: TpeSearchConfig, *, begun: int = 0) -> None:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._space = space
-        sampler = optuna.samplers.TPESampler(
-            n_startup_trials=config.random_trials, constant_liar=True, seed=config.seed
-        )
+        # Trials that are told alone draw nothing: with the first session's seed a later one would draw the same again.
+        seed = int(np.random.SeedSequence((config.seed, begun)).generate_state(1)[0]) if begun else config.seed
+        sampler = optuna.samplers.TPESampler(n_startup_trials=config.random_trials, constant_liar=True, seed=seed)
         self.study = optuna.create_study(direction="minimize", sampler=sampler)
         self._running: dict[int, Any] = {}
 

@@ -184,7 +184,7 @@ def _run_trials(
                     )
                 fit(
                     "search",
-                    source(open_search(config), searched, exchanges=exchanges),
+                    source(open_search(config, begun=len(searched)), searched, exchanges=exchanges),
                     {**shared, "exchanges": exchanges, "exchange_every": every},
                     scheduler=_scheduler(config, checked),
                     at_once=room,

@@ -118,6 +118,25 @@ def test_the_estimator_knows_the_trials_of_an_earlier_session(past) -> None:
     assert search.study.trials[8].intermediate_values == {2: 4.0}
 
 
+@pytest.mark.parametrize("kind", ["tpe", "random"])
+def test_a_resumed_search_does_not_try_the_same_again(sweep_of: SweepOf, kind: str) -> None:
+    space = {"method.rank": [1, 2, 4], "optimizer.learning_rate": {"log_uniform": [1e-4, 1e-1]}}
+    sweep = sweep_of(space=space, search={"type": kind}, budget={"trials": 20})
+    tried: list[dict[str, Any]] = []
+    for session in range(3):
+        begun = len(tried)
+        search = open_search(sweep, begun=begun)
+        for trial in read_records(Path(sweep.output)):
+            search.tell(trial)
+        for number in range(begun, begun + 2):  # all of them still drawn at random
+            suggestion = search.ask(number)
+            assert suggestion is not None
+            tried.append(suggestion[1])
+            past_trial(sweep, number, suggestion[1], [6.0, 5.0 - session])
+    assert len({values["optimizer.learning_rate"] for values in tried}) == 6
+    assert open_search(sweep).ask(0) == (0, tried[0])
+
+
 def test_a_folder_without_a_winner_says_so(sweep_of: SweepOf, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no folder of a sweep"):
         read_best(tmp_path)
