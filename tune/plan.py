@@ -1,7 +1,7 @@
 """What of a sweep can be checked before a trial starts, and what it needs; without Ray."""
 
 from app.config.schema import TrainConfig
-from app.config.sweep import PopulationConfig, SweepConfig
+from app.config.sweep import PopulationConfig, Range, SweepConfig
 from app.errors import UserError, check_not_masked
 from app.training.pack import why_not_packed
 from tune.space import Checked, check_space, num_combinations
@@ -16,6 +16,8 @@ def plan_sweep(config: SweepConfig) -> Checked:
     check_not_masked("train.checkpoints", config.train.get("checkpoints"))
     check_not_masked("tracking.uri", config.tracking.uri)
     checked = check_space(config)
+    if packed_of(config, checked):
+        _check_bases(config)
     total = most_trials(config)
     if config.search.type == "grid" and config.budget.trials and total and config.budget.trials < total:
         raise UserError(
@@ -29,6 +31,21 @@ def plan_sweep(config: SweepConfig) -> Checked:
     if isinstance(config.scheduler, PopulationConfig):
         _check_population(config.scheduler, config, checked)
     return checked
+
+
+def _check_bases(config: SweepConfig) -> None:
+    """
+    Raises:
+        UserError: which packs there are to be does not follow from the space.
+    """
+    for number, branch in enumerate(config.space):
+        for key in ("workers.cpus", "workers.gpus", "workers.threads"):
+            if isinstance(branch.get(key), Range):
+                where = f"space.{number}: " if len(config.space) > 1 else "space: "
+                raise UserError(
+                    f"{where}{key} is a range, and trials of one pack have the same workers: each value needs a pack, "
+                    "which starts before the first trial; give a list of values, or set pack=never"
+                )
 
 
 def _check_population(scheduler: PopulationConfig, config: SweepConfig, checked: Checked) -> None:

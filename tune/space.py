@@ -14,7 +14,10 @@ from app.errors import UserError
 
 TRIALS, RUN = "trials", "run"
 MOST_CHECKED = 500
-"""Combinations of a grid that are checked as a whole; beyond, each value by itself."""
+"""Combinations of a grid that are checked as a whole; beyond, those of `_decides`, and each other value by itself."""
+_OF_BASE = {"model", "precision", "workers"}
+_OF_PACKING = {"method", "method.type", "method.dropout", "attention", "gradient_checkpointing", "compile", "samples"}
+_OF_LENGTH = {"data", "epochs", "max_steps", "batch_size"}
 _DEFAULTS: dict[str, Any] = {
     "workers.count": 1,
     "workers.cpus": 2,
@@ -107,8 +110,9 @@ def check_space(config: SweepConfig) -> Checked:
     steps: set[int] = set()
     for number, branch in enumerate(config.space):
         where = f"space.{number}: " if len(config.space) > 1 else "space: "
-        for values in _checked(branch):
-            try:
+        try:
+            _check_apart(branch, config.train)
+            for values in _checked(branch):
                 trial = trial_config(config, values)
                 # What fits does not depend on how it is optimized; planning reads data and model.
                 about = trial.model_dump_json(exclude={"optimizer", "seed"})
@@ -121,19 +125,42 @@ def check_space(config: SweepConfig) -> Checked:
                             f"train.data={trial.data!r} has no held-out records, by whose loss trials are compared; "
                             "prepare it with a larger validation_fraction"
                         )
-            except UserError as error:
-                raise UserError(f"{where}{error}") from None
+        except UserError as error:
+            raise UserError(f"{where}{error}") from None
     return Checked(tuple(trials.values()), min(steps), max(steps))
 
 
+def _check_apart(branch: Branch, train: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        UserError: a key holds another, and so one would replace the other.
+    """
+    names = {key: f"train.{key}" for key in flattened_values(train)} | {key: key for key in branch}
+    for whole, part in itertools.permutations(names, 2):
+        if part.startswith(f"{whole}."):
+            raise UserError(
+                f"{names[part]} is a part of {names[whole]}, and one of them would replace the other; say all of "
+                f"{whole} in one of them"
+            )
+
+
 def _checked(branch: Branch) -> Iterator[Values]:
-    """Combinations that show what may be wrong: all, or, where they are many, each value beside the others' first."""
+    """Combinations that show what may be wrong: all, or, where they are many, those of the keys that decide what a
+    sweep has ready, and each other value beside the others' first."""
     if num_combinations(branch) <= MOST_CHECKED:
         yield from grid_of(branch)
         return
     first = {key: _edges(dimension)[0] for key, dimension in branch.items()}
-    for key, dimension in branch.items():
-        yield from ({**first, key: value} for value in _edges(dimension))
+    decisive = {key: dimension for key, dimension in branch.items() if _decides(key)}
+    yield from ({**first, **values} for values in grid_of(decisive))
+    for key in branch:
+        if key not in decisive:
+            yield from ({**first, key: value} for value in _edges(branch[key]))
+
+
+def _decides(key: str) -> bool:
+    """Whether a trial's base, its place in a pack, or its number of steps follow from `key`."""
+    return key.partition(".")[0] in _OF_BASE or key in _OF_PACKING | _OF_LENGTH
 
 
 def _edges(dimension: Dimension) -> tuple[Any, ...]:

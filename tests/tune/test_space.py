@@ -10,7 +10,7 @@ import pytest
 
 from app.config import SweepConfig, load_config
 from app.errors import UserError
-from tune.plan import plan_sweep
+from tune.plan import alone_of, base_of, packed_of, plan_sweep
 from tune.search import open_search
 from tune.space import check_space, grid_of, trial_config
 
@@ -90,6 +90,13 @@ def test_draws_keep_to_their_ranges_and_come_again_from_the_same_seed(sweep_of: 
         ({"train": {"output": "x"}}, "train.output is the sweep's"),
         ({"train": {"batch_size": 10_000}}, "more than the"),
         ({"scheduler": {"type": "asha", "factor": 1}}, "factor"),
+        ({"space": {"workers.threads": {"int_uniform": [1, 4]}}, "search": {"type": "random"}, "budget": {"trials": 2}},
+         r"space: workers\.threads is a range, .*; give a list of values, or set pack=never"),
+        ({"train": {"method": [{"type": "lora"}, {"type": "prefix"}]}, "space": {"method.rank": [1, 2]}},
+         r"space: method\.rank is a part of train\.method, .*; say all of method in one of them"),
+        ({"space": {"method.rank": [1, 2], "method": [[{"type": "lora"}, {"type": "prefix"}], [{"type": "lora"}]]}},
+         r"space: method\.rank is a part of method, and one of them would replace the other"),
+        ({"space": {"optimizer": [{"schedule": "linear"}]}}, r"train\.optimizer\.learning_rate is a part of optimizer"),
     ],
 )  # fmt: skip
 def test_what_could_not_run_is_refused_with_key_and_value(
@@ -115,6 +122,31 @@ def test_each_value_is_checked_also_where_combinations_are_many(sweep_of: SweepO
     with pytest.raises(UserError, match="method.rank=32"):
         check_space(sweep_of(space={**many, "method.rank": [1, 2, 32]}))
     assert check_space(sweep_of(space={**many, "method.rank": [1, 2]})).most_steps == 8
+
+
+def test_what_a_sweep_has_ready_is_of_all_combinations_also_where_they_are_many(
+    sweep_of: SweepOf, tiny_model: Path, tmp_path: Path
+) -> None:
+    many = {"seed": list(range(40)), "optimizer.learning_rate": [1e-4 * n for n in range(1, 41)]}
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_model, copy)
+    bases = {"model": [str(tiny_model), str(copy)], "precision": ["fp32", "bf16"], "workers.threads": [1, 2]}
+    sweep = sweep_of(space={**many, **bases})
+    assert len({base_of(trial) for trial in packed_of(sweep, check_space(sweep))}) == 8
+
+    sweep = sweep_of(space={**many, "method.type": ["bitfit", "lora"], "samples": [3, 0]})
+    checked = check_space(sweep)
+    assert len(packed_of(sweep, checked)) == 1 and len(alone_of(sweep, checked)) == 3
+
+    longest = check_space(sweep_of(space={"epochs": 2, "batch_size": 4}, train={"max_steps": None}))
+    checked = check_space(sweep_of(space={**many, "epochs": [1, 2], "batch_size": [8, 4]}, train={"max_steps": None}))
+    assert checked.most_steps == longest.most_steps > checked.least_steps
+
+
+def test_workers_may_be_a_range_where_no_pack_starts_for_them(sweep_of: SweepOf) -> None:
+    given: dict[str, Any] = {"space": {"workers.threads": {"int_uniform": [1, 4]}}, "search": {"type": "random"}}
+    for settings in ({"pack": "never"}, {"train": {"method": {"type": "bitfit"}}}):
+        plan_sweep(sweep_of(**given, **settings, budget={"trials": 2}))
 
 
 def test_an_override_reaches_a_dotted_key_of_the_file(tmp_path: Path) -> None:
