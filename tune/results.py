@@ -151,7 +151,7 @@ def command_of(config: TrainConfig, *, output: str = "runs/best") -> str:
     defaults = TrainConfig(data=config.data, output=config.output)
     now, before = flattened_values(config.model_dump(mode="json")), flattened_values(defaults.model_dump(mode="json"))
     differing = {key: value for key, value in now.items() if before.get(key, ...) != value}
-    hidden = ("output", "data", "tracking.")
+    hidden = ("output", "data", "tracking.", "checkpoints")
     settings = {key: value for key, value in differing.items() if not key.startswith(hidden)}
     # A technique is named first: what its keys mean depends on it.
     ordered = sorted(settings, key=lambda key: key != "method.type")

@@ -177,6 +177,12 @@ def test_a_password_of_the_checkpoints_place_is_written_nowhere_and_trials_have_
     assert config == trial_config(sweep, {"method.rank": 1}, number=3).model_copy(update={"tracking": config.tracking})
 
 
+def test_the_command_names_no_place_that_the_trial_keeps_its_checkpoints_in(sweep_of: SweepOf) -> None:
+    trial = trial_config(sweep_of(train={"checkpoints": SECRET, "keep_last": 3}), {"method.rank": 2}, number=3)
+    command = command_of(trial)
+    assert "keep_last=3" in command and "checkpoints" not in command and "bucket" not in command
+
+
 def test_a_resumed_sweep_wants_the_password_again_from_the_command_or_the_environment(
     sweep_of: SweepOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
