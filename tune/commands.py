@@ -6,9 +6,10 @@ from pathlib import Path
 from app import console
 from app.commands import on_ray
 from app.config import PromoteBestConfig, PromoteConfig, SweepConfig, WorkersConfig
+from app.config.tracking import RegisteredName
 from app.display.sweep import show_end, show_results, watched_trials
 from app.display.training import show_promoted
-from app.errors import check_not_masked
+from app.errors import UserError, check_not_masked
 
 Address = str | None
 
@@ -44,7 +45,7 @@ def promote_best(config: PromoteBestConfig) -> None:
     folder = Path(config.best)
     run = read_best(folder)
     of_sweep = SweepConfig.model_validate(json.loads((folder / SWEEP_FILE).read_text()))
-    name = config.name or of_sweep.register_as or folder.name
+    name = config.name or of_sweep.register_as or _name_of(folder)
     store = config.tracking or of_sweep.tracking
     check_not_masked("tracking.uri", store.uri)
     uri = tracking_uri(store.uri, output=of_sweep.output)
@@ -53,3 +54,19 @@ def promote_best(config: PromoteBestConfig) -> None:
         {"name": name, "version": version, "alias": config.alias, "tracking": {"uri": uri}}
     )
     show_promoted(chosen, promote(chosen))
+
+
+def _name_of(sweep: Path) -> str:
+    """
+    Raises:
+        UserError: the folder is called what no registered model may be.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(RegisteredName).validate_python(sweep.name)
+    except ValidationError:
+        raise UserError(
+            f"best={str(sweep)!r}: the folder's name {sweep.name!r} is none for a registered model, which begins with "
+            "a letter or digit and has letters, digits, spaces, dots, dashes and underscores; give one with name=NAME"
+        ) from None

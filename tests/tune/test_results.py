@@ -210,3 +210,14 @@ def test_a_promotion_wants_the_tracking_password_again(sweep_of: SweepOf) -> Non
         UserError, match=r"tracking\.uri='postgresql://me:\*\*\*@db/mlflow' .* give the whole URI again"
     ):
         promote_best(PromoteBestConfig(best=sweep.output))
+
+
+def test_a_promotion_wants_a_name_where_the_folders_is_none_for_a_model(sweep_of: SweepOf, tmp_path: Path) -> None:
+    sweep = sweep_of(output=str(tmp_path / "rank+rate"))
+    open_folder(sweep, resume=False)
+    past_trial(sweep, 0, {"method.rank": 1}, [6.0, 5.0])
+    write_results(sweep, read_records(Path(sweep.output)), ended_by=None)
+    with pytest.raises(UserError, match=r"the folder's name 'rank\+rate' is none .*; give one with name=NAME"):
+        promote_best(PromoteBestConfig(best=sweep.output))
+    with pytest.raises(UserError, match="was not tracked"):  # the next that is wrong
+        promote_best(PromoteBestConfig(best=sweep.output, name="rank"))
