@@ -1,9 +1,10 @@
 """How much of a sweep the cluster's nodes have room for at once. Knows no Ray: it is told what each node has."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from app.config.schema import AnyWorkersConfig, TrainConfig
+from app.errors import UserError
 
 SPARE_CPUS = 1.0
 """Left to the trials' own processes, which want hardly anything but wait for it, and to what reads their data."""
@@ -57,6 +58,22 @@ def share_out(
         return packs, 0
     largest = max((trial.workers for trial in alone), key=_size)
     return packs, room.take_all(largest, count=largest.least, most=None)
+
+
+def check_nodes(nodes: Sequence[Mapping[str, float]], trials: Iterable[TrainConfig]) -> None:
+    """Refuse what would wait for ever: nodes that have enough together may each have too little.
+
+    Raises:
+        UserError: no node has what a worker of one of `trials` takes.
+    """
+    for workers in (trial.workers for trial in trials):
+        if not any(node.get("CPU", 0.0) >= workers.cpus and node.get("GPU", 0.0) >= workers.gpus for node in nodes):
+            present = sorted({f"{node.get('CPU', 0.0):g} and {node.get('GPU', 0.0):g}" for node in nodes})
+            raise UserError(
+                f"workers.cpus={workers.cpus:g} and workers.gpus={workers.gpus:g}: a worker lies on one node, and none "
+                f"has as much (CPUs and GPUs of each: {'; '.join(present)}); lower train.workers.cpus or "
+                "train.workers.gpus"
+            )
 
 
 def _size(workers: AnyWorkersConfig) -> tuple[Any, ...]:

@@ -29,7 +29,7 @@ from tune.held_back import evaluate_winner
 from tune.plan import alone_of, base_of, most_trials, packed_of
 from tune.records import TrialRecord, end_record, read_records
 from tune.results import Results, ranked, write_results
-from tune.room import share_out
+from tune.room import check_nodes, share_out
 from tune.search import open_search
 from tune.space import Checked, with_secrets
 
@@ -61,7 +61,8 @@ def sweep(
     the time of the sweep, of what reads the trials' records.
 
     Raises:
-        UserError: the output folder holds something and `resume` is false, or another sweep; or MLflow does not answer.
+        UserError: the output folder holds something and `resume` is false, or another sweep; or MLflow does not answer;
+            or no node holds a worker.
         Interrupted: a signal came; `resume` goes on.
     """
     from contextlib import nullcontext
@@ -70,6 +71,7 @@ def sweep(
     from tune.metrics import told_to_prometheus
 
     output = Path(config.output)
+    check_nodes(_nodes(), checked.trials)
     tracker = open_tracker(config.tracking, output=config.output)
     with locked(output):
         open_folder(config, resume=resume)
@@ -245,11 +247,9 @@ def _fit(
 
 def _start_packs(config: SweepConfig, checked: Checked, *, parent: str | None) -> tuple[int, list[Any], list[str]]:
     """How many runs of their own have room at once; the packs, and which base each holds."""
-    import ray
-
     from tune.pack_actor import start_pack
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = _nodes()
     packed = {base_of(trial): trial for trial in packed_of(config, checked)}
     most = most_trials(config)
     most_packs = None if most is None else -(-most // config.pack_size)
@@ -257,6 +257,13 @@ def _start_packs(config: SweepConfig, checked: Checked, *, parent: str | None) -
     keys = [key for key, count in counts.items() for _ in range(count)]
     start = functools.partial(start_pack, size=config.pack_size, pass_tokens=config.pass_tokens, parent=parent)
     return places, [start(packed[key]) for key in keys], keys
+
+
+def _nodes() -> list[dict[str, float]]:
+    """What each node has."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _check_room(config: SweepConfig, packs: list[Any], *, size: int) -> None:

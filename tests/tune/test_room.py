@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from app.config import TrainConfig
-from tune.room import share_out
+from app.errors import UserError
+from tune.room import check_nodes, share_out
 
 
 def trial(tmp_path: Path, **workers: Any) -> TrainConfig:
@@ -47,3 +48,20 @@ def test_gpus_count_where_they_are_asked_for(tmp_path: Path) -> None:
     assert share_out(nodes(2, CPU=32, GPU=4), packed={"a": of_gpu}, alone=[], most_packs=None) == ({"a": 8}, 0)
     half = trial(tmp_path, gpus=0.5)
     assert share_out(nodes(2, CPU=32, GPU=2), packed={}, alone=[half], most_packs=None) == ({}, 8)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "workers", "told"),
+    [
+        (nodes(2, CPU=4), {"cpus": 6}, r"cpus=6 and workers\.gpus=0: .* none has as much \(.*: 4 and 0\); lower train"),
+        (nodes(2, CPU=8, GPU=1), {"gpus": 2}, r"workers\.cpus=2 and workers\.gpus=2: .*: 8 and 1\)"),
+        (nodes(1, CPU=8) + nodes(1, CPU=1, GPU=1), {"gpus": 1}, r": 1 and 1; 8 and 0\)"),
+    ],
+)
+def test_what_no_node_holds_is_refused_before_it_waits_for_ever(
+    tmp_path: Path, cluster: list[dict[str, float]], workers: dict[str, float], told: str
+) -> None:
+    small = trial(tmp_path, cpus=0.5)
+    with pytest.raises(UserError, match=told):
+        check_nodes(cluster, [small, trial(tmp_path, **workers)])
+    check_nodes(nodes(1, CPU=6, GPU=2), [small, trial(tmp_path, **workers)])  # to the last CPU
