@@ -86,11 +86,16 @@ class TrialSource(_NotKept, Searcher):
         self._pack_of: dict[str, int] = {}
 
     def suggest(self, trial_id: str) -> Any:
-        record = self._waiting.pop(0) if self._waiting else self._new_record()
-        if record is None:
+        if not self._waiting and (new := self._new_record()) is not None:
+            self._waiting.append(new)
+        if not self._waiting:
             return Searcher.FINISHED
+        record = next(filter(self._has_room, self._waiting), None)
+        if record is None:  # Tune asks again
+            return None
+        self._waiting.remove(record)
         self._folders[trial_id] = record.folder
-        pack = self._choose_pack(record) if record.state == "running" else None
+        pack = self._choose_pack(record)
         if pack is not None:
             self._pack_of[trial_id] = pack
         return {"folder": str(record.folder), "pack": pack}
@@ -125,9 +130,14 @@ class TrialSource(_NotKept, Searcher):
         begin_record(record)
         return record
 
+    def _has_room(self, record: TrialRecord) -> bool:
+        """Whether a pack that it can join is not full; a run of its own waits at the turnstile."""
+        pack = self._choose_pack(record)
+        return pack is None or Counter(self._pack_of.values())[pack] < self._config.pack_size
+
     def _choose_pack(self, record: TrialRecord) -> int | None:
-        """The emptiest of those that hold its base; None: it has a run of its own."""
-        if self._config.pack == "never" or why_not_packed(record.config):
+        """The emptiest of those that hold its base; None: it is over, or has a run of its own."""
+        if record.state != "running" or self._config.pack == "never" or why_not_packed(record.config):
             return None
         key, load = base_of(record.config), Counter(self._pack_of.values())
         return min((n for n, of_pack in enumerate(self._pack_keys) if of_pack == key), key=lambda n: load[n])

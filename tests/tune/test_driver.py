@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from app.config.sweep import BudgetConfig
 from app.display.sweep import show_end, show_results, watched_trials
 from tune.driver import Budget, TrialSource, Watch
 from tune.pack_actor import Turnstile
-from tune.plan import base_of, plan_sweep
+from tune.plan import base_of, packed_of, plan_sweep
 from tune.records import read_records
 from tune.report import ranking_table
 from tune.results import write_results
@@ -111,6 +112,26 @@ def test_a_trial_goes_to_the_emptiest_pack_that_holds_its_base(sweep_of: SweepOf
     source.on_trial_complete("1", error=True)
     assert packs[1].leave.given == [("1",)] and turnstile.leave.given == [(1,)]
     assert read_records(Path(sweep.output))[1].state == "failed"
+
+
+def test_a_trial_waits_where_its_pack_is_full_and_one_that_needs_none_goes_first(sweep_of: SweepOf) -> None:
+    sweep = sweep_of(space=[{"method.rank": [1, 2]}, {"method.type": "bitfit"}], pack_size=1)
+    (base,) = {base_of(trial) for trial in packed_of(sweep, plan_sweep(sweep))}
+    pack, turnstile = actor("leave"), actor("leave")
+    given: dict[str, Any] = {"packs": [pack], "pack_keys": [base], "turnstile": turnstile}
+    source = TrialSource(sweep, open_search(sweep), [], **given)
+    assert source.suggest("0")["pack"] == 0
+    assert source.suggest("1") is None and source.suggest("1") is None
+    source.on_trial_complete("0", error=True)
+    second = source.suggest("2")
+    assert second["pack"] == 0 and second["folder"].endswith("0001")
+    assert source.suggest("3")["pack"] is None
+    assert source.suggest("4") == TrialSource.FINISHED
+
+    resumed = TrialSource(sweep, None, [replace(r, state="running") for r in read_records(Path(sweep.output))], **given)
+    found = [resumed.suggest(str(number)) for number in range(3)]
+    assert found[2] is None
+    assert [(each["folder"][-4:], each["pack"]) for each in found[:2]] == [("0000", 0), ("0002", None)]
 
 
 def test_as_many_runs_of_their_own_pass_as_there_is_room_for() -> None:
