@@ -3,13 +3,14 @@
 OUTPUT/sweep.json                the resolved settings
 OUTPUT/trials/0007/trial.json    what the trial tries, written before it starts
 OUTPUT/trials/0007/ended.json    how it ended, written by the driver; without it the trial is not over
-OUTPUT/trials/0007/error.txt     what its last try failed of, if one did
+OUTPUT/trials/0007/error.txt     what its last try failed of, if one did: a line, and below it the traceback
 OUTPUT/trials/0007/run/          the run's folder, as `pacos train` makes it
 
 Knows no Ray.
 """
 
 import json
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, Literal
 from app.atomic import write_text
 from app.config.methods import name_of, parts_of
 from app.config.schema import TrainConfig
+from app.errors import masked
 from tune.space import flattened_values
 
 TRIAL_FILE, ENDED_FILE, ERROR_FILE, METRICS_FILE = "trial.json", "ended.json", "error.txt", "metrics.jsonl"
@@ -98,11 +100,13 @@ def begin_record(record: TrialRecord) -> None:
 
 
 def note_error(folder: Path, error: BaseException) -> None:
-    """Keep the innermost cause, in a line: Ray wraps what was raised, more than once."""
+    """Keep the innermost cause in a line, for Ray wraps what was raised, more than once; and below it the traceback."""
+    whole = "".join(traceback.format_exception(error))
     while isinstance(inner := getattr(error, "cause", None) or error.__cause__, BaseException):
         error = inner
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    write_text(folder / ERROR_FILE, f"{type(error).__name__}: {lines[-1] if lines else ''}"[:500] + "\n")
+    line = masked(f"{type(error).__name__}: {lines[-1] if lines else ''}")[:500]
+    write_text(folder / ERROR_FILE, f"{line}\n\n{masked(whole)}")
 
 
 def end_record(folder: Path, *, state: State) -> None:
@@ -110,8 +114,12 @@ def end_record(folder: Path, *, state: State) -> None:
     if not (folder / ENDED_FILE).exists():
         noted, error = folder / ERROR_FILE, None
         if state == "failed":
-            error = noted.read_text(encoding="utf-8").strip() if noted.exists() else "the trial's process was lost"
+            error = _first_line(noted) if noted.exists() else "the trial's process was lost"
         write_text(folder / ENDED_FILE, json.dumps({"state": state, "error": error}, indent=2) + "\n")
+
+
+def _first_line(file: Path) -> str:
+    return file.read_text(encoding="utf-8").partition("\n")[0].strip()
 
 
 def read_records(sweep: Path) -> list[TrialRecord]:

@@ -14,7 +14,7 @@ from app.errors import UserError
 from tune.commands import promote_best
 from tune.plan import plan_sweep
 from tune.plots import _end_of_the_best, pareto_front
-from tune.records import TrialRecord, end_record, read_record, read_records
+from tune.records import ERROR_FILE, TrialRecord, end_record, note_error, read_record, read_records
 from tune.results import command_of, importance_of, ranked, read_best, write_results
 from tune.search import open_search
 from tune.space import trial_config, with_secrets
@@ -43,6 +43,26 @@ def test_records_are_read_as_they_were_written_also_while_a_line_is_being_writte
     assert trials[3].loss == pytest.approx(5.2) and trials[3].cost is None
     end_record(trials[3].folder, state="failed")
     assert read_record(trials[3].folder).state == "finished"  # the first word counts
+
+
+def test_an_error_is_a_line_and_below_it_the_whole_traceback_without_passwords(sweep_of: SweepOf) -> None:
+    def reach_the_bucket() -> None:
+        raise OSError("cannot reach\ns3://key:hunter2@bucket/ranks: no route")
+
+    trial = past_trial(sweep_of(), 0, {"method.rank": 1}, [6.0], state="running")
+    try:
+        try:
+            reach_the_bucket()
+        except OSError as error:
+            raise RuntimeError("the trial was lost") from error
+    except RuntimeError as error:
+        note_error(trial.folder, error)
+    end_record(trial.folder, state="failed")
+    told = "OSError: s3://key:***@bucket/ranks: no route"
+    assert read_record(trial.folder).error == told
+    noted = (trial.folder / ERROR_FILE).read_text()
+    assert noted.startswith(f"{told}\n") and "hunter2" not in noted
+    assert "in reach_the_bucket" in noted and noted.endswith("RuntimeError: the trial was lost\n")
 
 
 def test_those_that_finished_come_first_and_the_front_has_no_trial_that_another_beats(past) -> None:
