@@ -12,7 +12,8 @@ _SHOWN_RUNNING = 20
 
 @contextmanager
 def watched_trials(trials: Callable[[], Sequence[Any]]) -> Iterator[None]:
-    """A live table of all that run and of the best that are over, for the block; without a terminal there is none."""
+    """A live table of the newest that run and of the best that are over, for the block; without a terminal there is
+    none."""
     with console.live(lambda: _table(trials())):
         yield
 
@@ -63,7 +64,7 @@ def show_results(
 
 def _table(trials: Sequence[Any]) -> Any:
     over = [trial for trial in trials if trial.state != "running"]
-    running = [trial for trial in trials if trial.state == "running"][-_SHOWN_RUNNING:]
+    running = [trial for trial in trials if trial.state == "running"]
     rated = sorted((trial for trial in over if trial.loss is not None), key=lambda trial: trial.loss)
     rows = [
         (
@@ -74,7 +75,7 @@ def _table(trials: Sequence[Any]) -> Any:
             f"{trial.step:,}",
             "" if trial.loss is None else f"{trial.loss:.4f}",
         )
-        for trial in [*rated[:5], *running]
+        for trial in [*rated[:5], *running[-_SHOWN_RUNNING:]]
     ]
     return console.rich_grid(
         ("trial", "state", "", "tokens", "step", "held-out loss"),

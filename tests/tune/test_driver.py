@@ -187,3 +187,18 @@ def test_the_terminal_has_a_table_while_it_runs_and_the_ranking_at_the_end(
     end = shown.getvalue()
     assert "The best once more: pacos train data=x" in end and "budget.hours=1 was spent" in end
     assert f"pacos promote --best {sweep.output}"[:60] in end.replace("\n", "")
+
+
+def test_the_table_counts_all_that_run_also_those_that_it_does_not_show(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(
+        console, "console", Console(file=shown, force_terminal=True, width=120, height=60, no_color=True)
+    )
+    about = {"state": "running", "values_now": {}, "tokens": 1, "step": 2, "loss": None}
+    trials = [SimpleNamespace(number=1000 + number, **about) for number in range(25)]
+    with watched_trials(lambda: trials):
+        pass
+    table = shown.getvalue()
+    assert "0 over, 25 running" in table and "1024" in table and "1004" not in table
