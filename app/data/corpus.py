@@ -1,7 +1,7 @@
 """Text to pretrain on: files -> documents -> token sequences. Knows no Ray and no model."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from app.data.chunks import read_rows
-from app.data.records import Instruction, Invalid, RowReader, split_of
+from app.data.records import FIELDS, Conversation, Instruction, Invalid, Record, RowReader, detect_format, split_of
 from app.data.tokenization import Tokenizer
 from app.errors import UserError
 
-# the fields of the common instruction formats that hold text, in reading order
+# Of a row that is no valid record: the fields of the common formats that hold text, in reading order.
 _TEXT_FIELDS = ("instruction", "prompt", "context", "input", "output", "response", "completion", "text")
-_ALPACA = RowReader("alpaca")
+_READERS = {format: RowReader(format) for format in FIELDS}
 
 
 @dataclass(frozen=True)
@@ -96,22 +96,36 @@ def _rows(source: str) -> Iterator[Any]:
 
 
 def _document_of_row(row: Any) -> Document | None:
+    """As `pacos prepare` reads it; of a row that it would leave out, the texts that there are."""
+    format = detect_format([row])
+    if format is None:
+        return _document_of_fields(row)
     try:
-        record, _ = _ALPACA.read(row)
+        record, _ = _READERS[format].read(row)
     except Invalid:
         return _document_of_fields(row)
-    assert isinstance(record, Instruction)
-    fields = [record.instruction, record.input, record.output]
-    return Document("\n\n".join(field for field in fields if field), record.content_hash())
+    return Document(_joined(_texts_of(record)), record.content_hash())
+
+
+def _texts_of(record: Record) -> Sequence[str]:
+    if isinstance(record, Instruction):
+        return (record.instruction, record.input, record.output)
+    if isinstance(record, Conversation):
+        return [message.content for message in record.messages]
+    return (record.text,)
 
 
 def _document_of_fields(row: Any) -> Document | None:
     if not isinstance(row, dict):
         return None
-    fields = [row[name].strip() for name in _TEXT_FIELDS if isinstance(row.get(name), str)]
-    text = "\n\n".join(field for field in fields if field)
+    clean = _READERS["text"].clean
+    text = _joined(clean(row[name], name, []) for name in _TEXT_FIELDS if isinstance(row.get(name), str))
     return _plain_document(text) if text else None
 
 
+def _joined(texts: Iterable[str]) -> str:
+    return "\n\n".join(stripped for text in texts if (stripped := text.strip()))
+
+
 def _plain_document(text: str) -> Document:
-    return Document(text, hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest())
+    return Document(text, hashlib.sha256(text.encode()).hexdigest())
