@@ -39,7 +39,8 @@ class Batch:
         if parts == 1:
             return [self]
         pieces = [rows for rows in torch.arange(len(self.input_ids)).tensor_split(parts) if len(rows)]
-        return [self._rows(rows) for rows in pieces] + [empty_batch()] * (parts - len(pieces))
+        rest = [empty_batch().to(self.input_ids.device)] * (parts - len(pieces))
+        return [self._rows(rows) for rows in pieces] + rest
 
     def _rows(self, rows: Tensor) -> "Batch":
         """Those rows; `num_tokens` is not theirs, and stays with the whole."""

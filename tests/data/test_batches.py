@@ -56,6 +56,16 @@ def test_rows_of_a_fixed_length_have_one_shape() -> None:
     assert batch.positions is None and batch.documents is None
 
 
+def test_what_a_batch_is_split_into_lies_where_it_does() -> None:
+    """A worker with fewer rows than micro-batches splits them on its GPU, and computes empty ones there too."""
+    ids, mask = np.arange(5), np.ones(5, dtype=bool)
+    meta = torch.device("meta")
+    parts = collate([ids, ids[:3]], [mask, mask[:3]]).to(meta).split(3)
+    assert [len(part.input_ids) for part in parts] == [1, 1, 1]
+    assert {part.input_ids.device for part in parts} == {part.loss_mask.device for part in parts} == {meta}
+    assert [part.loss_tokens for part in collate([ids, ids[:3]], [mask, mask[:3]]).split(3)] == [4, 2, 0]
+
+
 def test_packed_rows_count_positions_in_each_document() -> None:
     ids, mask = np.arange(5), np.array([False, True, False, True, True])
     batch = collate([ids, ids[:3]], [mask, mask[:3]], [np.array([2, 3]), np.array([3])])
