@@ -115,7 +115,7 @@ class Answering:
         return completion, result
 
     async def _completed(self, request: GenerateRequest) -> tuple[Completion, CacheResult]:
-        _check_logprobs(request)
+        await self._check_logprobs(request)
         key = await self._key(request)
         if key is None:
             self._cache.count("uncached")
@@ -131,7 +131,7 @@ class Answering:
 
     async def stream(self, request: GenerateRequest) -> AsyncGenerator[Started | Piece, None]:
         """`Started`, then pieces, within `request_timeout_s` altogether. A cached answer is streamed as one piece."""
-        _check_logprobs(request)
+        await self._check_logprobs(request)
         key = await self._key(request)
         if key is None:
             self._cache.count("uncached")
@@ -265,6 +265,25 @@ class Answering:
             return ApiError(Refusal(503, "a deployment has failed", code="unavailable", retry_after_s=5))
         return error
 
+    async def _check_logprobs(self, request: GenerateRequest) -> None:
+        """Those that the answers can have: none is longer than its model's context, whatever `max_tokens` allows."""
+        if request.logprobs is None:
+            return
+        of_a_token = request.num_choices * (1 + request.logprobs)
+        if of_a_token * request.max_tokens <= _MOST_LOGPROBS:
+            return
+        model = await self._loaded(request.model)
+        # one that is registered and was not asked for yet stands on a base that is among the loaded ones
+        known = self._models.values() if model is None else (model,)
+        length = min(request.max_tokens, max((each.context_length for each in known), default=request.max_tokens))
+        if of_a_token * length <= _MOST_LOGPROBS:
+            return
+        message = (
+            f"{of_a_token * length} log-probabilities may be told ({request.num_choices} answers of {length} tokens, "
+            f"{request.logprobs} alternatives each), more than {_MOST_LOGPROBS}; ask for fewer of any"
+        )
+        raise ApiError(Refusal(400, message, code="too_many_logprobs", param="logprobs"))
+
     def _charge(self, num_tokens: int) -> None:
         key = current_key.get()
         if self._limiter is not None and key is not None:
@@ -316,18 +335,6 @@ class Stopwatch:
 
     def total(self) -> float:
         return time.perf_counter() - self.start
-
-
-def _check_logprobs(request: GenerateRequest) -> None:
-    if request.logprobs is None:
-        return
-    number = request.num_choices * request.max_tokens * (1 + request.logprobs)
-    if number > _MOST_LOGPROBS:
-        message = (
-            f"{number} log-probabilities may be told ({request.num_choices} answers of {request.max_tokens} tokens, "
-            f"{request.logprobs} alternatives each), more than {_MOST_LOGPROBS}; ask for fewer of any"
-        )
-        raise ApiError(Refusal(400, message, code="too_many_logprobs", param="logprobs"))
 
 
 def _unless_refused(item: Any) -> Any:

@@ -212,6 +212,26 @@ def test_more_log_probabilities_than_can_be_written_down_soon_are_refused():
     run(scenario)
 
 
+def test_log_probabilities_are_asked_for_without_a_length_as_the_context_ends_the_answer():
+    async def scenario() -> None:
+        transport = httpx.ASGITransport(create_api(answering(Generator())))
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            messages = [{"role": "user", "content": QUESTION}]
+
+            async def refused(**fields: Any) -> str | None:
+                body = {"model": "pacos", "messages": messages, "logprobs": True} | fields
+                response = await client.post("/v1/chat/completions", json=body)
+                assert response.status_code in (200, 400)
+                return response.json()["error"]["code"] if response.status_code == 400 else None
+
+            for stream in (False, True):
+                for model in ("pacos", "pacos:registered-and-not-loaded-yet"):
+                    assert await refused(model=model, stream=stream, top_logprobs=20) is None
+                assert await refused(stream=stream, n=128, top_logprobs=20) == "too_many_logprobs"
+
+    run(scenario)
+
+
 def test_in_use_the_list_of_models_is_renewed_before_anyone_waits_for_it(monkeypatch):
     now = 100.0
     monkeypatch.setattr(answering_module, "time", SimpleNamespace(monotonic=lambda: now))
