@@ -339,7 +339,7 @@ class GenerateConfig(Config):
 
     prompts: LocalPath
     """.jsonl or .json of records with `instruction` (and `input`), or `prompt`, `question` or `text`; or .txt, each
-    line a prompt."""
+    line a prompt. Half a surrogate pair is replaced, as in training data."""
     output: LocalPath
     """.jsonl: each record, with `answer`, `finish_reason`, `prompt_tokens` and `answer_tokens`, or with `error`."""
     model: ModelName = "embedded"

@@ -111,9 +111,9 @@ class RowReader:
                 raise Invalid(f"{name}: not text")
             repairs.append(f"{name}: a number, taken as text")
             return str(value)
-        if not value.isascii() and _SURROGATE.search(value):
+        if not value.isascii() and HALF_A_PAIR.search(value):
             repairs.append(f"{name}: half a surrogate pair, replaced")
-            value = _SURROGATE.sub("\ufffd", value)
+            value = HALF_A_PAIR.sub("\ufffd", value)
         for token in self.special_tokens:
             if token in value:
                 repairs.append(f"{name}: the tokenizer's {token}, removed")
@@ -121,7 +121,8 @@ class RowReader:
         return value
 
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
+HALF_A_PAIR = re.compile("[\ud800-\udfff]")
+"""A surrogate without its other half: JSON can escape one, and no UTF-8 can hold it."""
 
 
 def detect_format(rows: Iterable[Any], fields: Mapping[str, str] | None = None) -> RecordFormat | None:

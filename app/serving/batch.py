@@ -20,6 +20,7 @@ from app.assets import model_folder
 from app.atomic import write_text
 from app.config import GenerateConfig
 from app.data.prompts import Template
+from app.data.records import HALF_A_PAIR
 from app.data.tokenization import Tokenizer, load_tokenizer
 from app.engine.engine import Engine
 from app.engine.events import InvalidRequest
@@ -120,7 +121,7 @@ def generate_answers(plan: Plan, *, progress: Progress = lambda done, total: Non
 
 
 def read_prompts(config: GenerateConfig) -> list[dict[str, Any]]:
-    """The records of `config.prompts`.
+    """The records of `config.prompts`, with a replacement character for each half of a surrogate pair.
 
     Raises:
         UserError: the file cannot be read, is empty, or a record has no prompt.
@@ -138,6 +139,9 @@ def read_prompts(config: GenerateConfig) -> list[dict[str, Any]]:
         raise UserError(f"prompts={config.prompts!r} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"prompts={config.prompts!r} cannot be read: {error}") from None
+    plain = json.dumps(records, ensure_ascii=False)
+    if HALF_A_PAIR.search(plain):
+        records = json.loads(HALF_A_PAIR.sub("\ufffd", plain))
     if not isinstance(records, list) or not records:
         raise UserError(f"prompts={config.prompts!r} holds no list of prompts")
     for number, record in enumerate(records, start=1):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -100,6 +101,18 @@ def test_prompts_stand_in_text_files_and_in_fields_of_any_name(tmp_path, tiny_mo
     assert read_prompts(config(tmp_path / "p.jsonl", tiny_model)) == [strange]
     with pytest.raises(UserError, match="absent.jsonl.*No such file"):
         read_prompts(config(tmp_path / "absent.jsonl", tiny_model))
+
+
+@pytest.mark.parametrize("line", [r'{"prompt": "one \ud83d two"}', r'{"prompt": "one", "of": [{"a\udc00": "\ud800"}]}'])
+def test_half_a_surrogate_pair_is_replaced_as_in_training_data(tmp_path, tiny_model, line) -> None:
+    """No tokenizer takes one, and no file of answers could hold it."""
+    (tmp_path / "p.jsonl").write_text(line + "\n")
+    settings = config(tmp_path / "p.jsonl", tiny_model)
+    records = read_prompts(settings)
+    assert records == [json.loads(re.sub(r"\\u[0-9a-f]{4}", "\ufffd", line))]
+    results = Answerer(settings).answer(records, first=0)
+    assert results[0]["answer_tokens"] > 0
+    assert json.loads(json.dumps(results, ensure_ascii=False).encode()) == results
 
 
 def test_settings_that_would_lose_something_are_refused(prompts: Path, tiny_model: Path) -> None:
