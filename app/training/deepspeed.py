@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from app.config.schema import DeepSpeedConfig, OptimizerConfig
 from app.training.checkpointing import Checkpoint
-from app.training.optimizer import MOMENTS, adamw, adamw_state, set_rates, trained_parameters, unscale_and_clip
+from app.training.optimizer import (
+    MOMENTS,
+    adamw,
+    adamw_state,
+    set_rates,
+    trained_parameters,
+    unscale_and_clip,
+    updates_made,
+)
 from app.training.workers import rank, world_size
 
 WHOLE_BELOW = 100_000
@@ -113,8 +121,9 @@ class DeepSpeedOptimizer:
         zero: Any = self._engine.optimizer
         is_whole = self._stage < 3
         partitions = zero.single_partition_of_fp32_groups if is_whole else zero.fp32_partitioned_groups_flat
+        steps = updates_made(resume) if resume else 0.0
         for partition in partitions:
-            state = {"step": torch.tensor(float(resume.step if resume else 0), device=partition.device)}
+            state = {"step": torch.tensor(steps, device=partition.device)}
             self._adamw.state[partition] = state | {moment: torch.zeros_like(partition.data) for moment in MOMENTS}
         if resume is None:
             return

@@ -65,8 +65,12 @@ def set_rates(groups: Iterable[dict[str, Any]], *, learning_rate: float, weight_
 def adamw_state(checkpoint: Checkpoint, name: str, *, device: torch.device) -> dict[str, Tensor]:
     """What torch's AdamW keeps for parameter `name`, on `device`."""
     moments = {moment: checkpoint.moments[f"{name}.{moment}"].to(device, copy=True) for moment in MOMENTS}
-    steps = checkpoint.step - checkpoint.state.get("metrics", {}).get(LEFT_OUT, 0)
-    return {"step": torch.tensor(float(steps), device=device), **moments}
+    return {"step": torch.tensor(updates_made(checkpoint), device=device), **moments}
+
+
+def updates_made(checkpoint: Checkpoint) -> float:
+    """What AdamW counts as its steps: the run's without those that fp16 left out."""
+    return float(checkpoint.step - checkpoint.state.get("metrics", {}).get(LEFT_OUT, 0))
 
 
 def unscale_and_clip(parameters: Iterable[nn.Parameter], *, scale: float, clip_norm: float) -> Tensor:
