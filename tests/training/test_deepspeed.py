@@ -57,8 +57,8 @@ class Size:
 
 SIZES = {"lora": Size(32, 20, 16), "full": Size(16, 4, 2), "mixed": Size(16, 4, 2)}
 STAGES = {0: 1, 1: 2, 2: 16, 3: 4}
-"""ZeRO stages, and into how many micro-batches each worker splits its rows there. With LoRA it has 16 of them, else 8: every
-second micro-batch is empty then under ZeRO-2."""
+"""ZeRO stages, and into how many micro-batches each worker splits its rows there. With LoRA it has 16 of them, else 8:
+every second micro-batch is empty then under ZeRO-2."""
 
 
 def batch_of(step: int, size: Size) -> Batch:

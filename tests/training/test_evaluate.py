@@ -13,14 +13,24 @@ import torch
 from app.config import BitFitConfig, EvaluateConfig, LoraConfig, MethodConfig, PrefixConfig
 from app.data.batches import Batch
 from app.data.shards import COLUMNS, read_manifest
-from app.data.tokenization import load_tokenizer
+from app.data.tokenization import load_tokenizer, save_tokenizer
 from app.errors import UserError
 from app.methods import apply_method
 from app.methods.delta import Delta, read_delta, write_delta
-from app.models.checkpoints import load_decoder, weights_hash
+from app.models.checkpoints import load_decoder, save_decoder, weights_hash
 from app.training import loop
 from app.training.answers import first_exchanges
-from app.training.evaluate import evaluate, plan_evaluation, plot_file, score_batch, short_names, write_evaluations
+from app.training.evaluate import (
+    Candidate,
+    EvaluationPlan,
+    _evaluate_one,
+    evaluate,
+    plan_evaluation,
+    plot_file,
+    score_batch,
+    short_names,
+    write_evaluations,
+)
 from app.training.optimizer import trained_parameters
 
 METHODS: dict[str, MethodConfig] = {"lora": LoraConfig(rank=4), "bitfit": BitFitConfig()}
@@ -99,6 +109,26 @@ def test_only_sums_leave_a_task_and_they_add_up(small_data: Path, tiny_model: Pa
         assert sum(part[name][0] for part in parts) == pytest.approx(total, rel=1e-6)
     means = [math.exp(part["nll"][0] / part["tokens"][0]) for part in parts]
     assert sum(means) / 3 != pytest.approx(math.exp(whole["nll"][0] / whole["tokens"][0]), rel=1e-4)
+
+
+def test_bits_per_byte_of_a_record_that_is_counted_by_hand(tiny_model: Path, tmp_path: Path, monkeypatch) -> None:
+    """Of a model to which all tokens are equally likely, so that each is worth log2(vocabulary) bits."""
+    model, tokenizer = load_decoder(tiny_model), load_tokenizer(tiny_model)
+    with torch.no_grad():
+        model.token_embedding.weight.zero_()  # the head's too
+    save_decoder(tmp_path, model)
+    save_tokenizer(tokenizer, tmp_path)
+    prompt, response = tokenizer.encode("How often?"), [*tokenizer.encode("Hay, 🦙"), tokenizer.end_id]
+    mask = np.arange(len(prompt + response)) >= len(prompt)
+    columns = zip(COLUMNS, (np.array(prompt + response), mask, np.array([len(mask)])), strict=True)
+    config = settings(tmp_path, tmp_path)
+    sums = score_batch({name: [column] for name, column in columns}, config=config, delta=[])
+    figures = [sums[name][0] for name in ("nll", "tokens", "bytes", "records")]
+    monkeypatch.setattr("app.training.evaluate._sums", lambda *args, **options: figures)
+    plan = EvaluationPlan(config, manifest=None, candidates=[])
+    result = _evaluate_one(plan, Candidate("even"), [], advance=lambda count: None)
+    assert (result.tokens, result.perplexity) == (len(response), pytest.approx(tokenizer.vocab_size, rel=1e-4))
+    assert result.bits_per_byte == pytest.approx(len(response) * math.log2(tokenizer.vocab_size) / 9, rel=1e-5)
 
 
 def test_evaluating_more_records_takes_no_more_memory(tiny_model: Path) -> None:

@@ -283,6 +283,24 @@ def test_frozen_weights_are_stored_as_autocast_would_round_them(tiny_model: Path
 
 
 @pytest.mark.parametrize("kind", [PlainOptimizer, MuonOptimizer])
+def test_a_gradient_longer_than_clip_norm_is_cut_to_it_and_a_shorter_one_is_not(tiny_model: Path, kind: type) -> None:
+    shares = {".exp_avg": 0.1, ".momentum_buffer": 0.05}  # of the first gradient, in the first moment after it
+
+    def norms(clip_norm: float) -> tuple[float, float]:
+        """Of the gradient as it came, and as it was used."""
+        model = load_decoder(tiny_model)
+        optimizer = kind(model, OPTIMIZER.model_copy(update={"clip_norm": clip_norm}))
+        optimizer.backward(masked_nll(model, next(batches(0)))[0])
+        came, moments = optimizer.step(1e-3), optimizer.moments()
+        used = [moments[key].norm() / share for key in moments for end, share in shares.items() if key.endswith(end)]
+        return came, float(torch.stack(used).norm())
+
+    came, used = norms(0.01)
+    assert came > 0.01 and used == pytest.approx(0.01, rel=1e-4)
+    assert norms(1e9) == pytest.approx((came, came), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", [PlainOptimizer, MuonOptimizer])
 def test_a_scaled_loss_gives_the_same_step(tiny_model: Path, kind: type) -> None:
     weights = []
     for scale in (1.0, 1024.0):
