@@ -134,6 +134,23 @@ def test_escape_stops_an_answer_and_a_mistake_is_told(page):
     assert page.locator(".turn.failed").count() == 1
 
 
+def test_a_new_conversation_has_nothing_of_an_answer_that_ran_when_it_began(page):
+    page.fill("#max_tokens", "2000")
+    page.check("#remember")
+    page.focus("#text")
+    page.keyboard.type("hay")
+    page.keyboard.press("Enter")
+    page.locator(".turn.running", has_text=re.compile(r"\S")).wait_for()
+    page.click("#clear")
+    page.locator("#send", has_text="Send").wait_for()  # the answer has ended
+    page.fill("#max_tokens", "3")
+    with page.expect_request("**/v1/chat/completions") as request:
+        ask(page, "dogs")
+    sent = request.value.post_data_json["messages"]
+    assert sent == [{"role": "user", "content": "dogs"}]
+    assert page.locator(".turn").count() == 2 and page.problems == []
+
+
 def test_what_a_model_says_is_text_and_nothing_else(page):
     said = MARKUP + " says the model"
     events = [{"choices": [{"delta": {"content": said}}]}, {"choices": [], "usage": {"completion_tokens": 3}}]
