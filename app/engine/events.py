@@ -7,7 +7,11 @@ FinishReason = Literal["stop", "length"]
 
 
 class InvalidRequest(ValueError):
-    """A request that this model can never answer."""
+    """A request that this model can never answer; `param` is the field that is wrong, where it is not the prompt."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class ContextLengthExceeded(InvalidRequest):

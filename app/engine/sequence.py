@@ -95,10 +95,10 @@ def check_request(
     """
     if not ids:
         raise InvalidRequest("the prompt is empty; at least one token is needed")
-    for what, tokens in (("token id", ids), ("logit_bias: token id", sampling.logit_bias)):
+    for what, tokens, param in (("token id", ids, None), ("logit_bias: token id", sampling.logit_bias, "logit_bias")):
         strange = next((token for token in tokens if not 0 <= token < vocab_size), None)
         if strange is not None:
-            raise InvalidRequest(f"{what} {strange} is outside the vocabulary of {vocab_size}")
+            raise InvalidRequest(f"{what} {strange} is outside the vocabulary of {vocab_size}", param=param)
     if len(ids) + 1 > context_length:
         raise ContextLengthExceeded(prompt_length=len(ids), context_length=context_length)
     if sampling.stop and not has_texts:

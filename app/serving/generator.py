@@ -180,6 +180,8 @@ def _refusal(error: Exception, model: ServedModel, request: GenerateRequest) -> 
     param = "messages" if isinstance(request.prompts[0], ChatPrompt) else "prompt"
     if isinstance(error, ContextLengthExceeded):
         return Refusal(400, message, code="context_length_exceeded", param=param)
+    if isinstance(error, InvalidRequest) and error.param is not None:
+        return Refusal(400, message, code="invalid_value", param=error.param)
     if isinstance(error, InvalidRequest):
         return Refusal(400, message, code="invalid_prompt", param=param)
     if isinstance(error, QueueFull):

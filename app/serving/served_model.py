@@ -128,7 +128,8 @@ class ServedModel:
         """
         known = len(self._token_bytes)
         if (strange := next((token for token in request.logit_bias if token >= known), None)) is not None:
-            raise InvalidRequest(f"logit_bias: token id {strange} is outside the vocabulary of {known}")
+            message = f"logit_bias: token id {strange} is outside the vocabulary of {known}"
+            raise InvalidRequest(message, param="logit_bias")
         return Sampling(
             max_tokens=request.max_tokens,
             n=request.n,

@@ -1,5 +1,6 @@
 import asyncio
 import json
+import pickle
 import shutil
 import time
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from app.config import ApplicationConfig, PromoteConfig, TrackingConfig
 from app.data.encoding import encode_records
 from app.data.prompts import AlpacaTemplate, PacosTemplate
 from app.data.records import Conversation, Message
+from app.engine.events import ContextLengthExceeded, InvalidRequest
 from app.errors import UserError
 from app.serving.generator import GeneratorDeployment
 from app.serving.messages import ChatPrompt, Completion, GenerateRequest, ModelInfo, Piece, Refusal, Started
@@ -186,7 +188,7 @@ def test_a_registered_delta_of_another_base_is_refused(delta_dir, tmp_path, tiny
         ({"n": 13}, 400, "too_many_choices"),
         ({"prompts": (ChatPrompt((Message("assistant", "x"),)),)}, 400, "invalid_prompt"),
         ({"prompts": (ChatPrompt((Message("user", "hay " * 2048),)),)}, 400, "context_length_exceeded"),
-        ({"logit_bias": {500: 1.0}}, 400, "invalid_prompt"),
+        ({"logit_bias": {500: 1.0}}, 400, "invalid_value"),
     ],
 )
 def test_what_cannot_be_answered_is_refused_with_a_reason(generator, values, status, code):
@@ -195,6 +197,17 @@ def test_what_cannot_be_answered_is_refused_with_a_reason(generator, values, sta
     deadline = time.monotonic() + 30
     while asyncio.run(generator.stats())["pacos"]["free_slots"] < 4:  # prompts that had begun are aborted
         assert time.monotonic() < deadline
+
+
+@pytest.mark.parametrize("prompt", ["x", asked("Why?")])
+@pytest.mark.parametrize("token", [500, -1])
+def test_a_bias_of_a_token_that_is_none_is_refused_by_its_own_name(generator, prompt, token):
+    """By the model's tokenizer, and by its engine."""
+    answer = refusal(generator, request(prompt, logit_bias={token: 1.0}))
+    assert (answer.status, answer.param) == (400, "logit_bias") and f"token id {token}" in answer.message
+    error = pickle.loads(pickle.dumps(InvalidRequest("no", param="logit_bias")))
+    assert (str(error), error.param) == ("no", "logit_bias")
+    assert pickle.loads(pickle.dumps(ContextLengthExceeded(prompt_length=3, context_length=2))).param is None
 
 
 def test_a_failed_step_is_a_503_and_the_next_request_is_answered(generator, greedy):
