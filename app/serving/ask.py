@@ -23,10 +23,7 @@ def ask(config: AskConfig) -> dict[str, Any]:
         "temperature": config.temperature,
         "rag": config.rag,
     }
-    answer = _call(config, "/v1/chat/completions", body)
-    text = answer["choices"][0]["message"]["content"].strip()
-    sources = {"sources": answer["citations"]} if config.rag else {}
-    return {"text": text, "model": answer["model"], "usage": answer["usage"], **sources}
+    return _call(config, "/v1/chat/completions", body)
 
 
 def _call(config: AskConfig, path: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -49,10 +46,16 @@ def _call(config: AskConfig, path: str, body: dict[str, Any]) -> dict[str, Any]:
     try:
         values = response.json()
         if response.is_success:
-            return values
+            return _answer(values, rag=config.rag)
         message = values["error"]["message"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, LookupError, TypeError, AttributeError):
         raise UserError(
             f"{url} answered {response.status_code} and not as a Pacos endpoint does; is url={config.url!r} right?"
         ) from None
     raise UserError(f"{url} answered {response.status_code}: {message}")
+
+
+def _answer(values: Any, *, rag: bool) -> dict[str, Any]:
+    text = values["choices"][0]["message"]["content"].strip()
+    sources = {"sources": values["citations"]} if rag else {}
+    return {"text": text, "model": values["model"], "usage": values["usage"], **sources}

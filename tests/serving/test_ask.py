@@ -67,6 +67,14 @@ def test_an_answer_that_is_not_ours_is_told(endpoint, text):
         ask(AskConfig(question="?", url=endpoint.url))
 
 
+@pytest.mark.parametrize("text", ["{}", "[]", "3", '{"choices": []}', '{"choices": [{"message": {"content": null}}]}'])
+@pytest.mark.parametrize("rag", [False, True])
+def test_so_is_one_of_something_else_that_takes_any_question(endpoint, text, rag):
+    endpoint.replies.append((200, text))
+    with pytest.raises(UserError, match="200 and not as a Pacos endpoint does; is url=.* right"):
+        ask(AskConfig(question="?", url=endpoint.url, rag=rag))
+
+
 def test_an_endpoint_that_is_not_there_is_told_with_a_remedy():
     with pytest.raises(UserError, match="cannot be reached.*pacos serve"):
         ask(AskConfig(question="?", url="http://127.0.0.1:9"))
