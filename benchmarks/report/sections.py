@@ -29,9 +29,11 @@ PEERS_OF = {"pacos_bf16": ("vllm_bf16",), "pacos_int8": ("ctranslate2_int8", "vl
 
 
 def generation(result: Result) -> str:
-    rates, agree = result["tokens_per_s"], result.get("fp32_first_tokens_agree", {})
+    rates = result["tokens_per_s"]
     loads = list(rates)
     names = list(dict.fromkeys(name for load in loads for name in rates[load]))
+    # with LoRAs it is another model that answers
+    agree = {key: share for key, share in result.get("fp32_first_tokens_agree", {}).items() if "_loras" not in key}
     speed = table(
         ["new tokens/s", *loads, "W2's answers that begin as fp32's"],
         ([name, *(rates[load].get(name) for load in loads), _share(agree.get(f"W2 {name}"))] for name in names),
@@ -216,7 +218,7 @@ def techniques(result: Result) -> str:
     )
     head = ["", "trained weights", "s/step", "peak memory", "held-out perplexity", "delta"]
     what = f"{result['steps']} steps of {result['records_per_step']} Alpaca records over the embedded base"
-    return f"{what}, {result['threads']} threads.\n\n{table(head, rows)}"
+    return f"{what}, {result['threads']} threads.\n\n{table(head, rows)}{_note(result)}"
 
 
 def pretraining(result: Result) -> str:
@@ -243,10 +245,9 @@ def gpu_generation(result: Result) -> str:
     head = ["", "a step at batch 1", "speed over transformers' static cache", "a step at batch 256",
             "speed over transformers'", "of the memory's limit at batch 1", "tokens/s at batch 256",
             "W2, tokens/s"]  # fmt: skip
-    note = f"\n\nNote: {result['note']}." if "note" in result else ""
     return (
         f"GPT-2 124M with random weights on one {result['device']}, whose copies move "
-        f"{result['bandwidth'] / 1e12:.2f} TB/s.\n\n{table(head, rows)}{note}"
+        f"{result['bandwidth'] / 1e12:.2f} TB/s.\n\n{table(head, rows)}{_note(result)}"
     )
 
 
@@ -343,6 +344,11 @@ SECTIONS = {
     ),
 }
 """By the result file's name, in the report's order."""
+
+
+def _note(result: Result) -> str:
+    """What whoever keeps an older result has written beside it."""
+    return f"\n\nNote: {result['note']}." if "note" in result else ""
 
 
 def _of(part: Result, kind: str, share: str) -> float | None:

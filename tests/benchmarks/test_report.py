@@ -61,6 +61,13 @@ def test_what_the_sweep_benchmark_writes_has_a_section(tmp_path: Path) -> None:
     assert "packed over alone: 2 times" in text and "1.0e-05" in text
 
 
+def test_answers_of_loras_are_not_held_to_those_of_the_base(tmp_path: Path) -> None:
+    rates = {"W2": {"pacos_fp32": 300.0, "pacos_bf16": 700.0, "pacos_bf16_32_loras": 500.0}}
+    agree = {"W2 pacos_fp32": 1.0, "W2 pacos_bf16": 0.95, "W2 pacos_bf16_32_loras": 0.45}
+    text = report_of(tmp_path, generation={"machine": MACHINE, "tokens_per_s": rates, "fp32_first_tokens_agree": agree})
+    assert "| pacos_bf16 | 700 | 95.0 % |" in text and "| pacos_bf16_32_loras | 500 | – |" in text
+
+
 def test_the_readme_claims_what_was_measured() -> None:
     readme = (RESULTS.parents[1] / "README.md").read_text()
     bars = {name: json.loads((RESULTS / f"{name}.json").read_text())["bars"] for name in ("generation", "training")}
