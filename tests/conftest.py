@@ -28,8 +28,6 @@ hypothesis.settings.load_profile("pacos")
 
 REPOSITORY = Path(__file__).parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
-# Commands of the environment, such as `pacos`, run the checkout that it was made in; here they are to run this one.
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
