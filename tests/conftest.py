@@ -176,20 +176,6 @@ def small_data(
 
 
 @pytest.fixture(scope="session")
-def packed_data(
-    ray_cluster: None, tiny_model: Path, small_source: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """The same in packed rows of 384 tokens."""
-    from app.config import PrepareConfig
-    from app.data.prepare import prepare
-
-    output = tmp_path_factory.mktemp("packed") / "data"
-    made = {"source": str(small_source), "output": str(output), "model": str(tiny_model), "max_length": 96}
-    prepare(PrepareConfig.model_validate({**made, "layout": {"type": "packed", "length": 384}}))
-    return output
-
-
-@pytest.fixture(scope="session")
 def tiny_shards(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prepared data for `tiny_model`, made without Ray: documents whose tokens rise by one."""
     import numpy as np

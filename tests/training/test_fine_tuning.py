@@ -12,7 +12,8 @@ import psutil
 import pytest
 import torch
 
-from app.config import EvaluateConfig, PromoteConfig, TrainConfig, load_config
+from app.config import EvaluateConfig, PrepareConfig, PromoteConfig, TrainConfig, load_config
+from app.data.prepare import prepare
 from app.data.shards import read_manifest
 from app.errors import Interrupted, UserError
 from app.methods.delta import apply_delta, read_delta
@@ -275,16 +276,18 @@ def test_checkpoints_hold_trained_weights_and_where_the_run_stands(unbroken) -> 
 
 
 @pytest.fixture(scope="module")
-def packed(packed_data: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory):
+def packed(small_source: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory):
     """All weights trained on packed rows, by two workers; then stopped after step 3 and resumed by three, without ZeRO.
 
     Stopped by taking the later checkpoint away, as a kill before it would leave it.
     """
-    folder = tmp_path_factory.mktemp("runs-on-packed")
-    output = folder / "run"
+    folder = tmp_path_factory.mktemp("packed")
+    data, output = folder / "data", folder / "run"
+    made = {"source": str(small_source), "output": str(data), "model": str(tiny_model), "max_length": 96}
+    prepare(PrepareConfig.model_validate({**made, "layout": {"type": "packed", "length": 384}}))
     settings = [
-        f"data={packed_data}", f"model={tiny_model}", f"output={output}", "method.type=full", "batch_size=8",
-        "epochs=4", "max_steps=6", "eval_every=4", "save_every=3", "precision=fp32", "workers.cpus=0.5", "samples=2",
+        f"data={data}", f"model={tiny_model}", f"output={output}", "method.type=full", "batch_size=8", "epochs=4",
+        "max_steps=6", "eval_every=4", "save_every=3", "precision=fp32", "workers.cpus=0.5", "samples=2",
         "optimizer.learning_rate=3e-3", "deepspeed.zero_stage=2",
     ]  # fmt: skip
     whole = train(load_config(TrainConfig, overrides=settings))
@@ -293,19 +296,17 @@ def packed(packed_data: Path, tiny_model: Path, tmp_path_factory: pytest.TempPat
     shutil.rmtree(output / "model")
     changes = ["workers.count=3", "deepspeed.zero_stage=0"]
     resumed = train(load_config(TrainConfig, overrides=[*settings, *changes]), resume=True)
-    return folder / "whole", output, whole, resumed
+    return data, folder / "whole", output, whole, resumed
 
 
-def test_packed_rows_lower_the_loss_through_an_epochs_end(
-    packed, packed_data: Path, tiny_model: Path, tmp_path: Path
-) -> None:
-    _, _, (summary, _), _ = packed
-    assert plan_job(config(packed_data, tiny_model, tmp_path)).feed.steps_per_epoch < 6
+def test_packed_rows_lower_the_loss_through_an_epochs_end(packed, tiny_model: Path, tmp_path: Path) -> None:
+    data, _, _, (summary, _), _ = packed
+    assert plan_job(config(data, tiny_model, tmp_path)).feed.steps_per_epoch < 6
     assert summary["eval_loss_after"] < summary["eval_loss_before"]
 
 
 def test_full_fine_tuning_leaves_a_whole_model(packed, tiny_model: Path) -> None:
-    model, _, (summary, _), _ = packed
+    _, model, _, (summary, _), _ = packed
     assert summary["trained_parameters"] == sum(p.numel() for p in load_decoder(tiny_model).parameters())
     assert (model / "tokenizer.json").exists()
     changed = load_decoder(model).state_dict()
@@ -313,7 +314,7 @@ def test_full_fine_tuning_leaves_a_whole_model(packed, tiny_model: Path) -> None
 
 
 def test_a_stopped_run_resumes_with_another_number_of_workers_and_zero_stage(packed) -> None:
-    _, output, (whole, before), (resumed, after) = packed
+    _, _, output, (whole, before), (resumed, after) = packed
     assert list(losses(after)) == [4, 5, 6]
     for step, loss in losses(after).items():
         assert loss == pytest.approx(losses(before)[step], abs=1e-4), "the same rows"
@@ -323,12 +324,13 @@ def test_a_stopped_run_resumes_with_another_number_of_workers_and_zero_stage(pac
     assert resumed["worker_hours"] > whole["worker_hours"], "the hours of both sessions"
 
 
-def test_the_samples_of_packed_rows_are_one_record_each(packed_data: Path, tiny_model: Path) -> None:
+def test_the_samples_of_packed_rows_are_one_record_each(packed, tiny_model: Path) -> None:
+    data = packed[0]
     on_training_rows = EvaluateConfig(
-        data=str(packed_data), model=str(tiny_model), split="train", samples=3, workers={"cpus": 0.5}
+        data=str(data), model=str(tiny_model), split="train", samples=3, workers={"cpus": 0.5}
     )
     (seen_by_evaluate,) = evaluate(plan_evaluation(on_training_rows))
-    assert seen_by_evaluate.records == read_manifest(str(packed_data)).num_records("train")
+    assert seen_by_evaluate.records == read_manifest(str(data)).num_records("train")
     for sample in seen_by_evaluate.samples:
         assert sample.prompt.count("Instruction:") == 1 and sample.prompt.endswith("Response:")
         assert "Instruction:" not in sample.reference
