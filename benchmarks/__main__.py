@@ -113,7 +113,8 @@ def main() -> None:
 
 def words_of(arguments: argparse.Namespace) -> dict[str, str]:
     """What the commands name, quoted for the shell; without what was not given."""
-    peers = [peer for peer in ("ctranslate2", "vllm") if (Path(arguments.peers) / peer / "installed").exists()]
+    known = ("ctranslate2", "vllm", "llamacpp")
+    peers = [peer for peer in known if (Path(arguments.peers) / peer / "installed").exists()]
     prompts = arguments.prompts or []
     words = {
         "records": [arguments.records],

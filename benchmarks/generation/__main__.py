@@ -1,6 +1,6 @@
 """Tokens a second of Pacos's engine beside its peers, GPT-2 124M with random weights, greedy, in one run.
 
-    python -m benchmarks.generation --peers transformers,ctranslate2,vllm --json benchmarks/results/generation.json
+    python -m benchmarks.generation --json benchmarks/results/generation.json
 
 `workloads.py` says what is generated, `contender.py` how each does it, in its best settings: batches of requests of
 like length where a peer cannot batch continuously. Every run is a process of its own with all cores, after a warm-up;
@@ -37,9 +37,10 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", default="transformers,ctranslate2,vllm", help="whom to measure beside Pacos")
+    peers = "transformers,ctranslate2,vllm,llamacpp"
+    parser.add_argument("--peers", default=peers, help="whom to measure beside Pacos")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, help="run these contenders alone")
-    parser.add_argument("--workloads", default="W1,W2,W3")
+    parser.add_argument("--workloads", default="W1,W2,W3", help="those of workloads.py, as W1 alone")
     parser.add_argument("--scale", type=float, default=1.0, help="part of the requests of W2 and W3")
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--long", type=float, default=3600, help="seconds")
@@ -101,7 +102,7 @@ def run_contender(name: str, model: Path, requests: Path, folder: Path) -> dict[
     environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count()), "HF_HUB_OFFLINE": "1"}
     try:
         python = python_of(name.split("_")[0], folder)
-        environment["PYTHONPATH"] = str(root) if name.startswith("pacos") else ""
+        environment["PYTHONPATH"] = str(root) if name.startswith(("pacos", "llamacpp")) else ""
         script = Path(__file__).with_name("contender.py")
         command = [python, str(script), name, "--model", str(model), "--requests", str(requests)]
         done = subprocess.run(

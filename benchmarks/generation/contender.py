@@ -20,6 +20,9 @@ Requests = list[tuple[list[int], int]]
 Answers = list[list[int]]
 Generate = Callable[[Requests], Answers]
 
+SCHEMES = {"fp32": None, "bf16": None, "int8": "int8_dynamic", "nf4": "nf4"}
+"""What Pacos's linear layers are quantized to, with head, keys and values in int8."""
+
 
 def pacos(
     model: str, precision: str, *, kernels: str = "auto", num_loras: int = 0, max_batch_size: int = 128
@@ -33,17 +36,17 @@ def pacos(
 
     torch.set_num_threads(os.cpu_count() or 1)
     decoder = load_decoder(Path(model)).requires_grad_(False)
-    if precision == "int8":
-        quantize(decoder, QuantizationConfig.model_validate({"scheme": "int8_dynamic"}))
+    if scheme := SCHEMES[precision]:
+        quantize(decoder, QuantizationConfig.model_validate({"scheme": scheme}))
     if precision == "bf16":
         decoder = decoder.bfloat16()
     settings = EngineSettings(
         max_batch_size=128,
         max_queue=1000,
-        int8_head=precision == "int8",
+        int8_head=scheme is not None,
         max_kv_bytes=5 << 29,
         prefault_kv=True,  # as vLLM does
-        kv_dtype="int8" if precision == "int8" else "auto",
+        kv_dtype="int8" if scheme else "auto",
         kernels=kernels,  # type: ignore[arg-type]
     )
     engine = Engine(decoder, settings)
@@ -147,6 +150,13 @@ def vllm(model: str, precision: str) -> Generate:
     return generate
 
 
+def llamacpp(model: str, precision: str, *, batch_size: int = 64) -> Generate:
+    from benchmarks.generation.llamacpp import batches, gguf_of
+
+    of_batch = batches(gguf_of(Path(model), precision), batch_size=batch_size)
+    return lambda requests: _sorted_in_batches(requests, batch_size, of_batch)
+
+
 def _sorted_in_batches(requests: Requests, batch_size: int, of_batch: Callable[[Requests], Answers]) -> Answers:
     """Longest answers first, so that those of a batch end together."""
     order = sorted(range(len(requests)), key=lambda number: (-requests[number][1], len(requests[number][0])))
@@ -162,6 +172,7 @@ CONTENDERS: dict[str, Callable[[str], Generate]] = {
     "pacos_fp32": lambda model: pacos(model, "fp32"),
     "pacos_bf16": lambda model: pacos(model, "bf16"),
     "pacos_int8": lambda model: pacos(model, "int8"),
+    "pacos_nf4": lambda model: pacos(model, "nf4"),
     "pacos_fp32_torch": lambda model: pacos(model, "fp32", kernels="torch"),
     "pacos_fp32_32_loras": lambda model: pacos(model, "fp32", num_loras=32),
     "pacos_bf16_32_loras": lambda model: pacos(model, "bf16", num_loras=32),
@@ -172,6 +183,9 @@ CONTENDERS: dict[str, Callable[[str], Generate]] = {
     "ctranslate2_int8": lambda model: ctranslate2(model, "int8"),
     "vllm_fp32": lambda model: vllm(model, "fp32"),
     "vllm_bf16": lambda model: vllm(model, "bf16"),
+    "llamacpp_f16": lambda model: llamacpp(model, "f16"),
+    "llamacpp_q8": lambda model: llamacpp(model, "q8"),
+    "llamacpp_q4": lambda model: llamacpp(model, "q4"),
 }
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.generation.contender import pacos, transformers
+from benchmarks.generation.llamacpp import gguf_name
 from benchmarks.generation.report import plot, summarize, table
 from benchmarks.generation.workloads import read_requests, workload, write_requests
 
@@ -26,8 +27,20 @@ def test_contenders_generate_what_was_asked_for_and_agree_in_fp32(tiny_model: Pa
     assert [len(answer) for answer in answers] == [6, 3, 9]
     assert answers == pacos(str(tiny_model), "fp32", kernels="torch")(REQUESTS)
     assert answers == transformers(str(tiny_model), "fp32", batch_size=2)(REQUESTS)
-    for others in (pacos(str(tiny_model), "fp32", num_loras=2), pacos(str(tiny_model), "int8")):
+    for precision, num_loras in (("fp32", 2), ("int8", 0), ("nf4", 0)):
+        others = pacos(str(tiny_model), precision, num_loras=num_loras)
         assert [len(answer) for answer in others(REQUESTS)] == [6, 3, 9]
+
+
+def test_every_tensor_of_gpt2_has_a_name_in_gguf() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=16))
+    names = {gguf_name(name) for name, _ in model.named_parameters()}
+    layers = ("attn_norm", "attn_qkv", "attn_output", "ffn_norm", "ffn_up", "ffn_down")
+    paths = ["output_norm", *(f"blk.{block}.{layer}" for block in range(2) for layer in layers)]
+    both = {f"{path}.{kind}" for path in paths for kind in ("weight", "bias")}
+    assert names == {"token_embd.weight", "position_embd.weight"} | both
 
 
 def test_bars_compare_runs_of_the_same_turn_and_failures_count_for_nothing(tmp_path: Path) -> None:
