@@ -19,7 +19,7 @@ from tests.documentation.reading import DOCUMENTS, REPOSITORY, Block, Command, b
 RUN_BY = {
     r"make quickstart": "tests/test_quickstart.py::test_quickstart_goes_through_every_stage pacos quickstart",
     r"make (test|check|docs|generated)": ".github/workflows/ci.yaml",
-    r"make manifests": "tests/deployment/test_generated_manifests.py::test_the_committed python -m cluster.generate",
+    r"make manifests": "tests/deployment/test_generated_manifests.py::test_the_committed manifests()",
     r"pacos cluster up .*": "tests/test_cluster_up.py::test_tasks_run_on_both_workers",
     r"ray get-auth-token --generate": "app/local_cluster.py get-auth-token --generate",  # for tests/test_cluster_up.py
     r"ray start --head": "tests/test_cluster.py::test_serve_deploy_answers_as_transformers_does",
@@ -64,7 +64,8 @@ def test_what_is_said_to_be_run_is_run() -> None:
         assert f"def {test}" in text or not test, f"{file} has no test {test!r}"
         for command in found:
             words = others or itertools.takewhile(re.compile("[a-z][a-z-]*").fullmatch, command.words)
-            wanted = r'(?: |",\s*")'.join(map(re.escape, words))  # in a line of a shell, or a list of Python
+            between = r'",\s*"' if file.endswith(".py") else " "  # a list of Python, or a line of a shell
+            wanted = between.join(map(re.escape, words))
             assert re.search(wanted, text), f"{command}: {file} has no {wanted!r}"
 
 
