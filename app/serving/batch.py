@@ -6,6 +6,7 @@ OUTPUT.parts/    until then: what is answered, in parts of `part_size` prompts, 
 
 import hashlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -39,6 +40,7 @@ from app.serving.text_stream import TextStream
 _FIELDS = ("instruction", "prompt", "question", "text")
 _JOB = "job.json"
 _ADDED = ("answer", "finish_reason", "prompt_tokens", "answer_tokens", "error")
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 Progress = Callable[[int, int], None]
 
@@ -139,9 +141,8 @@ def read_prompts(config: GenerateConfig) -> list[dict[str, Any]]:
         raise UserError(f"prompts={config.prompts!r} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"prompts={config.prompts!r} cannot be read: {error}") from None
-    plain = json.dumps(records, ensure_ascii=False)
-    if HALF_A_PAIR.search(plain):
-        records = json.loads(HALF_A_PAIR.sub("\ufffd", plain))
+    if _ESCAPED_SURROGATE.search(text):  # no other text can hold half of a pair
+        records = json.loads(HALF_A_PAIR.sub("\ufffd", json.dumps(records, ensure_ascii=False)))
     if not isinstance(records, list) or not records:
         raise UserError(f"prompts={config.prompts!r} holds no list of prompts")
     for number, record in enumerate(records, start=1):
