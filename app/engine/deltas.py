@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from app.config.methods import name_of, parts_of
 from app.engine.fused_block import FusedBlock, fused
-from app.engine.kernels import CachedLayer, Kernels, lora_factors
+from app.engine.kernels import Before, CachedLayer, Kernels, lora_factors
 from app.engine.kernels.blocks import CompiledBlocks, LowRank, Updates, library_of_blocks
 from app.engine.kernels.products import products
 from app.engine.packing import pack
@@ -156,8 +156,17 @@ class MixedModel:
         described = [block.base.described() if isinstance(block.base, FusedBlock) else None for block in self._blocks]
         if kernels is None or library is None or None in described or config.positions != "learned":
             return None
-        of_blocks = layers[: len(described)]
-        return CompiledBlocks(library, kernels, products(), described, of_blocks, heads=config.num_heads)  # type: ignore[arg-type]
+        base = self.base
+        return CompiledBlocks(
+            library,
+            kernels,
+            products(),
+            described,  # type: ignore[arg-type]
+            layers[: len(described)],
+            embeddings=(base.token_embedding.weight, base.position_embedding.weight),
+            norm=Before(base.final_norm),
+            heads=config.num_heads,
+        )
 
     @property
     def updates(self) -> Updates | None:

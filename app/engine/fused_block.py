@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from app.engine.kernels import Before, Kernels
 from app.engine.kernels.blocks import Product
-from app.engine.packing import PackedInt8, PackedLinear
+from app.engine.packing import PackedInt8, PackedLinear, PackedNf4
 from app.engine.site import Site
 from app.models.decoder import Block, rotate
 from app.models.kernels.gelu import gelu
@@ -75,7 +75,7 @@ class _Product:
 
     def described(self) -> Product | None:
         base = self._layer.base
-        return base.described(self._before) if isinstance(base, PackedLinear | PackedInt8) else None
+        return base.described(self._before) if isinstance(base, PackedLinear | PackedInt8 | PackedNf4) else None
 
     def __call__(self, x: Tensor, added: Tensor | None = None) -> Tensor:
         """[rows, out] of `x` [rows, in], to which `added` is added first, in place."""

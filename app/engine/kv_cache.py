@@ -232,22 +232,21 @@ class StepCache:
         rows = _Rows.of(sequences)
         self.positions = to_device(rows.places, device)  # [rows]; the prefix counts
         """Rows that follow these in a step take part in nothing here."""
-        self.blocks, self.offsets = to_device(rows.blocks, device), to_device(rows.places % BLOCK_SIZE, device)
-        self.seen = rows.places + 1  # how many places each row sees
+        self.blocks, self.offsets = to_device(rows.blocks, device), to_device(rows.offsets, device)
+        self.seen = rows.seen
+        self.rows = rows.numbers
         self.tables, self.table_of_row = rows.tables, rows.sequence_of_row
         few = _FEW_ROWS if kernels is None else _FEW_ROWS_OF_CPU
         self.long = [self._as_long(s, span) for s, span in rows.spans if span.stop - span.start > few]
         self._parts: dict[tuple[int, int], _Part] = {}
-        self._whole = self.part(slice(0, len(self.positions)))
 
     def is_one_by_one(self, num_rows: int) -> bool:
         """Whether of `num_rows` in the step each is attended to by itself, and none only fills up."""
         return not self.long and num_rows == len(self.positions)
 
-    @property
-    def rows(self) -> Tensor:
-        """int64 [rows], their numbers."""
-        return self._whole.short
+    @functools.cached_property
+    def _whole(self) -> "_Part":
+        return self.part(slice(0, len(self.positions)))
 
     def part(self, rows: slice) -> "_Part":
         """The same for some of the rows, whole sequences, as blocks that only they go through need it."""
@@ -285,12 +284,15 @@ class _Part:
             for long in step.long
             if rows.start <= long.rows.start < rows.stop
         ]
-        is_short = torch.ones(rows.stop - rows.start, dtype=torch.bool)
-        for place, _ in self._long:
-            is_short[place] = False
-        self.short = is_short.nonzero().squeeze(1)
+        self.short = step.rows[: rows.stop - rows.start]
         """Rows that are attended to one by one."""
-        self._seen, self._table_of_row = step.seen[rows][self.short], step.table_of_row[rows][self.short]
+        self._seen, self._table_of_row = step.seen[rows], step.table_of_row[rows]
+        if self._long:
+            is_short = torch.ones(rows.stop - rows.start, dtype=torch.bool)
+            for place, _ in self._long:
+                is_short[place] = False
+            self.short = is_short.nonzero().squeeze(1)
+            self._seen, self._table_of_row = self._seen[self.short], self._table_of_row[self.short]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         num_rows = len(self._blocks)
@@ -393,30 +395,37 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Rows:
+    numbers: Tensor
+    """int64 [rows]: 0, 1, 2 and so on."""
     places: Tensor
     """int64 [rows]: of each row's token in its sequence, the prefix before it."""
+    offsets: Tensor
+    """int64 [rows]: the same in its block."""
+    seen: Tensor
+    """int64 [rows]: how many places it sees."""
     blocks: Tensor
     """int64 [rows]: the block of that place."""
-    tables: Tensor
-    """int32 [sequences, blocks]: each sequence's blocks, filled up with 0."""
     sequence_of_row: Tensor
     """int64 [rows]: the row of `tables`."""
+    tables: Tensor
+    """int32 [sequences, blocks]: each sequence's blocks, filled up with 0."""
     spans: list[tuple[Sequence, slice]]
 
     @classmethod
     def of(cls, sequences: SequenceOf[Sequence]) -> "_Rows":
+        places: list[int] = []
+        blocks: list[int] = []
+        sequence_of_row: list[int] = []
+        spans = []
+        for number, sequence in enumerate(sequences):
+            first, count = sequence.variant.prefix_length + sequence.num_cached, sequence.num_scheduled
+            spans.append((sequence, slice(len(places), len(places) + count)))
+            blocks += [sequence.blocks[place // BLOCK_SIZE] for place in range(first, first + count)]
+            places += range(first, first + count)
+            sequence_of_row += [number] * count
+        offsets, seen = [place % BLOCK_SIZE for place in places], [place + 1 for place in places]
         longest = max(len(s.blocks) for s in sequences)
-        tables = torch.tensor([s.blocks + [0] * (longest - len(s.blocks)) for s in sequences], dtype=torch.int32)
-        lengths = torch.tensor([s.num_scheduled for s in sequences])
-        starts = torch.tensor([s.variant.prefix_length + s.num_cached for s in sequences])
-        ends = lengths.cumsum(0)
-        sequence_of_row = torch.arange(len(sequences)).repeat_interleave(lengths)
-        places = torch.arange(int(ends[-1])) - (ends - lengths - starts)[sequence_of_row]
-        spans = [slice(end - s.num_scheduled, end) for s, end in zip(sequences, ends.tolist(), strict=True)]
-        return cls(
-            places,
-            tables[sequence_of_row, places // BLOCK_SIZE].long(),
-            tables,
-            sequence_of_row,
-            list(zip(sequences, spans, strict=True)),
-        )
+        tables = [s.blocks + [0] * (longest - len(s.blocks)) for s in sequences]
+        # In two arrays: between two passes over all weights, each new operation is read from memory first.
+        columns = np.array([range(len(places)), places, offsets, seen, blocks, sequence_of_row])
+        return cls(*map(torch.from_numpy, columns), torch.from_numpy(np.array(tables, dtype=np.int32)), spans)

@@ -4,7 +4,7 @@ torch's fp32 products go through MKL, which on AMD's processors is slow for few 
 [64, 768] x [768, 3072] at 60 GFLOP/s there and at 111 with weights that oneDNN has laid out, [8, 768] x [768, 50257] at
 16 and 45. The packed weights are a second copy: the plain ones stay, for the deltas to be built on.
 
-Where the processor has AMX, or AVX-512 with BF16 or VNNI, bf16 and int8 go through products of our own
+Where the processor has AMX, or AVX-512 with BF16 or VNNI, bf16, int8 and NF4 go through products of our own
 (`kernels/products.c`), which ask for weights ahead and multiply no more rows than there are.
 """
 
@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from app.engine.kernels import Before, Kernels
 from app.engine.kernels.blocks import Product
-from app.engine.kernels.products import PackedBytes, PackedWeights, Products, products
+from app.engine.kernels.products import PackedBytes, PackedNf4Weights, PackedWeights, Products, products
 from app.models.decoder import Decoder
 from app.models.quantization.int8 import Int8Dynamic
 from app.models.quantization.integer_product import OneDnnProduct
+from app.models.quantization.nf4 import BLOCK, Nf4Linear
 
 _ROWS = 64
 """oneDNN lays weights out for a number of rows; other numbers of them then go as well."""
@@ -114,6 +115,39 @@ class PackedInt8(nn.Module):
         return self._kernels.scale_rows(self._product.of_integers(integers), steps, self.bias, dtype)
 
 
+class PackedNf4(nn.Module):
+    """Computes what `layer` does, for [..., in], in products of bf16: activations are rounded to it, and the 16 values,
+    but not the blocks' maxima."""
+
+    _INPUTS = 32
+    """That have one maximum: half a block, as a block of a width like 288 begins in the middle of a row."""
+
+    def __init__(self, layer: Nf4Linear) -> None:
+        super().__init__()
+        for name, buffer in layer.named_buffers():  # by which a LoRA is known to be over this layer
+            self.register_buffer(name, buffer, persistent=False)
+        ours = products()
+        assert ours is not None
+        self.products = ours
+        self._shape = layer.out_features, layer.in_features
+        absmax = layer.absmax().repeat_interleave(BLOCK // self._INPUTS)
+        count = layer.out_features * layer.in_features // self._INPUTS
+        self._ours = PackedNf4Weights(layer.indices(), absmax[:count].view(layer.out_features, -1), layer.bias)
+
+    @classmethod
+    def suits(cls, layer: nn.Module) -> bool:
+        ours = products() if type(layer) is Nf4Linear and layer.codes.device.type == "cpu" else None
+        return ours is not None and ours.of_bf16 and layer.in_features % cls._INPUTS == 0
+
+    def described(self, before: Before) -> Product | None:
+        """For `CompiledBlocks`."""
+        return Product.of_nf4(before, self._shape, self._ours)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.products.multiply_nf4(x.reshape(-1, x.shape[-1]), self._ours)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
 def _products_of_bytes() -> Products | None:
     ours = products()
     return ours if ours is not None and ours.of_bytes else None
@@ -125,6 +159,8 @@ def pack(layer: nn.Module, kernels: Kernels | None, *, is_packed: bool) -> nn.Mo
         return PackedLinear(layer, kernels)
     if kernels is not None and PackedInt8.suits(layer):
         return PackedInt8(layer, kernels)  # type: ignore[arg-type]
+    if kernels is not None and PackedNf4.suits(layer):
+        return PackedNf4(layer)  # type: ignore[arg-type]
     return layer
 
 

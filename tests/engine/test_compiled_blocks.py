@@ -15,24 +15,24 @@ from app.engine.sampling import Sampling
 from app.models.checkpoints import load_decoder
 from app.models.decoder import Decoder
 from app.models.quantization import QuantizationConfig, quantize
-from app.models.quantization.int8 import Int8Dynamic
+from app.models.quantization.layer import QuantizedLinear
 
 PROMPTS = [[5, 6, 7], list(range(1, 30)), [9], list(range(40, 60))]
 
 
-@pytest.fixture(params=["fp32", "bf16", "int8", "int8 of bf16"])
+@pytest.fixture(params=["fp32", "bf16", "int8", "int8 of bf16", "nf4", "nf4 of bf16"])
 def engine(request: pytest.FixtureRequest, reference: Any, tmp_path: Path) -> Engine:
     if _compiled() is None:
         pytest.skip("no C compiler on this machine")
     kind, ours = request.param, products()
-    if kind != "fp32" and not (ours and (ours.of_bf16 if kind == "bf16" else ours.of_bytes)):
+    if kind != "fp32" and not (ours and (ours.of_bytes if "int8" in kind else ours.of_bf16)):
         pytest.skip(f"this processor has no products of {kind}")
     reference.save_pretrained(tmp_path)
     model = load_decoder(tmp_path).requires_grad_(False)
     if "bf16" in kind:
         model = model.bfloat16()
-    if "int8" in kind:
-        quantize(model, QuantizationConfig.model_validate({"scheme": "int8_dynamic"}))
+    if kind.startswith(("int8", "nf4")):
+        quantize(model, QuantizationConfig.model_validate({"scheme": "int8_dynamic" if "int8" in kind else "nf4"}))
     return Engine(model, max_batch_size=4, kv_dtype="int8" if kind == "int8" else "auto", reuse_prefixes=False)
 
 
@@ -42,7 +42,11 @@ def calls_of(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     assert compiled is not None
     calls: list[int] = []
     ran = compiled.run
-    monkeypatch.setattr(compiled, "run", lambda x, count, **of_step: (calls.append(count), ran(x, count, **of_step)))
+    monkeypatch.setattr(
+        compiled,
+        "run",
+        lambda ids, places, count, **of_step: (calls.append(count), ran(ids, places, count, **of_step))[1],
+    )
     return calls
 
 
@@ -92,7 +96,7 @@ def test_logits_are_those_of_one_kernel_after_the_other(model: Decoder, engine, 
 
 @pytest.mark.parametrize("name", ["adapter", "bitfit", "extra block", "dora"])
 def test_what_is_more_than_a_low_rank_update_goes_kernel_by_kernel(model: Decoder, engine, monkeypatch, name) -> None:
-    if name == "bitfit" and any(isinstance(module, Int8Dynamic) for module in engine.deltas.model.base.modules()):
+    if name == "bitfit" and any(isinstance(module, QuantizedLinear) for module in engine.deltas.model.base.modules()):
         pytest.skip("bitfit is not for rounded weights")
     calls = calls_of(engine, monkeypatch)
     delta = engine.add_delta(trained(model, METHODS[name], seed=3))

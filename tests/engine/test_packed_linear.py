@@ -13,11 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from app.engine import packing
 from app.engine.engine import Engine, EngineSettings
 from app.engine.kernels import Kernels, _compiled
-from app.engine.packing import AlignedHead, PackedInt8, PackedLinear, can_pack, round_up
+from app.engine.packing import AlignedHead, PackedInt8, PackedLinear, PackedNf4, can_pack, pack, round_up
 from app.engine.sampling import Sampling
 from app.models.decoder import Decoder
 from app.models.quantization import QuantizationConfig, quantize
 from app.models.quantization.int8 import Int8Dynamic
+from app.models.quantization.nf4 import Nf4Linear
 
 pytestmark = pytest.mark.skipif(not can_pack(torch.float32, torch.device("cpu")), reason="this torch has no oneDNN")
 
@@ -67,6 +68,38 @@ def test_a_packed_int8_layer_computes_what_the_layer_does(dtype: torch.dtype, bi
             y = packed(x)
             assert y.is_contiguous() and y.dtype == dtype
             torch.testing.assert_close(y, layer(x), atol=1e-4, rtol=1e-5 if dtype == torch.float32 else 2**-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("in_features", [64, 96, 288])
+def test_a_packed_nf4_layer_computes_what_the_layer_does(dtype: torch.dtype, in_features: int) -> None:
+    """96 and 288: blocks of 64 begin in the middle of a row."""
+    kernels = needed_kernels()
+    layer = nf4_layer(in_features)
+    packed = pack(layer, kernels, is_packed=True)
+    if not PackedNf4.suits(layer):
+        assert packed is layer
+        pytest.skip("this processor has no products of bf16")
+    with torch.inference_mode():
+        for count in (1, 5, 64):
+            x = torch.randn(1, count, in_features).to(dtype)
+            y = packed(x)
+            assert y.shape == (1, count, 80) and y.is_contiguous() and y.dtype == dtype
+            largest = float(layer(x.float()).abs().max())
+            torch.testing.assert_close(y.float(), layer(x.float()), atol=largest * 2**-7, rtol=2**-7)
+
+
+def test_an_nf4_layer_whose_rows_end_in_the_middle_of_a_scale_stays() -> None:
+    layer = nf4_layer(48)
+    assert pack(layer, needed_kernels(), is_packed=True) is layer
+
+
+def nf4_layer(in_features: int) -> Nf4Linear:
+    torch.manual_seed(0)
+    layer = Nf4Linear(in_features, 80, bias=True)
+    layer.store(torch.randn(80, in_features))
+    layer.bias = torch.randn(80)
+    return layer
 
 
 def needed_kernels() -> Kernels:
@@ -128,6 +161,6 @@ def test_the_last_block_ends_with_the_rows_that_sample(
     delta = None if technique is None else engine.add_delta(trained(model, METHODS[technique], seed=1))
     engine.add_request(list(range(1, 21)), Sampling(max_tokens=2), delta)
     engine.step()
-    assert len(rows) == 4 * model.config.num_layers and min(rows[:-3]) >= 20
-    # after the last attention: the output's product and the MLP's two
-    assert rows[-3:] == [1, 1, 1] if technique is None else min(rows[-3:]) >= 20, "a delta's rows have to be found"
+    assert len(rows) == 4 * model.config.num_layers + 1 and min(rows[:-4]) >= 20
+    # after the last attention: the output's product, the MLP's two, and the norm before the head
+    assert rows[-4:] == [1] * 4 if technique is None else min(rows[-4:]) >= 20, "a delta's rows have to be found"

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from app.engine.kernels import products as module
-from app.engine.kernels.products import PackedBytes, PackedWeights, Products, products
+from app.engine.kernels.products import PackedBytes, PackedNf4Weights, PackedWeights, Products, products
 from app.models.kernels.native import load_library
+from app.models.quantization.nf4 import VALUES
 
 SHAPES = [(1, 70, 40), (2, 768, 100), (9, 64, 32), (17, 80, 33), (33, 50, 7), (64, 3072, 768), (130, 96, 1003)]
 """Rows, inputs, outputs: whole and broken tiles, panels, blocks of rows, and bytes of a tile's row."""
@@ -83,6 +84,37 @@ def test_products_of_bytes_are_exact_but_for_the_last_rounding(of_bytes, rows, i
     assert y.dtype == dtype
     rtol = 2**-8 if dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(y.double(), exact, rtol=rtol, atol=1e-4 * float(exact.abs().max()) * rtol)
+
+
+NF4_SHAPES = [(1, 64, 40), (2, 768, 100), (9, 32, 32), (13, 288, 50), (33, 3072, 768), (130, 96, 1003)]
+"""Rows, inputs, outputs: of blocks of rows, whole and broken panels, more panels than rows are read in place for, and
+so many rows that a panel is looked up once for all of them."""
+
+
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), NF4_SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_nf4_are_those_of_its_values_in_bf16(of_bf16: Products, rows, inputs, outputs, dtype) -> None:
+    torch.manual_seed(0)
+    x, bias = torch.randn(rows, inputs).to(dtype), torch.randn(outputs) if rows % 2 else None
+    codes = torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8)
+    absmax = torch.rand(outputs, inputs // 32) * 10.0 ** torch.randint(-20, 20, (outputs, 1))
+    absmax[1] = 0
+    y = of_bf16.multiply_nf4(x, PackedNf4Weights(codes, absmax, bias))
+    values = torch.tensor(VALUES).bfloat16().double()[codes.int()] * absmax.double().repeat_interleave(32, dim=1)
+    expected = x.bfloat16().double() @ values.T + (0 if bias is None else bias.double())
+    assert y.dtype == dtype
+    largest = values.abs().amax(dim=1) * x.abs().amax() * inputs**0.5 + 1
+    rtol = 2**-8 if dtype == torch.bfloat16 else 1e-5
+    assert ((y.double() - expected).abs() <= rtol * expected.abs() + 2**-10 * largest).all()
+
+
+def test_a_rows_product_of_nf4_is_the_same_beside_any_others(of_bf16: Products) -> None:
+    torch.manual_seed(0)
+    x, codes = torch.randn(70, 2048).bfloat16(), torch.randint(0, 16, (70, 2048), dtype=torch.uint8)
+    weights = PackedNf4Weights(codes, torch.rand(70, 64), None)
+    together = of_bf16.multiply_nf4(x, weights)
+    for count in (1, 2, 9, 10, 12, 13, 33):
+        assert torch.equal(of_bf16.multiply_nf4(x[:count], weights), together[:count])
 
 
 def test_a_rows_result_does_not_depend_on_the_others(of_bf16: Products) -> None:

@@ -67,7 +67,8 @@ class Kernels:
 
     def addresses(self) -> dict[str, int | None]:
         """Of the functions that other C calls."""
-        return function_addresses(self._library, "prepare_rows", "write_cache", "attend", "multiply_row", "add_lora")
+        names = "embed_rows", "prepare_rows", "write_cache", "attend", "multiply_row", "add_lora"
+        return function_addresses(self._library, *names)
 
     def attend(
         self, q: Tensor, cached: CachedLayer, out: Tensor, *, rows: Tensor, seen: Tensor, tables: Tensor,

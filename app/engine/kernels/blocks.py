@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from app.engine.kernels import FORMATS, Before, CachedLayer, Kernels, group_of_row, lora_factors
-from app.engine.kernels.products import PackedBytes, PackedWeights, Products
+from app.engine.kernels.products import PackedBytes, PackedNf4Weights, PackedWeights, Products
 from app.models.kernels.native import address, is_bf16, load_library
 
 _SOURCE = Path(__file__).with_name("blocks.c")
-_ONE_ROW, _BF16, _BYTES = range(3)
+_ONE_ROW, _BF16, _BYTES, _NF4 = range(4)
 _i64, _f64, _pointer = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 
 
@@ -22,16 +22,25 @@ def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
 
 
 class _Functions(ctypes.Structure):
-    _fields_ = _fields(_pointer, "prepare_rows write_cache attend multiply_row multiply_bf16 multiply_bytes add_lora")
+    _fields_ = _fields(
+        _pointer,
+        "embed_rows prepare_rows write_cache attend multiply_row multiply_bf16 multiply_bytes multiply_nf4 add_lora",
+    )
+
+
+class _Passage(ctypes.Structure):
+    _fields_ = _fields(_i64, "kind") + _fields(_pointer, "weight bias") + _fields(_f64, "epsilon")
+
+    @classmethod
+    def of(cls, before: Before) -> "_Passage":
+        return cls(before.kind, before.weight, before.bias, before.epsilon)
 
 
 class Product(ctypes.Structure):
     """A linear layer and what comes right before it."""
 
     _fields_ = (
-        _fields(_i64, "before")
-        + _fields(_pointer, "norm_weight norm_bias")
-        + _fields(_f64, "epsilon")
+        _fields(_Passage, "before")
         + _fields(_i64, "kind inputs outputs levels")
         + _fields(_pointer, "weights bias scales shifts")
     )
@@ -39,24 +48,29 @@ class Product(ctypes.Structure):
     @classmethod
     def of_row(cls, before: Before, weight: Tensor, bias: Tensor | None) -> "Product":
         """With plain weights in fp32, of a single row."""
-        return cls._of(before, _ONE_ROW, weight, address(weight), address(bias))
+        return cls._of(before, _ONE_ROW, weight.shape, address(weight), address(bias))
 
     @classmethod
     def of_bf16(cls, before: Before, weight: Tensor, packed: PackedWeights) -> "Product":
-        return cls._of(before, _BF16, weight, address(packed.packed), address(packed.bias))
+        return cls._of(before, _BF16, weight.shape, address(packed.packed), address(packed.bias))
 
     @classmethod
     def of_bytes(cls, before: Before, codes: Tensor, packed: PackedBytes, *, levels: int) -> "Product":
-        product = cls._of(before, _BYTES, codes, address(packed.packed), address(packed.bias))
+        product = cls._of(before, _BYTES, codes.shape, address(packed.packed), address(packed.bias))
         product.levels, product.scales, product.shifts = levels, address(packed.scale), address(packed.shifts)
         return product
 
     @classmethod
-    def _of(cls, before: Before, kind: int, weight: Tensor, weights: int | None, bias: int | None) -> "Product":
-        product = cls(kind=kind, weights=weights, bias=bias)
-        product.before, product.epsilon = before.kind, before.epsilon
-        product.norm_weight, product.norm_bias = before.weight, before.bias
-        product.outputs, product.inputs = weight.shape
+    def of_nf4(cls, before: Before, shape: tuple[int, int], packed: PackedNf4Weights) -> "Product":
+        """`shape` is (out, in)."""
+        product = cls._of(before, _NF4, shape, address(packed.packed), address(packed.bias))
+        product.scales = address(packed.scale)
+        return product
+
+    @classmethod
+    def _of(cls, before: Before, kind: int, shape: tuple[int, ...], weights: int | None, bias: int | None) -> "Product":
+        product = cls(before=_Passage.of(before), kind=kind, weights=weights, bias=bias)
+        product.outputs, product.inputs = shape
         return product
 
 
@@ -64,12 +78,16 @@ class _Block(ctypes.Structure):
     _fields_ = _fields(Product, "qkv out up down") + _fields(_pointer, "keys values key_steps value_steps")
 
 
+class _Ends(ctypes.Structure):
+    _fields_ = _fields(_pointer, "tokens places") + _fields(_i64, "width") + _fields(_Passage, "norm")
+
+
 class _Step(ctypes.Structure):
     _fields_ = (
         _fields(_i64, "num_rows is_bf16 heads kv_heads head_width cache_format table_width")
         + _fields(_f64, "scale")
-        + _fields(_pointer, "blocks offsets rows seen table_of_row tables")
-        + _fields(_pointer, "x qkv mixed hidden added prepared integers steps room updates of_updates")
+        + _fields(_pointer, "ids places blocks offsets rows seen table_of_row tables")
+        + _fields(_pointer, "x normed qkv mixed hidden added prepared integers steps room updates of_updates")
     )
 
 
@@ -108,7 +126,8 @@ class Updates:
 
 
 class CompiledBlocks:
-    """Blocks of (qkv, out, up, down), and each one's part of the cache."""
+    """The embeddings of tokens and places, [vocab_size, width] and [places, width]; blocks of (qkv, out, up, down), and
+    each one's part of the cache; and the norm behind them."""
 
     def __init__(
         self,
@@ -118,10 +137,14 @@ class CompiledBlocks:
         blocks: Sequence[tuple[Product, Product, Product, Product]],
         cached: Sequence[CachedLayer],
         *,
+        embeddings: tuple[Tensor, Tensor],
+        norm: Before,
         heads: int,
     ) -> None:
         self._run = library.run_blocks
-        self._run.argtypes, self._run.restype = [_pointer, _pointer, _i64, _pointer], None
+        self._run.argtypes, self._run.restype = [_pointer, _pointer, _pointer, _i64, _pointer], None
+        self._embeddings, self._norm = embeddings, norm  # whose addresses these are
+        self._ends = _Ends(*map(address, embeddings), embeddings[0].shape[1], _Passage.of(norm))
         self._functions = _Functions(**kernels.addresses(), **(products.addresses() if products else {}))
         self._products = products
         described = []
@@ -129,6 +152,7 @@ class CompiledBlocks:
             parts = layer.keys, layer.values, layer.key_steps, layer.value_steps
             described.append(_Block(*of_block, *map(address, parts)))
         self._blocks = (_Block * len(described))(*described)
+        self._has_nf4 = any(product.kind == _NF4 for of_block in blocks for product in of_block)
         self._is_of_one_row = any(product.kind == _ONE_ROW for of_block in blocks for product in of_block)
         qkv, _, up, _ = blocks[0]
         self._most_of_update = max(product.inputs + product.outputs for product in blocks[0])
@@ -143,12 +167,14 @@ class CompiledBlocks:
         return num_rows == 1 or not self._is_of_one_row
 
     def run(
-        self, x: Tensor, count: int, *, blocks: Tensor, offsets: Tensor, rows: Tensor, seen: Tensor, tables: Tensor,
-        table_of_row: Tensor, updates: Updates,
-    ) -> None:  # fmt: skip
-        """`x` [rows, width], contiguous, through the first `count` blocks, in place; the others as `Kernels.write` and
-        `Kernels.attend` take them, all of as many rows."""
-        num_rows, width, heads = len(x), self._width, self._heads
+        self, ids: Tensor, places: Tensor, count: int, *, is_normed: bool, blocks: Tensor, offsets: Tensor,
+        rows: Tensor, seen: Tensor, tables: Tensor, table_of_row: Tensor, updates: Updates,
+    ) -> Tensor:  # fmt: skip
+        """[rows, width] of the tokens `ids` [rows] at `places` [rows], both int64, through the first `count` blocks,
+        and the norm, if `is_normed`; the others as `Kernels.write` and `Kernels.attend` take them, of as many rows."""
+        num_rows, width, heads = len(ids), self._width, self._heads
+        x = self._embeddings[0].new_empty(num_rows, width)
+        normed = torch.empty_like(x) if is_normed else None
         of_attention = heads * self._head_width
         room: list[Any] = [
             x.new_empty(num_rows, columns)
@@ -158,14 +184,18 @@ class CompiledBlocks:
         room += [x.new_empty(num_rows, most), x.new_empty(num_rows, most, dtype=torch.uint8)]
         room += [x.new_empty(num_rows, dtype=torch.float32)]
         of_updates = torch.empty(num_rows * self._most_of_update) if updates.address and is_bf16(x) else None
-        of_step = (blocks, offsets, rows, seen, table_of_row, tables, x, *room)
+        of_step = (ids, places, blocks, offsets, rows, seen, table_of_row, tables, x, normed, *room)
         step = _Step(
             num_rows, is_bf16(x), heads, self._kv_heads, self._head_width, FORMATS[self._keys.dtype], tables.shape[1],
-            self._head_width**-0.5, *(tensor.data_ptr() for tensor in of_step),
-            self._products.room(num_rows, most * x.element_size()) if self._products else None,
+            self._head_width**-0.5, *map(address, of_step),
+            self._products.room(num_rows, most * x.element_size(), is_nf4=self._has_nf4) if self._products else None,
             updates.address, address(of_updates),
         )  # fmt: skip
-        self._run(ctypes.addressof(self._functions), ctypes.addressof(self._blocks), count, ctypes.addressof(step))
+        address_of = ctypes.addressof
+        self._run(
+            address_of(self._functions), address_of(self._ends), address_of(self._blocks), count, address_of(step)
+        )
+        return x if normed is None else normed
 
 
 def library_of_blocks() -> ctypes.CDLL | None:

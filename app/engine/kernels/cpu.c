@@ -498,6 +498,24 @@ void prepare_rows(int kind, void *x, const void *added, int is_bf16, const void 
     }
 }
 
+/* The sums [rows, width] of two tables' lines of each row, all fp32 or all bf16. */
+void embed_rows(const int64_t *ids, const void *embedding, const int64_t *places, const void *embedding_of_places, int is_bf16,
+                void *x, int64_t num_rows, int64_t width) {
+    const int64_t whole = width / LANES * LANES, rest = width - whole;
+#pragma omp parallel for schedule(static) if (num_rows * width > 16384)
+    for (int64_t r = 0; r < num_rows; r++) {
+        const int64_t of_id = ids[r] * width, of_place = places[r] * width;
+        for (int64_t i = 0; i < whole; i += LANES) {
+            vec sum = load(embedding, of_id + i, is_bf16) + load(embedding_of_places, of_place + i, is_bf16);
+            store(x, r * width + i, sum, is_bf16);
+        }
+        if (!rest) continue;
+        vec sum = load_some(embedding, of_id + whole, rest, is_bf16);
+        sum += load_some(embedding_of_places, of_place + whole, rest, is_bf16);
+        store_some(x, r * width + whole, rest, sum, is_bf16);
+    }
+}
+
 /* out = y * steps + bias, y and bias fp32 [rows, width] and [width], out fp32 or bf16; out may be y, bias may be null. */
 void scale_rows(const float *y, const float *steps, const float *bias, void *out, int is_bf16, int64_t num_rows,
                 int64_t width) {

@@ -8,7 +8,14 @@
  * Packed weights: panels of 32 outputs; in each, for every 64 bytes of an input row two tiles of 16 outputs; in a tile 16
  * lines, each of 4 bytes (two bf16 or four int8, neighbours in the input) of 16 outputs. `app/engine/kernels/products.py`
  * packs them.
+ *
+ * Packed NF4: likewise, for every 32 inputs 512 bytes of codes and 64 of scales. A tile's codes are four lines of 32 words;
+ * of each word's four codes the lowest is the bf16 that the first line of a tile of bf16 has in its place, the others those
+ * of the next three. Then fp16 scales of the 32 outputs, by which the sum of 32 products is multiplied. Such products take
+ * AVX-512's way, with tiles or without: a tile would sum over all inputs before anything could be scaled.
  */
+#include <omp.h>
+
 #include "vectors.h"
 
 #if defined(__linux__) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512F__)
@@ -18,7 +25,7 @@
 #else
 #define HAS_TILES 0
 #endif
-#if defined(__AVX512F__) && defined(__AVX512BF16__)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__)
 #define HAS_PAIRS 1 /* products of two bf16 */
 #else
 #define HAS_PAIRS 0
@@ -34,6 +41,14 @@
 #define DOT_ROWS 9     /* whose sums of a panel are kept in registers; with more, GCC keeps some in memory */
 #define MANY_PANELS 48 /* above which rows are copied, to lie end to end for all of them */
 #define FEW_ROWS 1     /* for so few, tiles are not worth it */
+#define NF4_CODES 512  /* bytes of a panel's codes for 32 inputs */
+#define NF4_STEP 576   /* bytes of codes and scales */
+#define AHEAD 8192     /* bytes that are asked for ahead of what is read once */
+#define NF4_FEW_ROWS 12 /* for so few, codes are looked up again for each block of rows */
+#define NF4_VALUES \
+    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f, -0.18477343022823334f, \
+        -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, \
+        0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f
 
 static int can_use_tiles = 0;
 
@@ -47,12 +62,17 @@ int prepare_products(int use_tiles) {
 
 int uses_tiles(void) { return can_use_tiles; }
 
-/* Of the rows of x that `room` below needs place for. */
-int64_t rows_of_room(int64_t num_rows) { return can_use_tiles ? (num_rows + 31) / 32 * 32 : num_rows; }
+INLINE int64_t filled_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+/* Bytes that `room` below needs for x; with NF4's weights also for x in bf16 and for a panel of each thread. */
+int64_t bytes_of_room(int64_t num_rows, int64_t row_bytes, int is_nf4) {
+    const int64_t of_rows = (can_use_tiles ? (num_rows + 31) / 32 * 32 : num_rows) * filled_up(row_bytes);
+    return is_nf4 ? 2 * of_rows + omp_get_max_threads() * PANEL * filled_up(row_bytes) : of_rows;
+}
 
 /* What is multiplied, and where its results go. Of bytes: y = scales * steps * (W x - shifts) + bias, where `shifts` is what
- * stands for 0 in x, times the sums of the weights' rows. bias, which may be null, scales and shifts are filled up to whole
- * panels; steps are one a row. */
+ * stands for 0 in x, times the sums of the weights' rows; of NF4: y = scales * W x + bias. bias, which may be null, scales and
+ * shifts are filled up to whole panels; steps are one a row. */
 typedef struct {
     const char *x, *packed;
     int64_t num_rows, row_bytes, depth, panels, out;
@@ -92,8 +112,10 @@ INLINE void store_sums(const product *p, const int32_t *sums, int64_t first, int
                 memcpy(&dots, sums + i, sizeof dots);
                 memcpy(&shift, p->shifts + column + i, sizeof shift);
                 value = __builtin_convertvector(dots - shift, vec) * (load_f32(p->scales + column + i) * p->steps[r]);
-            } else
+            } else {
                 value = load_f32((const float *)sums + i);
+                if (p->scales) value *= load_f32(p->scales + column + i);
+            }
             if (p->bias) value += load_f32(p->bias + column + i);
             if (columns == PANEL) store(p->y, r * p->out + column + i, value, p->is_bf16);
             else store_f32(results + i, value);
@@ -243,6 +265,7 @@ INLINE void multiply_by_dots(const product *p, const int is_bytes) {
      * would push each other out of the cache. */
     const int is_copied = p->panels > MANY_PANELS || p->row_bytes % 64 || p->row_bytes % 4096 == 0;
     const int lines = blocks == 1 ? 2 : 1, spread = blocks < 4 ? 0 : blocks < 8 ? 1 : 2;
+    const int64_t distance = blocks == 1 && panel_bytes > AHEAD ? AHEAD : panel_bytes;
 #pragma omp parallel if (p->num_rows * p->row_bytes * p->out > 131072)
     {
 #pragma omp for schedule(static)
@@ -253,8 +276,8 @@ INLINE void multiply_by_dots(const product *p, const int is_bytes) {
         int32_t sums[DOT_ROWS * PANEL] __attribute__((aligned(64)));
 #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < p->panels; i++) {
-            const char *panel = p->packed + i * panel_bytes, *ahead = panel + panel_bytes;
-            const char *end = i + 1 < p->panels ? ahead + panel_bytes : ahead;
+            const char *panel = p->packed + i * panel_bytes, *ahead = panel + distance;
+            const char *end = panel + (i + 1 < p->panels ? 2 : 1) * panel_bytes;
             for (int64_t block = 0; block < blocks; block++) {
                 const int64_t first = p->num_rows * block / blocks, count = p->num_rows * (block + 1) / blocks - first;
                 const char *rows = is_copied ? p->room + first * p->depth * 64 : p->x + first * p->row_bytes;
@@ -264,7 +287,111 @@ INLINE void multiply_by_dots(const product *p, const int is_bytes) {
         dots_of_block(COUNT, rows, stride, step, panel, p->depth, is_bytes, sums, &ahead, end, lines, spread); \
         break;
                 switch (count) { OF(1) OF(2) OF(3) OF(4) OF(5) OF(6) OF(7) OF(8) OF(9) }
+#undef OF
                 store_sums(p, sums, first, count, i);
+            }
+        }
+    }
+}
+#endif
+
+#if HAS_PAIRS
+/* Each of the 16 values twice, in bf16: the fifth bit of an index may be anything. */
+INLINE __m512i nf4_values(void) {
+    static const float values[16] = {NF4_VALUES};
+    uint16_t table[32];
+    for (int i = 0; i < 32; i += LANES) store_bf16(table + i, load_f32(values));
+    return _mm512_loadu_si512(table);
+}
+
+/* Four lines' codes to the bf16 that those of the `line`-th stand for. */
+INLINE __m512i nf4_line(__m512i codes, int line, __m512i values) {
+    return _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4 * line), values);
+}
+
+/* A panel's values as a panel of bf16, without its scales. */
+INLINE void expand_nf4(const char *panel, int64_t depth, __m512i values, char *to) {
+    for (int64_t k = 0; k < depth; k++, panel += NF4_STEP)
+        for (int64_t four = 0; four < 8; four++) {
+            const __m512i codes = _mm512_loadu_si512(panel + 64 * four);
+#pragma GCC unroll 4
+            for (int line = 0; line < 4; line++, to += 64) _mm512_storeu_si512(to, nf4_line(codes, line, values));
+        }
+}
+
+/* As `dots_of_block`, of a panel of NF4, which is also there as `expanded`, if that is not null: 32 inputs are summed by
+ * themselves, then scaled. */
+INLINE void nf4_dots_of_block(const int count, const char *rows, int64_t stride, int64_t step, const char *panel,
+                              const char *expanded, int64_t depth, __m512i values, float *to) {
+    memset(to, 0, 4 * PANEL * count);
+    for (int64_t k = 0; k < depth; k++, panel += NF4_STEP, rows += step) {
+        __m512i sums[DOT_ROWS][2];
+#pragma GCC unroll 9
+        for (int r = 0; r < count; r++) sums[r][0] = sums[r][1] = _mm512_setzero_si512();
+#pragma GCC unroll 9
+        for (int64_t line = 0; line < (expanded ? 0 : NF4_STEP); line += 64) __builtin_prefetch(panel + AHEAD + line, 0, 2);
+#pragma GCC unroll 16
+        for (int64_t line = 0; line < 16; line++) {
+            const char *thirds[3] = {rows + 4 * line, rows + 4 * line + 3 * stride, rows + 4 * line + 6 * stride};
+            __m512i left, right;
+            if (expanded) {
+                left = _mm512_loadu_si512(expanded + 2 * k * TILE + 64 * line);
+                right = _mm512_loadu_si512(expanded + (2 * k + 1) * TILE + 64 * line);
+            } else {
+                const char *codes = panel + 64 * (line / 4);
+                left = nf4_line(_mm512_loadu_si512(codes), line % 4, values);
+                right = nf4_line(_mm512_loadu_si512(codes + NF4_CODES / 2), line % 4, values);
+            }
+#pragma GCC unroll 9
+            for (int r = 0; r < count; r++) {
+                int32_t two;
+                memcpy(&two, thirds[r / 3] + r % 3 * stride, 4);
+                const __m512i row = _mm512_set1_epi32(two);
+                sums[r][0] = add_dots(sums[r][0], row, left, 0);
+                sums[r][1] = add_dots(sums[r][1], row, right, 0);
+            }
+        }
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            const __m512 scales = _mm512_cvtph_ps(_mm256_loadu_si256((const void *)(panel + NF4_CODES + 32 * half)));
+#pragma GCC unroll 9
+            for (int r = 0; r < count; r++) {
+                float *sum = to + r * PANEL + 16 * half;
+                _mm512_storeu_ps(sum, _mm512_fmadd_ps((__m512)sums[r][half], scales, _mm512_loadu_ps(sum)));
+            }
+        }
+    }
+}
+
+INLINE void multiply_by_nf4(const product *p, char *panels) {
+    const int64_t blocks = (p->num_rows + DOT_ROWS - 1) / DOT_ROWS;
+    const int is_copied = p->num_rows > 1 && (p->panels > MANY_PANELS || p->row_bytes % 4096 == 0);
+#pragma omp parallel if (p->num_rows * p->row_bytes * p->out > 131072)
+    {
+#pragma omp for schedule(static)
+        for (int64_t block = 0; block < (is_copied ? blocks : 0); block++) {
+            const int64_t first = p->num_rows * block / blocks, count = p->num_rows * (block + 1) / blocks - first;
+            copy_block(p, first, count, count);
+        }
+        float sums[DOT_ROWS * PANEL] __attribute__((aligned(64)));
+        const __m512i values = nf4_values();
+        char *room = p->num_rows > NF4_FEW_ROWS ? panels + omp_get_thread_num() * 2 * p->depth * TILE : 0;
+#pragma omp for schedule(static) nowait
+        for (int64_t i = 0; i < p->panels; i++) {
+            const char *panel = p->packed + i * p->depth * NF4_STEP;
+            if (room) expand_nf4(panel, p->depth, values, room);
+            for (int64_t block = 0; block < blocks; block++) {
+                const int64_t first = p->num_rows * block / blocks, count = p->num_rows * (block + 1) / blocks - first;
+                const char *rows = is_copied ? p->room + first * p->depth * 64 : p->x + first * p->row_bytes;
+                const int64_t stride = is_copied ? 64 : p->row_bytes, step = is_copied ? 64 * count : 64;
+#define OF(COUNT) \
+    case COUNT: \
+        if (room) nf4_dots_of_block(COUNT, rows, stride, step, panel, room, p->depth, values, sums); \
+        else nf4_dots_of_block(COUNT, rows, stride, step, panel, 0, p->depth, values, sums); \
+        break;
+                switch (count) { OF(1) OF(2) OF(3) OF(4) OF(5) OF(6) OF(7) OF(8) OF(9) }
+#undef OF
+                store_sums(p, (const int32_t *)sums, first, count, i);
             }
         }
     }
@@ -304,4 +431,22 @@ void multiply_bytes(const uint8_t *x, int64_t num_rows, int64_t in, const void *
                        .is_bf16 = is_bf16, .bias = bias, .scales = scales, .steps = steps, .shifts = shifts, .y = y,
                        .room = room};
     multiply(&p);
+}
+
+/* Likewise of x [rows, in] in fp32, which is rounded to bf16, or in bf16, and NF4's packed weights; `in` is a multiple of 32,
+ * y like x. */
+void multiply_nf4(const void *x, int64_t num_rows, int64_t in, const void *packed, const float *bias, const float *scales,
+                  void *y, int64_t out, int is_bf16, void *room) {
+#if HAS_PAIRS
+    product p = {.x = x, .packed = packed, .num_rows = num_rows, .row_bytes = 2 * in, .depth = in / 32,
+                 .panels = (out + PANEL - 1) / PANEL, .out = out, .is_bf16 = is_bf16, .bias = bias, .scales = scales, .y = y,
+                 .room = room};
+    char *rounded = p.room + num_rows * p.row_bytes, *panels = rounded + num_rows * p.row_bytes;
+    if (!is_bf16) {
+        for (int64_t i = 0; i < num_rows * in; i += LANES)
+            store_bf16((uint16_t *)rounded + i, load_f32((const float *)x + i));
+        p.x = rounded;
+    }
+    multiply_by_nf4(&p, panels);
+#endif
 }

@@ -75,14 +75,19 @@ class Nf4Linear(QuantizedLinear):
     def dequantized_weight(self) -> Tensor:
         # A byte looks up both of its weights at once, as one element of 64 bits: half the time of pairs.
         weights = _pairs(self.codes.device).index_select(0, self.codes.int()).view(torch.float32)
-        weights = weights.view(-1, BLOCK).mul_(self._absmax().unsqueeze(1)).view(-1)
+        weights = weights.view(-1, BLOCK).mul_(self.absmax().unsqueeze(1)).view(-1)
         return weights[: self.out_features * self.in_features].view(self.out_features, self.in_features)
 
     def multiply(self, rows: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(rows.dtype)
         return F.linear(rows, self.dequantized_weight().to(rows.dtype), bias)
 
-    def _absmax(self) -> Tensor:
+    def indices(self) -> Tensor:
+        """uint8 [out, in], of each weight the place in `VALUES`."""
+        indices = torch.stack([self.codes >> 4, self.codes & 15], dim=1).flatten()
+        return indices[: self.out_features * self.in_features].view(self.out_features, self.in_features)
+
+    def absmax(self) -> Tensor:
         """[blocks] in fp32."""
         values = dynamic_floats(self.codes.device)[self.absmax_codes.int()]
         scale = self.absmax_scale.repeat_interleave(OUTER_BLOCK)[: len(values)]
