@@ -54,7 +54,9 @@ class Runner:
         # Only rows that sample go through the head: its matrix is the largest of a small model.
         last_rows = list(accumulate(sequence.num_scheduled for sequence in ordered))
         sampling = [number for number, sequence in enumerate(ordered) if sequence.will_sample]
-        sampled = self._filled_up(to_device(torch.tensor([last_rows[number] - 1 for number in sampling]), device))
+        sampled = self._filled_up(
+            to_device(torch.tensor([last_rows[number] - 1 for number in sampling], dtype=torch.int64), device)
+        )
         self.model.serve(_groups(ordered))
         if len(sampled) < len(ids) and self.model.can_end_with_few_rows:
             step.needed = sampled
