@@ -71,7 +71,9 @@ def training(result: Result) -> str:
     )
     head = ["", "tokens/s without padding", "pacos_process is", "of the machine's best product", "peak memory",
             "times pacos_process", "computed in", "loss, first → after a pass"]  # fmt: skip
-    return f"LoRA (r=8, all layers) of GPT-2 124M, {result['threads']} threads.\n\n{table(head, rows)}"
+    fewer = [name for name, run in contenders.items() if run.get("threads", result["threads"]) < result["threads"]]
+    spare = f"; one less, for a core to spare: {', '.join(fewer)}" if fewer else ""
+    return f"LoRA (r=8, all layers) of GPT-2 124M, {result['threads']} threads{spare}.\n\n{table(head, rows)}"
 
 
 def data(result: Result) -> str:

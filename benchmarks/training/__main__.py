@@ -4,9 +4,10 @@
         --json benchmarks/results/training.json --plot docs/images/training.png
 
 `task.py` says what all train, `peers.py` and `pacos.py` how each does it, `flops.py` what MFU is. Every run is a
-process of its own, with all cores, and the contenders come in turn. The first step of a run warms caches up and is not
-measured. The slow contenders make one pass over the records, the fast ones `--passes`, and `--repeat` runs, of which
-that with the median speed counts. Tokens are those of the records, padding never counted.
+process of its own, with all cores, and the contenders come in turn; those named `…_spare` train with one thread less,
+which leaves a core to Ray's own processes, and are left out where that would leave no thread. The first step of a run
+warms caches up and is not measured. The slow contenders make one pass over the records, the fast ones `--passes`, and
+`--repeat` runs, of which that with the median speed counts. Tokens are those of the records, padding never counted.
 
 Peak memory is that of the process that trains; of the tree of processes, Ray's daemons among them, it is the largest
 sum of resident memory seen, in which what processes share counts more than once. Of `trainer_tuned`, bf16 weights run
@@ -33,7 +34,8 @@ from benchmarks.training.processes import run_needed, run_part
 from benchmarks.training.report import plot, summarize, table
 
 SLOW = ("trainer_fp32", "trainer_bf16", "pad_512")
-FAST = ("trainer_tuned_fp32", "trainer_tuned_bf16", "pacos_process_padded", "pacos_process", "pacos_ray")
+SPARE = ("pacos_process_spare", "pacos_ray_spare")
+FAST = ("trainer_tuned_fp32", "trainer_tuned_bf16", "pacos_process_padded", "pacos_process", "pacos_ray", *SPARE)
 NEEDED = ("accelerate", "peft", "psutil")
 
 
@@ -64,7 +66,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="file to write the result to")
     parser.add_argument("--plot", type=Path, help="file to draw it to")
     parser.add_argument("--part", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.steps * arguments.passes < 2:
+        parser.error("--steps times --passes is 1, and a rate by the clock needs 2 steps; raise either")
+    return arguments
 
 
 def check_packages() -> None:
@@ -94,7 +99,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
         for name in (*SLOW, *FAST):
             if (arguments.only and name not in arguments.only) or (number and name in SLOW):
                 continue
-            run = run_part(name, arguments, folder)
+            run = run_contender(name, arguments, folder)
             report["runs"].setdefault(name, []).append(run)
             report = summarize(report)
             _show(name, number, report)
@@ -107,6 +112,14 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
         print(
             f"{'reached' if bar['reached'] else 'NOT reached'}: {bar['name']}: {bar['measured']:.3g} (bar {bar['bar']})"
         )
+
+
+def run_contender(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The run of a contender with as many threads as it has."""
+    threads = arguments.threads - (name in SPARE)
+    if not threads:
+        return {"skipped": f"threads={arguments.threads} leaves none to train beside a spare core"}
+    return {"threads": threads, **run_part(name, argparse.Namespace(**{**vars(arguments), "threads": threads}), folder)}
 
 
 def _show(name: str, number: int, report: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,15 +28,20 @@ def _peer(arguments: argparse.Namespace, *, name: str) -> dict[str, Any]:
     peer = peers.PEERS[name]
     if peer.bf16_weights and not _has_bf16():
         return {"skipped": "this processor has no instructions for bf16, and would emulate it; fp32 weights are tuned"}
-    return peers.train(read_task(arguments.folder), peer)
+    return peers.train(_task(arguments), peer)
 
 
 def _pacos(arguments: argparse.Namespace, *, layout: str) -> dict[str, Any]:
-    return pacos.in_process(read_task(arguments.folder), layout)
+    return pacos.in_process(_task(arguments), layout)
 
 
 def _ray(arguments: argparse.Namespace) -> dict[str, Any]:
-    return pacos.through_ray(read_task(arguments.folder))
+    return pacos.through_ray(_task(arguments))
+
+
+def _task(arguments: argparse.Namespace) -> Task:
+    """That of the folder, with as many threads as this contender has."""
+    return replace(read_task(arguments.folder), threads=arguments.threads)
 
 
 def _has_bf16() -> bool:
@@ -53,4 +59,6 @@ PARTS: dict[str, Part] = {
     "pacos_process_padded": partial(_pacos, layout="padded"),
     "pacos_process": partial(_pacos, layout="packed"),
     "pacos_ray": _ray,
+    "pacos_process_spare": partial(_pacos, layout="packed"),
+    "pacos_ray_spare": _ray,
 }

@@ -61,6 +61,16 @@ def test_what_the_sweep_benchmark_writes_has_a_section(tmp_path: Path) -> None:
     assert "packed over alone: 2 times" in text and "1.0e-05" in text
 
 
+def test_contenders_that_left_a_core_are_named_and_results_from_before_them_still_shown(tmp_path: Path) -> None:
+    run = {"tokens_per_s": 800, "mfu": 0.5, "peak_bytes": 2**30, "computed_in": "bf16", "first_loss": 11.0,
+           "loss_after_a_pass": 9.5}  # fmt: skip
+    before = {"machine": MACHINE, "threads": 2, "contenders": {"pacos_process": run}}
+    assert "GPT-2 124M, 2 threads.\n" in report_of(tmp_path, training=before)
+    contenders = {"pacos_process": run | {"threads": 2}, "pacos_ray_spare": run | {"threads": 1}}
+    text = report_of(tmp_path, training=before | {"contenders": contenders})
+    assert "GPT-2 124M, 2 threads; one less, for a core to spare: pacos_ray_spare.\n" in text
+
+
 def test_answers_of_loras_are_not_held_to_those_of_the_base(tmp_path: Path) -> None:
     rates = {"W2": {"pacos_fp32": 300.0, "pacos_bf16": 700.0, "pacos_bf16_32_loras": 500.0}}
     agree = {"W2 pacos_fp32": 1.0, "W2 pacos_bf16": 0.95, "W2 pacos_bf16_32_loras": 0.45}

@@ -1,8 +1,10 @@
+import argparse
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +15,11 @@ from app.data.batches import Batch
 from app.methods import apply_method
 from app.models.decoder import GPT2_SIZES, Decoder
 from app.training.loss import masked_nll
+from benchmarks.training import __main__ as benchmark
+from benchmarks.training import parts
 from benchmarks.training.flops import attention_flops, full_step_flops, lora_step_flops
 from benchmarks.training.report import summarize, table
+from benchmarks.training.task import TASK_FILE, Task
 
 SHAPE = replace(GPT2_SIZES["gpt2"], vocab_size=96, context_length=32, num_layers=3, num_heads=2, width=16, mlp_width=64)
 ROWS, TIME, ANSWERS, RANK = 2, 20, 14, 4
@@ -90,6 +95,53 @@ def test_bars_are_measured_by_the_median_run_and_against_the_fastest_peer() -> N
     }
     assert report["contenders"]["pacos_process"]["mfu"] == pytest.approx(1000 * 1e6 / 1e10)
     assert "| pacos_ray | 800 | 8.0 % | 1.00 GiB |" in table(report)
+
+
+def test_what_ray_costs_beside_a_spare_core_is_measured_against_the_process_that_leaves_one_too() -> None:
+    spare = {"pacos_process_spare": [run_of(2.0) | {"threads": 1}], "pacos_ray_spare": [run_of(2.05) | {"threads": 1}]}
+    report = summarize(report_of(pacos_process=[run_of(1.0)], pacos_ray=[run_of(1.25)], **spare))
+    bars = {bar["name"]: (bar["measured"], bar["reached"]) for bar in report["bars"]}
+    assert bars == {
+        "what Ray Train costs in the steps": (pytest.approx(0.2), False),
+        "what Ray Train costs by the clock": (pytest.approx(0.2), False),
+        "what Ray Train costs with a core to spare, in the steps": (pytest.approx(1 - 2 / 2.05), True),
+        "what Ray Train costs with a core to spare, by the clock": (pytest.approx(1 - 2 / 2.05), True),
+    }
+    alone = summarize(report_of(**spare))
+    assert [bar["name"] for bar in alone["bars"]] == [name for name in bars if "spare" in name]
+    with pytest.raises(AssertionError, match="first packed loss differs"):
+        summarize(report_of(pacos_process=[run_of(1.0)], pacos_ray_spare=[run_of(2.0, loss=10.9)]))
+
+
+def test_a_spare_contender_has_one_thread_less_and_no_run_where_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[tuple[str, int]] = []
+
+    def run_part(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+        ran.append((name, arguments.threads))
+        return run_of(1.0)
+
+    monkeypatch.setattr(benchmark, "run_part", run_part)
+    runs = [
+        benchmark.run_contender(name, argparse.Namespace(threads=threads), tmp_path)
+        for threads in (2, 1)
+        for name in ("pacos_ray", "pacos_process_spare", "pacos_ray_spare")
+    ]
+    assert ran == [("pacos_ray", 2), ("pacos_process_spare", 1), ("pacos_ray_spare", 1), ("pacos_ray", 1)]
+    assert [run.get("threads") for run in runs] == [2, 1, 1, 1, None, None]
+    assert all("leaves none to train" in run["skipped"] for run in runs[4:])
+
+
+def test_a_part_trains_with_the_threads_it_was_given_not_the_tasks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = Task(str(tmp_path), steps=1, passes=1, threads=2)
+    task.path(TASK_FILE).write_text(json.dumps(asdict(task)))
+    for function in ("through_ray", "in_process"):
+        monkeypatch.setattr(parts.pacos, function, lambda task, *layout: {"threads": task.threads})
+    for name in ("pacos_ray_spare", "pacos_process_spare"):
+        assert parts.PARTS[name](argparse.Namespace(folder=str(tmp_path), threads=1)) == {"threads": 1}
 
 
 def test_a_contender_that_starts_elsewhere_is_told() -> None:
