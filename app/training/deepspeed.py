@@ -17,6 +17,7 @@ from app.training.optimizer import (
     MOMENTS,
     adamw,
     adamw_state,
+    moment_of,
     set_rates,
     trained_parameters,
     unscale_and_clip,
@@ -107,7 +108,7 @@ class DeepSpeedOptimizer:
 
     def _moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
         if not self._stage:
-            return self._adamw.state[parameter][moment].clone()
+            return moment_of(self._adamw, parameter, moment)
         from deepspeed.utils import safe_get_full_optimizer_state
 
         return safe_get_full_optimizer_state(parameter, moment)
@@ -115,9 +116,11 @@ class DeepSpeedOptimizer:
     def _fill_partitions(self, resume: Checkpoint | None) -> None:
         """AdamW's state of this worker's flat partitions, from `resume` or zero.
 
-        Made before the first step in either case: DeepSpeed links parameters to their state after it has stepped one
-        group, and misses that of the groups to come.
+        Made and linked to the parameters before the first step in either case: DeepSpeed links them after it has
+        stepped one group, and misses the state of the groups to come, or of all where fp16 leaves the first steps out.
         """
+        from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
         zero: Any = self._engine.optimizer
         is_whole = self._stage < 3
         partitions = zero.single_partition_of_fp32_groups if is_whole else zero.fp32_partitioned_groups_flat
@@ -125,6 +128,9 @@ class DeepSpeedOptimizer:
         for partition in partitions:
             state = {"step": torch.tensor(steps, device=partition.device)}
             self._adamw.state[partition] = state | {moment: torch.zeros_like(partition.data) for moment in MOMENTS}
+        if is_whole:
+            for group, partition in zip(zero.bit16_groups, partitions, strict=True):
+                lazy_init_hp_params_optimizer_state(group, partition, self._adamw.state)
         if resume is None:
             return
         if not is_whole:

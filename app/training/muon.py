@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from app.config.schema import OptimizerConfig
 from app.models.precision import compute_dtype
 from app.training.checkpointing import Checkpoint
-from app.training.optimizer import MOMENTS, adamw, adamw_state, set_rates, trained_parameters, unscale_and_clip
+from app.training.optimizer import (
+    MOMENTS,
+    adamw,
+    adamw_state,
+    moment_of,
+    set_rates,
+    trained_parameters,
+    unscale_and_clip,
+)
 from app.training.workers import world_size
 
 _MOMENTUM = "momentum_buffer"
@@ -76,7 +84,7 @@ class MuonOptimizer:
     def moments(self) -> dict[str, Tensor]:
         muon = {f"{name}.{_MOMENTUM}": momentum.cpu().clone() for name, momentum in self._momentum.items()}
         adamw = {
-            f"{name}.{moment}": self._adamw.state[p][moment].cpu().clone()
+            f"{name}.{moment}": moment_of(self._adamw, p, moment).cpu()
             for name, p in self._others.items()
             for moment in MOMENTS
         }

@@ -68,6 +68,12 @@ def adamw_state(checkpoint: Checkpoint, name: str, *, device: torch.device) -> d
     return {"step": torch.tensor(updates_made(checkpoint), device=device), **moments}
 
 
+def moment_of(adamw: torch.optim.AdamW, parameter: nn.Parameter, moment: str) -> Tensor:
+    """A copy of it; zero as long as fp16 has left out every step, before the first of which torch's AdamW has none."""
+    state = adamw.state.get(parameter)
+    return state[moment].clone() if state else torch.zeros_like(parameter, requires_grad=False)
+
+
 def updates_made(checkpoint: Checkpoint) -> float:
     """What AdamW counts as its steps: the run's without those that fp16 left out."""
     return float(checkpoint.step - checkpoint.state.get("metrics", {}).get(LEFT_OUT, 0))
@@ -109,9 +115,8 @@ class PlainOptimizer:
         return {name: parameter.detach().float().cpu().clone() for name, parameter in self._parameters.items()}
 
     def moments(self) -> dict[str, Tensor]:
-        state = self._adamw.state
         return {
-            f"{name}.{moment}": state[parameter][moment].cpu().clone()
+            f"{name}.{moment}": moment_of(self._adamw, parameter, moment).cpu()
             for name, parameter in self._parameters.items()
             for moment in MOMENTS
         }

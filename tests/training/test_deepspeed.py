@@ -22,6 +22,7 @@ from app.config import (
     OptimizerConfig,
     PrefixConfig,
 )
+from app.config.base import Precision
 from app.data.batches import Batch, collate, empty_batch
 from app.methods import apply_method
 from app.methods.delta import load_trained
@@ -31,7 +32,7 @@ from app.training.checkpoint_store import CheckpointStore
 from app.training.checkpointing import Checkpoint, read_checkpoint
 from app.training.deepspeed import DeepSpeedOptimizer
 from app.training.optimizer import PlainOptimizer
-from app.training.precision import LEFT_OUT
+from app.training.precision import LEFT_OUT, LossScale
 from app.training.workers import rank, world_size
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, clip_norm=0.01)
@@ -60,6 +61,9 @@ STAGES = {0: 1, 1: 2, 2: 16, 3: 4}
 """ZeRO stages, and into how many micro-batches each worker splits its rows there. With LoRA it has 16 of them, else 8:
 every second micro-batch is empty then under ZeRO-2."""
 
+IN_HALF: dict[Precision, str] = {"bf16": "bf16", "fp16": "overflow"}
+"""Runs that are computed in half the bits, and the names of their folders: in fp16 the first two steps overflow."""
+
 
 def batch_of(step: int, size: Size) -> Batch:
     """This process's records of a step: of records of uneven length, every second one where there are two."""
@@ -73,7 +77,27 @@ def batch_of(step: int, size: Size) -> Batch:
 OF_ONE_WORKER = collate([torch.arange(30).numpy()], [torch.ones(30, dtype=torch.bool).numpy()])
 
 
-def train(model_folder: Path, method: str, output: Path, *, zero_stage: int | None, resume: Path | None = None) -> None:
+class SteepScale(LossScale):
+    """fp16's factor, which falls by 2^12 at an overflow instead of 2: from 2^40 on two steps overflow and are left out,
+    and the two after them are not."""
+
+    START = 2.0**40
+
+    def update(self, *, is_finite: bool) -> None:
+        super().update(is_finite=is_finite)
+        if not is_finite:
+            self.value /= 2**11
+
+
+def train(
+    model_folder: Path,
+    method: str,
+    output: Path,
+    *,
+    zero_stage: int | None,
+    resume: Path | None = None,
+    precision: Precision = "fp32",
+) -> None:
     """Train to the end; leaves checkpoints and `metrics.json` in `output`. Without a ZeRO stage, no DeepSpeed."""
     model, size = load_decoder(model_folder), SIZES[method]
     torch.manual_seed(0)
@@ -103,7 +127,7 @@ def train(model_folder: Path, method: str, output: Path, *, zero_stage: int | No
             eval_every=size.steps,
             save_every=size.half,
             optimizer=OPTIMIZER,
-            precision="fp32",
+            precision=precision,
             seed=7,
             is_packed=False,
             micro_batches=1 if zero_stage is None else STAGES[zero_stage],
@@ -113,6 +137,7 @@ def train(model_folder: Path, method: str, output: Path, *, zero_stage: int | No
         validation=lambda: [batch_of(100, size), OF_ONE_WORKER if rank() == 0 else empty_batch()],
         report=seen.append,
         save=save,
+        loss_scale=SteepScale(SteepScale.START),
     )
     if rank() == 0:
         (output / "metrics.json").write_text(json.dumps(seen))
@@ -141,6 +166,8 @@ def two_workers(worker: int, model_folder: Path, folder: Path) -> None:
             train(model_folder, method, folder / method / f"resumed-{stage}", zero_stage=stage, resume=half)
     for stage in STAGES:
         train(model_folder, "full", folder / "full" / f"fp16-{stage}", zero_stage=stage, resume=of_fp16(folder))
+        for precision, name in IN_HALF.items():
+            train(model_folder, "full", folder / "full" / f"{name}-{stage}", zero_stage=stage, precision=precision)
     dist.destroy_process_group()
 
 
@@ -150,6 +177,8 @@ def runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for method in METHODS:
         train(tiny_model, method, folder / method / "plain", zero_stage=None)
     train(tiny_model, "full", folder / "full" / "fp16-plain", zero_stage=None, resume=of_fp16(folder))
+    for precision, name in IN_HALF.items():
+        train(tiny_model, "full", folder / "full" / f"{name}-plain", zero_stage=None, precision=precision)
     multiprocessing.spawn(two_workers, args=(tiny_model, folder), nprocs=2)
     return folder
 
@@ -194,6 +223,40 @@ def test_steps_that_an_overflow_left_out_do_not_count_for_adam_on_two_workers_ei
     for key, tensor in plain.items():
         torch.testing.assert_close(ours[key], tensor, **close)
     assert not all(torch.allclose(other[key], tensor, **close) for key, tensor in plain.items()), "it can be seen"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", IN_HALF.values())
+def test_two_workers_in_half_precision_train_as_one_plain_process_does(runs: Path, stage: int, name: str) -> None:
+    exact, plain, ours = (metrics(runs / "full" / run) for run in ("plain", f"{name}-plain", f"{name}-{stage}"))
+    assert list(ours) == list(plain) == list(exact)
+    for step, row in ours.items():
+        assert row.keys() == plain[step].keys()
+        # Rounding comes in another order where a step is cut into other parts.
+        compared = [key for key in ("loss", "gradient_norm", "eval_loss") if key in row]
+        assert [row[key] for key in compared] == pytest.approx([plain[step][key] for key in compared], rel=0.01)
+    weights = read_checkpoint(runs / "full" / f"{name}-{stage}" / SIZES["full"].checkpoint()).weights
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    assert ours[1]["loss"] != exact[1]["loss"], "it is another precision"
+    assert ours[1]["loss"] == pytest.approx(exact[1]["loss"], rel=0.01)
+
+
+@pytest.mark.parametrize("stage", ["plain", *STAGES])
+def test_steps_that_overflow_in_fp16_change_no_weight_and_the_schedule_goes_on(
+    runs: Path, tiny_model: Path, stage: int | str
+) -> None:
+    run, size, exact = runs / "full" / f"overflow-{stage}", SIZES["full"], metrics(runs / "full" / "plain")
+    seen = metrics(run)
+    assert [seen[step]["loss_scale"] for step in range(1, 5)] == [2.0**40, 2.0**28, 2.0**16, 2.0**16]
+    assert [step for step, row in seen.items() if "gradient_norm" in row] == [3, 4]
+    assert seen[4][LEFT_OUT] == 2
+    before = load_decoder(tiny_model).state_dict()
+    left_out, trained = (read_checkpoint(run / size.checkpoint(step)).weights for step in (2, 4))
+    assert all(torch.equal(weight, before[name]) for name, weight in left_out.items())
+    assert all(not torch.equal(weight, before[name]) for name, weight in trained.items())
+    assert all(weight.isfinite().all() for weight in trained.values())
+    for step in range(1, 5):  # its rate follows from the number of the step, made or left out
+        assert seen[step]["learning_rate"] == exact[step]["learning_rate"]
 
 
 @pytest.mark.parametrize("method", METHODS)
