@@ -9,7 +9,9 @@ import torch
 
 from app import commands
 from app.cli import main
-from app.config import TrainConfig, load_config
+from app.config import PrepareConfig, TrainConfig, load_config
+from app.data.prepare import prepare
+from app.data.shards import read_manifest
 from app.display.dry_run import show_forecast
 from app.errors import UserError
 from app.run_lock import LOCK_FILE
@@ -135,12 +137,30 @@ def test_mistakes_are_told_as_a_run_would(small_data: Path, tiny_model: Path, tm
         dry_run(plan_job(diverging))
 
 
+@pytest.fixture(scope="session")
+def data_of_an_array(
+    ray_cluster: None, tiny_model: Path, small_source: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """`small_data`'s records, prepared from one JSON array."""
+    folder = tmp_path_factory.mktemp("array")
+    (folder / "records.json").write_text(f"[{','.join(small_source.read_text().splitlines())}]")
+    made = {"source": str(folder / "records.json"), "output": str(folder / "data"), "model": str(tiny_model)}
+    prepare(PrepareConfig.model_validate({**made, "max_length": 96, "validation_fraction": 0.1}))
+    return folder / "data"
+
+
+@pytest.mark.parametrize(("precision", "data"), [("fp32", "small_data"), ("bf16", "data_of_an_array")])
 def test_the_run_takes_what_the_dry_run_told(
-    small_data: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    precision: str,
+    data: str,
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
-    settings = config(
-        small_data, tiny_model, tmp_path / "run", "batch_size=160", "workers.count=1", "max_steps=3", "epochs=3"
-    )
+    sizes = ("batch_size=160", "workers.count=1", "max_steps=3", "epochs=3")
+    prepared = request.getfixturevalue(data)
+    settings = config(prepared, tiny_model, tmp_path / "run", f"precision={precision}", *sizes)
     job = plan_job(settings)
     told = dry_run(job)
     assert not (tmp_path / "run").exists(), "nothing is written"
@@ -150,6 +170,7 @@ def test_the_run_takes_what_the_dry_run_told(
     assert "measured: " in shown and "3 of 160 rows" in shown and "expected time" in shown
     measured = fine_tune(job)["peak_worker_bytes"]
     assert told.worker.total == pytest.approx(measured, rel=0.2)
+    assert read_manifest(str(prepared)).num_records("train") == 176
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     # Each epoch leaves other rows over: what the first one holds stands for all.
     assert told.tokens == pytest.approx(sum(line.get("tokens", 0) for line in lines), rel=0.01)

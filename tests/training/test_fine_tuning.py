@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -17,12 +18,14 @@ from app.data.prepare import prepare
 from app.data.shards import read_manifest
 from app.errors import Interrupted, UserError
 from app.methods.delta import apply_delta, read_delta
-from app.models.checkpoints import load_decoder
+from app.models.checkpoints import load_decoder, save_decoder
+from app.models.decoder import Decoder
 from app.ray_cluster import dashboard_url
 from app.run_lock import locked
 from app.tracking.registry import fetch, list_versions, promote
 from app.tracking.store import open_store
 from app.training.checkpointing import CHECKPOINT_FILES, read_checkpoint
+from app.training.deepspeed import WHOLE_BELOW
 from app.training.evaluate import evaluate, plan_evaluation, write_evaluations
 from app.training.fine_tuning import fine_tune, plan_job
 from app.training.interruption import ONE_WISH_S
@@ -297,6 +300,24 @@ def packed(small_source: Path, tiny_model: Path, tmp_path_factory: pytest.TempPa
     changes = ["workers.count=3", "deepspeed.zero_stage=0"]
     resumed = train(load_config(TrainConfig, overrides=[*settings, *changes]), resume=True)
     return data, folder / "whole", output, whole, resumed
+
+
+def test_zero_3_trains_through_ray_as_zero_0_does(small_data: Path, tiny_model: Path, tmp_path: Path) -> None:
+    wide = tmp_path / "wide"  # the tiny model's matrices are too small for ZeRO-3 to be cut
+    shutil.copytree(tiny_model, wide)
+    shape = replace(load_decoder(tiny_model).config, width=512)
+    model = Decoder(shape)
+    model.initialize(generator=torch.Generator().manual_seed(0))
+    save_decoder(wide, model)
+    assert sum(parameter.numel() > WHOLE_BELOW for parameter in model.parameters()) > 1
+    seen = {}
+    for stage in (0, 3):
+        changes = [f"deepspeed.zero_stage={stage}", "max_steps=4", "micro_batch_size=2", "samples=0", "workers.count=2"]
+        rate = "optimizer.learning_rate=1e-3"
+        summary, metrics = train(config(small_data, wide, tmp_path / f"{stage}", rate, *changes))
+        seen[stage] = [*losses(metrics).values(), summary["eval_loss_after"]]
+        assert len(seen[stage]) == 5
+    assert seen[3] == pytest.approx(seen[0], rel=1e-5)
 
 
 def test_packed_rows_lower_the_loss_through_an_epochs_end(packed, tiny_model: Path, tmp_path: Path) -> None:
