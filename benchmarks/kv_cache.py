@@ -1,13 +1,15 @@
-"""What a KV cache is worth: the same answers with one and without, in full precision and in int8, on GPT-2 124M.
+"""What a KV cache is worth: the same answers with one and without, in full precision, bf16 and int8, on GPT-2 124M.
 
     python -m benchmarks.kv_cache --json benchmarks/results/kv_cache.json --plot benchmarks/results/kv_cache.png
 
-Without a cache each token is computed from all tokens before it; with one, from its own row. That this is what happens
-is asserted at every step by the number of rows that go through the model, and both must give the same tokens in fp32.
-Random weights: the time does not depend on them.
+Without a cache each token is computed from all tokens before it; with one, from its own row. Both are the engine, with
+the same products: without, it is asked for one token at a time, of a prompt that has the answer so far at its end. How
+many rows go through the model is asserted at every step, and both must give the same tokens in fp32. They take a step
+each by turns, as the machine's speed changes. Random weights: the time does not depend on them.
 """
 
 import argparse
+import gc
 import json
 import os
 import time
@@ -17,14 +19,15 @@ from typing import Any
 import torch
 
 from app.atomic import write_text
-from app.engine.engine import Engine
+from app.engine.engine import Engine, EngineSettings
 from app.engine.sampling import Sampling
 from app.models.decoder import GPT2_SIZES, Decoder
 from app.models.quantization import QuantizationConfig, quantize
-from benchmarks.machine import describe
+from benchmarks.machine import describe, has_bf16
 
 PROMPT, NEW = 32, 96
 BATCHES = (1, 8)
+Answers = list[list[int]]
 
 
 def main() -> None:
@@ -34,25 +37,29 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     report: dict[str, Any] = {"machine": describe("torch"), "prompt": PROMPT, "new": NEW, "runs": []}
-    for precision in ("fp32", "int8"):
-        model = make_model(precision)
+    for precision in ("fp32", "bf16", "int8") if has_bf16() else ("fp32", "int8"):
+        with_cache, without = engines(make_model(precision), precision, max_batch_size=max(BATCHES))
         for batch in BATCHES:
-            prompts = torch.randint(0, 50257, (batch, PROMPT), generator=torch.Generator().manual_seed(batch))
-            kept, with_tokens = with_cache(model, prompts)
-            computed, without_tokens = without_cache(model, prompts)
-            if precision == "fp32" and with_tokens != without_tokens:
+            draw = torch.Generator().manual_seed(batch)
+            prompts = torch.randint(0, 50257, (batch, PROMPT), generator=draw).tolist()
+            compare(with_cache, without, prompts, new=2)  # warms up
+            gc.collect()
+            gc.freeze()  # as a generator replica does
+            step_s, answers = compare(with_cache, without, prompts, new=NEW)
+            same = sum(a == b for a, b in zip(*answers.values(), strict=True))
+            if precision == "fp32" and same < batch:
                 raise SystemExit("with and without a cache the tokens differ")
-            for name, step_s in (("with cache", kept), ("without cache", computed)):
-                report["runs"].append(
-                    {
-                        "precision": precision,
-                        "batch": batch,
-                        "cache": name,
-                        "step_s": [round(seconds, 5) for seconds in step_s],
-                        "tokens_per_s": round(batch * NEW / sum(step_s), 1),
-                    }
-                )
-                print(f"{precision}, batch {batch}, {name}: {report['runs'][-1]['tokens_per_s']} tokens/s", flush=True)
+            for name, seconds in step_s.items():
+                run = {
+                    "precision": precision,
+                    "batch": batch,
+                    "cache": name,
+                    "step_s": [round(each, 5) for each in seconds],
+                    "tokens_per_s": round(batch * NEW / sum(seconds), 1),
+                    "same_answers": same,
+                }
+                report["runs"].append(run)
+                print(f"{precision}, batch {batch}, {name}: {run['tokens_per_s']} tokens/s", flush=True)
             if arguments.json:
                 write_text(arguments.json, json.dumps(report, indent=1) + "\n")
     if arguments.plot:
@@ -65,51 +72,59 @@ def make_model(precision: str) -> Decoder:
     model.requires_grad_(False).eval()
     if precision == "int8":
         quantize(model, QuantizationConfig.model_validate({"scheme": "int8_dynamic"}))
-    return model
+    return model.bfloat16() if precision == "bf16" else model
 
 
-def with_cache(model: Decoder, prompts: torch.Tensor) -> tuple[list[float], list[list[int]]]:
-    """Seconds of each step, and the answers."""
-    engine = Engine(model, max_batch_size=len(prompts))
-    _warm_up(engine)
-    requests = [engine.add_request(ids, Sampling(max_tokens=NEW)) for ids in prompts.tolist()]
-    answers: dict[int, list[int]] = {request: [] for request in requests}
-    step_s = []
-    for number in range(NEW):
-        before = engine.stats().computed_tokens
-        started = time.perf_counter()
-        events = engine.step()
-        step_s.append(time.perf_counter() - started)
-        rows = engine.stats().computed_tokens - before
-        assert rows == len(prompts) * (PROMPT if number == 0 else 1), f"step {number} computed {rows} rows"
-        for event in events:
-            assert event.token is not None
-            answers[event.request_id].append(event.token)
-    assert not engine.has_work
-    return step_s, list(answers.values())
+def engines(model: Decoder, precision: str, *, max_batch_size: int) -> tuple[Engine, Engine]:
+    """Two alike, one for each way; a step has room for all rows of the longest answers."""
+    settings = EngineSettings(
+        max_batch_size=max_batch_size,
+        max_step_tokens=max_batch_size * (PROMPT + NEW),
+        reuse_prefixes=False,
+        prefault_kv=True,
+        int8_head=precision == "int8",
+        kv_dtype="int8" if precision == "int8" else "auto",
+    )
+    return Engine(model, settings), Engine(model, settings)
 
 
-@torch.inference_mode()
-def without_cache(model: Decoder, prompts: torch.Tensor) -> tuple[list[float], list[list[int]]]:
-    ids = prompts
-    rows: list[int] = []
-    watch = model.blocks[0].register_forward_hook(lambda _, inputs, output: rows.append(output.shape[:2].numel()))
-    model(ids)
-    step_s = []
-    for number in range(NEW):
-        started = time.perf_counter()
-        hidden = model(ids)
-        ids = torch.cat([ids, model.head(hidden[:, -1]).argmax(dim=-1, keepdim=True)], dim=1)
-        step_s.append(time.perf_counter() - started)
-        assert rows[-1] == len(prompts) * (PROMPT + number), f"step {number} computed {rows[-1]} rows"
-    watch.remove()
-    return step_s, ids[:, PROMPT:].tolist()
+def compare(
+    with_cache: Engine, without: Engine, prompts: Answers, *, new: int
+) -> tuple[dict[str, list[float]], dict[str, Answers]]:
+    """Seconds of each step, and the answers, of both ways."""
+    step_s: dict[str, list[float]] = {"with cache": [], "without cache": []}
+    answers: dict[str, Answers] = {name: [[] for _ in prompts] for name in step_s}
+    length = len(prompts[0])
+    _ask(with_cache, prompts, new)
+    for number in range(new):
+        _ask(without, [ids + answer for ids, answer in zip(prompts, answers["without cache"], strict=True)], 1)
+        for name, engine, rows in (
+            ("with cache", with_cache, length if number == 0 else 1),
+            ("without cache", without, length + number),
+        ):
+            seconds, tokens = _step(engine, rows=len(prompts) * rows)
+            step_s[name].append(seconds)
+            for answer, token in zip(answers[name], tokens, strict=True):
+                answer.append(token)
+    assert not with_cache.has_work and not without.has_work
+    return step_s, answers
 
 
-def _warm_up(engine: Engine) -> None:
-    engine.add_request([1, 2, 3], Sampling(max_tokens=3))
-    while engine.has_work:
-        engine.step()
+def _ask(engine: Engine, prompts: Answers, new: int) -> None:
+    for ids in prompts:
+        engine.add_request(ids, Sampling(max_tokens=new))
+
+
+def _step(engine: Engine, *, rows: int) -> tuple[float, list[int]]:
+    """Its seconds, and the next token of each request, which must have taken so many rows."""
+    before = engine.stats().computed_tokens
+    started = time.perf_counter()
+    events = engine.step()
+    seconds = time.perf_counter() - started
+    computed = engine.stats().computed_tokens - before
+    assert computed == rows, f"a step computed {computed} rows, not {rows}"
+    tokens = [event.token for event in sorted(events, key=lambda event: event.request_id)]
+    return seconds, [token for token in tokens if token is not None]
 
 
 def plot(report: dict[str, Any], file: Path) -> None:
@@ -120,7 +135,7 @@ def plot(report: dict[str, Any], file: Path) -> None:
 
     figure, axes = plt.subplots(1, 2 * len(BATCHES), figsize=(4.2 * 2 * len(BATCHES), 3.6))
     styles = {"with cache": "-", "without cache": "--"}
-    colors = {"fp32": "#2a6f97", "int8": "#d1495b"}
+    colors = {"fp32": "#2a6f97", "bf16": "#5b8e3e", "int8": "#d1495b"}
     for place, batch in enumerate(BATCHES):
         latency, rate = axes[2 * place], axes[2 * place + 1]
         runs = [run for run in report["runs"] if run["batch"] == batch]

@@ -20,6 +20,13 @@ def describe(*packages: str) -> dict[str, Any]:
     }
 
 
+def has_bf16() -> bool:
+    """Whether the processor multiplies bf16; where it is emulated, it goes at a crawl."""
+    import torch
+
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -23,7 +23,7 @@ from benchmarks.generation.contender import CONTENDERS
 from benchmarks.generation.environments import python_of
 from benchmarks.generation.report import plot, summarize, table
 from benchmarks.generation.workloads import make_model, workload, write_requests
-from benchmarks.machine import describe
+from benchmarks.machine import describe, has_bf16
 
 TIMEOUT_S = 3600
 NEED_BF16 = {"pacos_bf16", "pacos_bf16_32_loras", "transformers_bf16"}
@@ -90,19 +90,13 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
     print(table(report))
 
 
-def has_bf16() -> bool:
-    import torch
-
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
 def run_contender(name: str, model: Path, requests: Path, folder: Path) -> dict[str, Any]:
     """What it printed, or why it failed: the others go on."""
     root = Path(__file__).parents[2]
     environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count()), "HF_HUB_OFFLINE": "1"}
     try:
         python = python_of(name.split("_")[0], folder)
-        environment["PYTHONPATH"] = str(root) if name.startswith(("pacos", "llamacpp")) else ""
+        environment["PYTHONPATH"] = str(root) if name.startswith(("pacos", "llamacpp", "vllm")) else ""
         script = Path(__file__).with_name("contender.py")
         command = [python, str(script), name, "--model", str(model), "--requests", str(requests)]
         done = subprocess.run(

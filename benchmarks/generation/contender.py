@@ -137,7 +137,11 @@ def vllm(model: str, precision: str) -> Generate:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm import LLM, SamplingParams
 
-    dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
+    dtype = {"fp32": "float32", "bf16": "bfloat16", "int8": "bfloat16"}[precision]
+    if precision == "int8":
+        from benchmarks.generation.int8_checkpoint import int8_of
+
+        model = str(int8_of(Path(model)))
     engine = LLM(model, dtype=dtype, max_model_len=512, max_num_seqs=128, skip_tokenizer_init=True)
 
     def generate(requests: Requests) -> Answers:
@@ -183,6 +187,7 @@ CONTENDERS: dict[str, Callable[[str], Generate]] = {
     "ctranslate2_int8": lambda model: ctranslate2(model, "int8"),
     "vllm_fp32": lambda model: vllm(model, "fp32"),
     "vllm_bf16": lambda model: vllm(model, "bf16"),
+    "vllm_int8": lambda model: vllm(model, "int8"),
     "llamacpp_f16": lambda model: llamacpp(model, "f16"),
     "llamacpp_q8": lambda model: llamacpp(model, "q8"),
     "llamacpp_q4": lambda model: llamacpp(model, "q4"),

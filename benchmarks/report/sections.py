@@ -23,7 +23,8 @@ class Section:
     """What measures it, where that is not named as the result is, or as its name begins before a dash."""
 
 
-PEERS_OF = {"pacos_bf16": ("vllm_bf16",), "pacos_int8": ("ctranslate2_int8", "vllm_bf16", "transformers_bf16"),
+PEERS_OF = {"pacos_bf16": ("vllm_bf16",),
+            "pacos_int8": ("vllm_int8", "ctranslate2_int8", "vllm_bf16", "transformers_bf16"),
             "pacos_fp32": ("ctranslate2_fp32", "transformers_fp32")}  # fmt: skip
 """Which ratios the report gives beside those that have a bar."""
 

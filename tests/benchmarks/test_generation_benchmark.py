@@ -1,10 +1,15 @@
 """The generation benchmark's parts on a tiny model."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+from app.engine.engine import Engine
+from app.models.checkpoints import load_decoder
+from benchmarks import kv_cache
 from benchmarks.generation.contender import pacos, transformers
+from benchmarks.generation.int8_checkpoint import int8_of
 from benchmarks.generation.llamacpp import gguf_name
 from benchmarks.generation.report import plot, summarize, table
 from benchmarks.generation.workloads import read_requests, workload, write_requests
@@ -41,6 +46,42 @@ def test_every_tensor_of_gpt2_has_a_name_in_gguf() -> None:
     paths = ["output_norm", *(f"blk.{block}.{layer}" for block in range(2) for layer in layers)]
     both = {f"{path}.{kind}" for path in paths for kind in ("weight", "bias")}
     assert names == {"token_embd.weight", "position_embd.weight"} | both
+
+
+def test_vllm_is_given_each_linear_layer_in_int8_and_the_rest_as_it_is(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    (tmp_path / "model").mkdir()
+    GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=16)).save_pretrained(tmp_path / "model")
+    folder = int8_of(tmp_path / "model")
+    assert folder == int8_of(tmp_path / "model") and not list(tmp_path.glob("*.unfinished"))
+    assert json.loads((folder / "config.json").read_text())["quantization_config"]["format"] == "int-quantized"
+    before, after = (load_file(each / "model.safetensors") for each in (tmp_path / "model", folder))
+    layers = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    linear = {f"transformer.h.{block}.{layer}.weight" for block in range(2) for layer in layers}
+    assert set(after) == set(before) | {f"{name}_scale" for name in linear}
+    for name, weights in before.items():
+        if name in linear:
+            step = after[f"{name}_scale"]  # [out, 1]
+            assert after[name].dtype == torch.int8 and step.shape == (weights.shape[1], 1)
+            assert ((after[name] * step.T - weights).abs() <= step.T * 0.501).all()
+        else:
+            assert torch.equal(after[name], weights)
+
+
+def test_both_ways_of_the_caches_benchmark_answer_alike_and_compute_the_rows_they_say(tiny_model: Path) -> None:
+    model = load_decoder(tiny_model).requires_grad_(False)
+    prompts = [list(range(5, 25)), list(range(40, 60))]
+    step_s, answers = kv_cache.compare(*kv_cache.engines(model, "fp32", max_batch_size=2), prompts, new=6)
+    assert [len(seconds) for seconds in step_s.values()] == [6, 6]
+    assert (
+        answers["with cache"] == answers["without cache"] == pacos(str(tiny_model), "fp32")([(p, 6) for p in prompts])
+    )
+    with_cache, _ = kv_cache.engines(model, "fp32", max_batch_size=2)
+    with pytest.raises(AssertionError, match="a step computed 10 rows, not 42"):  # 16 of a prompt are found again
+        kv_cache.compare(with_cache, Engine(model, max_batch_size=2), prompts, new=6)
 
 
 def test_bars_compare_runs_of_the_same_turn_and_failures_count_for_nothing(tmp_path: Path) -> None:
