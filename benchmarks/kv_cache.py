@@ -140,14 +140,16 @@ def plot(report: dict[str, Any], file: Path) -> None:
         latency, rate = axes[2 * place], axes[2 * place + 1]
         runs = [run for run in report["runs"] if run["batch"] == batch]
         for run in runs:
-            name, line = f"{run['precision']}, {run['cache']}", styles[run["cache"]]
+            name, line = f"{run['precision']} {run['cache'].split()[0]}", styles[run["cache"]]
             latency.plot([1000 * s for s in run["step_s"]], line, color=colors[run["precision"]], label=name)
         latency.set(title=f"batch {batch}", xlabel="token of the answer", ylabel="ms a step", yscale="log")
-        latency.legend(fontsize=7)
-        names = [f"{run['precision']}\n{run['cache']}" for run in runs]
+        latency.set_ylim(top=10 * latency.get_ylim()[1])  # room for the legend
+        title = "with the cache, or without"
+        latency.legend(fontsize=6, title=title, title_fontsize=6, ncols=len(runs) // 2, loc="upper center")
+        names = [f"{run['precision']}\n{run['cache'].split()[0]}" for run in runs]
         bars = rate.bar(names, [run["tokens_per_s"] for run in runs], color=[colors[run["precision"]] for run in runs])
         rate.bar_label(bars, fmt="%.0f")
-        rate.set(title=f"batch {batch}", ylabel="tokens/s")
+        rate.set(title=f"batch {batch}", ylabel="tokens/s", xlabel=title)
         rate.tick_params(axis="x", labelsize=7)
         for axis in (latency, rate):
             axis.spines[["top", "right"]].set_visible(False)
