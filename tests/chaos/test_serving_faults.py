@@ -3,19 +3,22 @@
 import statistics
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
-from tests.chaos.cluster import CACHE_REDIS_PORT, Cluster, wait_for
+from tests.chaos.cluster import CACHE_REDIS_PORT, GCS_REDIS_PORT, Cluster, wait_for
 from tests.chaos.endpoint import Endpoint, completion
 from tests.chaos.hosts import fill
 from tests.chaos.traffic import Request, Traffic
+from tests.chaos.uploads import Uploads
 from tests.chaos.versions import Versions
 
 ROLLING_UPDATES = 50
-AWAY_S = 20.0
+AWAY_S, REDIS_AWAY_S = 20.0, 15.0
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +89,45 @@ def test_the_head_is_killed_and_comes_back(cluster: Cluster, endpoint: Endpoint,
     )  # fmt: skip
 
 
+def test_the_redis_of_the_gcs_is_killed(cluster: Cluster, endpoint: Endpoint, record) -> None:
+    # Two clients: a head starts on the same cores, and again as long as its agents take more than 15 s for that.
+    with Traffic(endpoint.urls, completion("pacos"), clients=2, pause_s=0.2) as traffic:
+        traffic.go_on(5)
+        assert cluster.redis.end_processes(f":{GCS_REDIS_PORT}") == 1
+        killed_at = time.monotonic()
+        with ThreadPoolExecutor() as supervisor:
+            started = supervisor.submit(_start_the_head_when_it_ends, cluster)
+            traffic.go_on(REDIS_AWAY_S - (time.monotonic() - killed_at))
+            cluster.start_redis(GCS_REDIS_PORT)
+            back_at = time.monotonic()
+            ended_after_s = started.result() - killed_at
+        cluster.wait_for_nodes([cluster.head, *cluster.workers])
+        printed = cluster.submit("-c", "print(6 * 7)")
+        jobs_s = time.monotonic() - back_at
+        endpoint.wait_until_whole()
+        whole_s = time.monotonic() - back_at
+        traffic.go_on(5)
+    figures = traffic.figures(killed_at)
+    during = sum(asked.began > killed_at and asked.ended < back_at for asked in traffic.asked)
+    assert figures["lost"] == 0 and during and "42" in printed
+    record(
+        f"the Redis behind the head's GCS is killed for {REDIS_AWAY_S:.0f} s",
+        f"the GCS ends {ended_after_s:.0f} s after it, and its head with it, which its supervisor starts again; "
+        f"{during} requests of two clients are answered meanwhile. A job has run {jobs_s:.0f} s after Redis is back, "
+        f"all replicas are known after {whole_s:.0f}",
+        **figures | {"seconds": max(figures["seconds"], jobs_s, whole_s)},
+        met=goal(figures) and max(jobs_s, whole_s) < 60,
+    )  # fmt: skip
+
+
+def _start_the_head_when_it_ends(cluster: Cluster) -> float:
+    """As its supervisor does, until it is healthy; the moment when it had ended."""
+    wait_for(lambda: not cluster.head.processes("gcs_server"), what="the end of the GCS")
+    ended_at = time.monotonic()
+    cluster.start_head()
+    return ended_at
+
+
 def test_the_redis_of_the_cache_is_killed(cluster: Cluster, endpoint: Endpoint, record) -> None:
     def request(number: int) -> Request:
         return completion("pacos")(number % 4)  # so that most are in the cache
@@ -144,6 +186,48 @@ def test_fifty_rolling_updates(endpoint: Endpoint, versions: Versions, record) -
         "every answer is the old version's or the new one's; seconds: the slowest update, until all replicas have it",
         **figures, met=goal(figures),
     )  # fmt: skip
+
+
+def test_the_writer_of_documents_is_killed(cluster: Cluster, endpoint: Endpoint, record) -> None:
+    host = cluster.host_at(endpoint.place("documents"))
+    url = next(url for url in endpoint.urls if host.address not in url)
+    with Uploads(endpoint.urls) as uploads:
+        uploads.go_on(5)
+        host.kill()
+        killed_at = time.monotonic()
+        before = len(uploads.kept)
+        seconds = wait_for(lambda: uploads.begun_since(killed_at), what="an upload that is kept", within_s=300)
+        uploads.go_on(10)
+    assert before and endpoint.place("documents") != host.address
+    listed = _listed(url)
+    found = {row["name"]: row["id"] for row in listed}
+    assert len(found) == len(listed), "a name came twice"
+    missing = [
+        upload.name
+        for upload in uploads.kept
+        if upload.name not in found
+        or httpx.get(f"{url}/v1/documents/{found[upload.name]}/content", timeout=60).text != upload.text
+    ]
+    met = sorted({str(met) for upload in uploads.kept for met in upload.met[:-1]})
+    record(
+        "the node of the documents' writer is killed while documents are uploaded",
+        f"{before} were accepted before and {len(uploads.kept) - before} after it, all are there, each once; what was "
+        f"on its way is uploaded again ({', '.join(met)}), and accepted by a writer on another node",
+        requests=len(uploads.kept), broken=sum(upload.num_broken for upload in uploads.kept), lost=len(missing),
+        seconds=seconds, met=not missing and seconds < 60,
+    )  # fmt: skip
+    assert not missing
+
+
+def _listed(url: str) -> list[dict[str, Any]]:
+    """All documents."""
+    rows: list[dict[str, Any]] = []
+    while True:
+        after = {"after": rows[-1]["id"]} if rows else {}
+        page = httpx.get(f"{url}/v1/documents", params={"limit": 100, **after}, timeout=60).json()
+        rows += page["data"]
+        if not page["has_more"]:
+            return rows
 
 
 @pytest.mark.usefixtures("needs_namespaces")
