@@ -163,6 +163,15 @@ def test_it_starts_head_two_workers_and_what_they_need() -> None:
             assert "healthcheck" in SERVICES[name] or "pacos" in SERVICES[name]["image"], f"{name} is never healthy"
 
 
+def test_nodes_wait_for_a_head_that_goes_on_from_redis() -> None:
+    """A GCS that loses its Redis ends, and its head starts again once Redis is back; by Ray's default nodes would end
+    after a minute, and what they serve with them."""
+    assert "RAY_REDIS_ADDRESS" in SERVICES["head"]["environment"]
+    for name in ("head", "worker"):
+        assert SERVICES[name]["environment"]["RAY_gcs_rpc_server_reconnect_timeout_s"] == "600", name
+        assert SERVICES[name]["restart"] == "unless-stopped"
+
+
 def open_ports(services: dict[str, Any]) -> list[str]:
     """Ports that other machines would reach."""
     published = [str(port) for service in services.values() for port in service.get("ports", ())]
