@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 WINDOW_TOKENS = 8_000_000
 _WIDTH_STEP = 8
+_READ_AT_ONCE = 2
+"""Windows, by tasks that reserve nothing: of those Ray Data would start all of a run's at once, the first no sooner."""
 
 
 class Window(NamedTuple):
@@ -152,6 +154,7 @@ class Feed:
             batch_format="pyarrow",
             fn_kwargs={"feed": self, "workers": workers},
             num_cpus=reading_cpus,
+            compute=ray.data.TaskPoolStrategy(size=None if reading_cpus else _READ_AT_ONCE),
         )
         dataset.context.execution_options.preserve_order = True
         # Blocks are cut at this size, at rows: each packet becomes one, which a worker gets as a whole.

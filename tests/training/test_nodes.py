@@ -1,4 +1,4 @@
-"""Clusters of two nodes: one is lost while a run is on it; one does not share the run's folder.
+"""Clusters of two nodes: one is lost while a run is on it; one comes; one does not share the run's folder.
 
 In processes of their own: the session's process has another cluster.
 """
@@ -6,10 +6,12 @@ In processes of their own: the session's process has another cluster.
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from app.config import TrainConfig, load_config
-from app.errors import UserError
+from app.errors import Interrupted, UserError
 from app.ray_cluster import connected
 from app.training.fine_tuning import fine_tune, plan_job
 
@@ -26,6 +28,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 
 REPOSITORY = Path(__file__).parent.parent.parent
 STEPS, SAVE_EVERY, LOST_AFTER = 80, 10, 25
+SAVE_SELDOM = 50
+"""So that some steps are computed again where nothing else goes wrong."""
 
 
 def in_a_process(function: str, *args: object) -> str:
@@ -57,6 +61,21 @@ def test_a_run_goes_on_without_a_node_that_was_lost(small_data: Path, tiny_model
     workers = [state["workers"] for state in states]
     assert len(workers) == STEPS // SAVE_EVERY and workers == sorted(workers, reverse=True)
     assert workers[:2] == [2, 2] and workers[-1] == 1
+
+
+def test_a_run_takes_in_a_node_that_comes(small_data: Path, tiny_model: Path, tmp_path: Path) -> None:
+    in_a_process("gain_a_node", small_data, tiny_model, tmp_path / "run", tmp_path / "seen.jsonl")
+    seen = [json.loads(line) for line in (tmp_path / "seen.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in seen]
+    assert sorted(set(steps)) == list(range(1, max(steps) + 1))
+    again = [step for step in set(steps) if steps.count(step) > 1]
+    print(f"{len(again)} of {max(steps)} steps were computed again")
+    assert len(again) <= SAVE_SELDOM, "what it costs is at most the steps since the last checkpoint"
+    for step in again:
+        first, second = [row["loss"] for row in seen if row["step"] == step]
+        assert second == pytest.approx(first, abs=1e-4), "two workers compute what one did"
+    workers = [row["workers"] for row in seen]
+    assert workers == sorted(workers) and set(workers) == {1, 2}
 
 
 def test_a_node_that_does_not_share_the_runs_folder_is_told_at_the_start(
@@ -98,6 +117,29 @@ def lose_a_node(data: str, model: str, output: str, seen: str) -> None:
     cluster.shutdown()
 
 
+def gain_a_node(data: str, model: str, output: str, seen: str) -> None:
+    """Train on as many workers as there is room for, of which a second comes after step `LOST_AFTER`; until there were
+    some steps of two."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    of_two = 0
+
+    def show(metrics: dict) -> None:
+        nonlocal of_two
+        if "loss" in metrics:
+            with open(seen, "a") as file:
+                file.write(json.dumps({name: metrics[name] for name in ("step", "loss", "workers")}) + "\n")
+            of_two += metrics["workers"] == 2
+        if metrics["step"] >= LOST_AFTER and not cluster.worker_nodes:
+            cluster.add_node(num_cpus=1)
+        if of_two == 2 * SAVE_SELDOM:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    endless = ("max_steps=20000", "epochs=20000", f"save_every={SAVE_SELDOM}", "optimizer.warmup_fraction=0")
+    with suppress(Interrupted), connected(cluster.address, min_cpus=1):
+        fine_tune(plan(data, model, output, "workers.count=[1,2]", *endless), on_metrics=show)
+    cluster.shutdown()
+
+
 def share_no_storage(data: str, model: str, output: str) -> None:
     """Train on three workers of two nodes, of which one has another disk where the run lies."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
@@ -122,4 +164,5 @@ def share_no_storage(data: str, model: str, output: str) -> None:
 
 
 if __name__ == "__main__":
-    {"lose_a_node": lose_a_node, "share_no_storage": share_no_storage}[sys.argv[1]](*sys.argv[2:])
+    functions = {"lose_a_node": lose_a_node, "gain_a_node": gain_a_node, "share_no_storage": share_no_storage}
+    functions[sys.argv[1]](*sys.argv[2:])
