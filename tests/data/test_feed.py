@@ -157,3 +157,17 @@ def test_a_feed_that_is_ahead_of_its_workers_leaves_the_processor_to_them(ray_cl
         assert time.monotonic() < deadline, "it is never ahead enough"
     assert share(3) < 0.4
     assert next(packets)["first_step"][0].as_py() > 0, "and it goes on"
+
+
+@pytest.mark.ray
+def test_reading_that_reserves_no_cpu_does_not_start_all_of_a_runs_windows_at_once(ray_cluster: None, shards) -> None:
+    whole = feed(shards, total_steps=500)
+    assert len(list(whole.windows())) > 50
+    (split,) = whole.dataset(start_step=0, workers=1, reading_cpus=0).streaming_split(1, equal=True)
+    packets = iter(split.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
+    for _ in range(10):
+        next(packets)
+        active = split._coord_actor.__ray_call__.remote(
+            lambda actor: max(operator.num_active_tasks() for operator in actor._current_executor._topology)
+        )
+        assert ray.get(active) <= 2
