@@ -1,9 +1,12 @@
-"""What KubeRay 1.6 takes in RayCluster, RayJob and RayService, as a JSON schema.
+"""What KubeRay 1.6 takes in RayCluster, RayJob and RayService: a JSON schema, and what its operator refuses beyond one.
 
-Its field names are those of KubeRay's reference of its custom resources (Apache-2.0). Kubernetes' own types within them
-(pods, their parts) are not repeated here: `pods_of` yields them, for Kubernetes' schema.
+Written by hand: field names, required fields and choices are those of the Go types that KubeRay's resource definitions
+are generated from, and never more than those; the definitions themselves (0.8 MB each, nearly all of it pods) are not
+here. Kubernetes' own types within them (pods, their parts) are not repeated: `pods_of` yields them, for Kubernetes'
+schema.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +30,7 @@ COUNT: Schema = {"type": "integer", "minimum": 0}
 NUMBER: Schema = {"type": "number", "minimum": 0}
 TEXTS: Schema = {"type": "object", "additionalProperties": TEXT}
 LIST: Schema = {"type": "array"}
+MANAGER: Schema = {"enum": ["ray.io/kuberay-operator", "kueue.x-k8s.io/multikueue"]}
 KUBERNETES: Schema = {"type": "object"}
 """A type of Kubernetes' own."""
 
@@ -61,7 +65,7 @@ CLUSTER = _closed(
     ("headGroupSpec",),
     rayVersion=TEXT,
     suspend=TRUTH,
-    managedBy=TEXT,
+    managedBy=MANAGER,
     upgradeStrategy=_closed(type={"enum": ["Recreate", "None"]}),
     authOptions=_closed(mode={"enum": ["disabled", "token"]}, secretName=TEXT, enableK8sTokenAuth=TRUTH),
     enableInTreeAutoscaling=TRUTH,
@@ -105,8 +109,7 @@ JOB = _closed(
     ttlSecondsAfterFinished=COUNT,
     activeDeadlineSeconds=COUNT,
     backoffLimit=COUNT,
-    deletionStrategy={"type": "object"},
-    managedBy=TEXT,
+    managedBy=MANAGER,
     suspend=TRUTH,
 )
 SERVICE = _closed(
@@ -115,7 +118,7 @@ SERVICE = _closed(
     rayClusterConfig=CLUSTER,
     serveService=KUBERNETES,
     excludeHeadPodFromServeSvc=TRUTH,
-    upgradeStrategy={"type": "object"},
+    upgradeStrategy=_closed(type={"enum": ["NewCluster", "None"]}),
     rayClusterDeletionDelaySeconds=COUNT,
     suspend=TRUTH,
 )
@@ -133,6 +136,56 @@ def check(resource: dict[str, Any]) -> None:
         spec=_SPECS.get(resource.get("kind", ""), {}),
     )
     jsonschema.Draft7Validator(schema).validate(resource)
+
+
+LONGEST_NAME = {"RayCluster": 53, "RayJob": 47, "RayService": 47}  # services are named after them, with an ending
+FIRST_RAY_WITH_TOKENS = (2, 52)
+
+
+def refusals(resource: dict[str, Any]) -> list[str]:
+    """What the operator has against a resource that the schema lets pass; it is created then, and nothing comes of it.
+
+    After `ray-operator/controllers/ray/utils/validation.go`, as far as the schema leaves anything to it.
+    """
+    kind, name, spec, cluster = resource["kind"], resource["metadata"]["name"], resource["spec"], cluster_of(resource)
+    groups = groups_of(resource)
+    head, (head_container, *_) = groups["head"], groups["head"]["template"]["spec"]["containers"]
+    environment = {variable["name"] for variable in head_container.get("env", ())}
+    found = []
+    if len(name) > LONGEST_NAME[kind] or not re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", name):
+        found.append("name")
+    for group in groups.values():
+        if group.get("resources") and group["rayStartParams"].keys() & {"num-cpus", "num-gpus", "memory", "resources"}:
+            found.append("resources twice")
+        if "labels" in group["rayStartParams"]:
+            found.append("labels as a parameter")
+        if group.get("suspend"):
+            found.append("a suspended group")
+    if environment & {"RAY_REDIS_ADDRESS", "REDIS_PASSWORD", "REDIS_USERNAME"}:
+        found.append("Redis in the environment")
+    if head["rayStartParams"].keys() & {"redis-password", "redis-username"}:
+        found.append("Redis as a parameter")
+    if resource["metadata"].get("annotations", {}).keys() & {"ray.io/ft-enabled", "ray.io/external-storage-namespace"}:
+        found.append("Redis in an annotation")
+    if "RAY_enable_autoscaler_v2" in environment:
+        found.append("the autoscaler in the environment")
+    if any(group["template"]["spec"].get("restartPolicy", "Never") != "Never" for group in groups.values()):
+        found.append("restartPolicy, which the second autoscaler does not have")
+    authentication = cluster.get("authOptions", {})
+    if authentication.get("mode") == "token":
+        version = re.match(r"(\d+)\.(\d+)\.", cluster.get("rayVersion", ""))
+        if not version or (int(version[1]), int(version[2])) < FIRST_RAY_WITH_TOKENS:
+            found.append("a Ray without tokens")
+    if kind != "RayCluster" and authentication.get("enableK8sTokenAuth"):
+        found.append("Kubernetes' tokens")
+    if kind == "RayService" and head.get("headService", {}).get("metadata", {}).get("name"):
+        found.append("a name for the head's service")
+    if kind == "RayJob":
+        if not spec.get("shutdownAfterJobFinishes") and (spec.get("suspend") or spec.get("ttlSecondsAfterFinished")):
+            found.append("a cluster that stays after its job, yet is suspended or has a time to live")
+        if spec.get("activeDeadlineSeconds") == 0:
+            found.append("a deadline of 0 s")
+    return found
 
 
 def cluster_of(resource: dict[str, Any]) -> dict[str, Any]:

@@ -109,6 +109,8 @@ def test_kuberay_knows_every_field(resource: dict[str, Any]) -> None:
         ("RayCluster", "apiVersion", "ray.io/v1alpha1"),
         ("RayJob", "spec.rayClusterConfig", {}),  # which is RayService's name for it
         ("RayJob", "spec.submissionMode", "HttpMode"),
+        ("RayJob", "spec.managedBy", "us"),
+        ("RayService", "spec.upgradeStrategy", {"type": "Recreate"}),  # a RayCluster's
         ("RayService", "spec.serveConfig", ""),
         ("RayService", "spec.rayClusterConfig.gcsFaultToleranceOptions.redisPasword", {}),
     ],
@@ -116,6 +118,55 @@ def test_kuberay_knows_every_field(resource: dict[str, Any]) -> None:
 def test_a_field_that_kuberay_lacks_is_noticed(kind: str, path: str, value: Any) -> None:
     with pytest.raises(jsonschema.ValidationError):
         kuberay_schema.check(with_value(resources(kind)[0], path, value))
+
+
+@every_ray_resource
+def test_kuberays_operator_would_refuse_none(resource: dict[str, Any]) -> None:
+    assert kuberay_schema.refusals(resource) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "value", "refusal"),
+    [
+        ("RayJob", "metadata.name", "x" * 48, "name"),
+        ("RayCluster", "metadata.name", "pacos.cluster", "name"),
+        ("RayCluster", "spec.headGroupSpec.resources", {"CPU": "0"}, "resources twice"),
+        ("RayCluster", "spec.workerGroupSpecs.0.rayStartParams.labels", "a=b", "labels as a parameter"),
+        ("RayCluster", "spec.workerGroupSpecs.0.suspend", True, "a suspended group"),
+        (
+            "RayCluster",
+            "spec.headGroupSpec.template.spec.containers.0.env",
+            [{"name": "RAY_REDIS_ADDRESS", "value": "redis:6379"}],
+            "Redis in the environment",
+        ),
+        ("RayCluster", "spec.headGroupSpec.rayStartParams.redis-password", "x", "Redis as a parameter"),
+        ("RayCluster", "metadata.annotations", {"ray.io/ft-enabled": "true"}, "Redis in an annotation"),
+        (
+            "RayJob",
+            "spec.rayClusterSpec.headGroupSpec.template.spec.containers.0.env",
+            [{"name": "RAY_enable_autoscaler_v2", "value": "1"}],
+            "the autoscaler in the environment",
+        ),
+        ("RayService", "spec.rayClusterConfig.headGroupSpec.template.spec.restartPolicy", "Always", "restartPolicy"),
+        ("RayCluster", "spec.rayVersion", "2.51.0", "a Ray without tokens"),
+        ("RayService", "spec.rayClusterConfig.authOptions.enableK8sTokenAuth", True, "Kubernetes' tokens"),
+        (
+            "RayService",
+            "spec.rayClusterConfig.headGroupSpec.headService",
+            {"metadata": {"name": "x"}},
+            "a name for the head's service",
+        ),
+        ("RayJob", "spec.shutdownAfterJobFinishes", False, "a cluster that stays"),
+        ("RayJob", "spec.activeDeadlineSeconds", 0, "a deadline"),
+    ],
+)
+def test_what_the_operator_refuses_is_noticed_though_the_schema_takes_it(
+    kind: str, path: str, value: Any, refusal: str
+) -> None:
+    changed = with_value(resources(kind)[0], path, value)
+    kuberay_schema.check(changed)
+    (found,) = kuberay_schema.refusals(changed)
+    assert found.startswith(refusal)
 
 
 @every_ray_resource
