@@ -375,7 +375,7 @@ def run_evaluate(plan: Any) -> None:
     from app.training.evaluate import evaluate as run
     from app.training.evaluate import plot_file, write_evaluations
 
-    with console.progress("evaluate", unit="records") as advance:
+    with console.progress("evaluate", unit="rows and answers") as advance:
         results = run(plan, progress=advance)
     show_evaluations(plan.config, results)
     write_evaluations(plan.config, results)
@@ -427,9 +427,9 @@ def show_answer(answer: Any) -> None:
         console.say(f"  [{number}] {source['document']} ({source['score']:.2f}): {source['text'][:120]}…", style="dim")
 
 
-def show_addresses(url: str) -> None:
+def show_addresses(url: str, *, title: str = "Up") -> None:
     console.table(
-        "Up",
+        title,
         {
             "playground": url,
             "endpoint": f"{url}/v1/chat/completions",

@@ -125,15 +125,20 @@ def _clock(seconds: float) -> str:
 
 
 def table(title: str, rows: Mapping[str, object]) -> None:
-    """Two columns: what, and how much. None values are left out."""
-    grid = Table(show_header=False, box=None, padding=(0, 2, 0, 2))
-    grid.add_column(style="dim")
-    grid.add_column()
-    for name, value in rows.items():
-        if value not in (None, ""):
-            grid.add_row(name, Text(_text(value)))
+    """Two columns: what, and how much. None values are left out. No value is cut: it may be a path to be copied."""
+    shown = {name: _text(value) for name, value in rows.items() if value not in (None, "")}
     if title:
         console.print(Text(title, style="italic"), soft_wrap=True)  # a Rich title would wrap at the table's width
+    if not console.is_terminal:  # whose width nobody knows: a row a line
+        width = max(map(len, shown), default=0)
+        for name, value in shown.items():
+            console.print(Text(f"  {name:<{width}}    {value}"), soft_wrap=True)
+        return
+    grid = Table(show_header=False, box=None, padding=(0, 2, 0, 2))
+    grid.add_column(style="dim")
+    grid.add_column(overflow="fold")
+    for name, value in shown.items():
+        grid.add_row(name, Text(value))
     console.print(grid)
 
 
@@ -197,8 +202,8 @@ def heading(text: str) -> None:
 
 
 def say(text: str, *, style: str | None = None) -> None:
-    """Text as it is, without markup: it may come from a model or a document."""
-    console.print(Text(text, style=style or ""))
+    """Text as it is, without markup: it may come from a model or a document. No terminal, no wrapping."""
+    console.print(Text(text, style=style or ""), soft_wrap=not console.is_terminal)
 
 
 def say_parts(parts: Sequence[tuple[str, str | None]]) -> None:

@@ -63,8 +63,9 @@ def quickstart(config: QuickstartConfig, *, address: str | None) -> None:
                 _ask(config, url)
             console.heading("What each stage took")
             console.table("", durations)
-            commands.show_addresses(url)
-            if sys.stdin.isatty() and sys.stdout.isatty():
+            stays = sys.stdin.isatty() and sys.stdout.isatty()
+            commands.show_addresses(url, title="Up" if stays else "It was up, and ends now: nobody is at a terminal")
+            if stays:
                 console.say(f'\nTry:  pacos ask "question=What do alpacas eat?" rag=true url={url}')
                 console.say("Ctrl-C stops everything.", style="dim")
                 commands.wait_for_interrupt()

@@ -62,5 +62,6 @@ def test_quickstart_goes_through_every_stage_and_leaves_nothing_running(tmp_path
         assert re.search(rf"{stage}.* \d+\.\d s", printed), stage
     for address in ("/v1/chat/completions", "/docs", "dashboard", "playground"):
         assert address in printed
+    assert re.search(r"(?m)^It was up, and ends now", printed) and not re.search(r"(?m)^Up$", printed)
     assert "[1] " in printed, "the retrieved answer names its sources"
     assert (tmp_path / "run/train/delta/delta.json").exists()

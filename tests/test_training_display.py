@@ -41,3 +41,24 @@ def test_without_a_terminal_a_line_at_every_tenth_says_the_same(monkeypatch: pyt
     assert len(bars) == 6, bars
     assert bars[-1].startswith("pretrain: 10,000/12,000 steps  loss 12.345  lr 1.5e-03  3.6k tok/s")
     assert any("held-out loss 3.000" in line for line in lines)
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_path_longer_than_80_columns_is_shown_whole(monkeypatch: pytest.MonkeyPatch, is_terminal: bool) -> None:
+    stream = io.StringIO()
+    replaced = Console(file=stream, width=80, force_terminal=is_terminal, color_system=None, highlight=False)
+    monkeypatch.setattr(console, "console", replaced)
+    path = "/srv/" + "a-long-name/" * 8 + "report.html"
+    console.table("Trained", {"training loss": "3.278 → 1.300", "report": path, "delta": None})
+    title, loss, *rest = stream.getvalue().splitlines()
+    assert (title, loss.rstrip()) == ("Trained", "  training loss    3.278 → 1.300")
+    assert rest[0].startswith("  report           /srv/")
+    assert "".join(line[19:].rstrip() for line in rest) == path
+    assert len(rest) == 1 or is_terminal, "a file has lines of any length"
+
+
+def test_without_a_terminal_what_is_said_stays_on_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(console, "console", Console(file=stream, width=80, force_terminal=False))
+    console.say("Report: /srv/" + "a long name/" * 8 + "report.html")
+    assert len(stream.getvalue().splitlines()) == 1
