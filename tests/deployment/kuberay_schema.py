@@ -159,6 +159,8 @@ def refusals(resource: dict[str, Any]) -> list[str]:
             found.append("resources twice")
         if "labels" in group["rayStartParams"]:
             found.append("labels as a parameter")
+        if group.get("minReplicas", 0) > group.get("maxReplicas", 0):
+            found.append("more nodes at least than at most")
         if group.get("suspend"):
             found.append("a suspended group")
     if environment & {"RAY_REDIS_ADDRESS", "REDIS_PASSWORD", "REDIS_USERNAME"}:
@@ -176,8 +178,10 @@ def refusals(resource: dict[str, Any]) -> list[str]:
         version = re.match(r"(\d+)\.(\d+)\.", cluster.get("rayVersion", ""))
         if not version or (int(version[1]), int(version[2])) < FIRST_RAY_WITH_TOKENS:
             found.append("a Ray without tokens")
-    if kind != "RayCluster" and authentication.get("enableK8sTokenAuth"):
+    if authentication.get("enableK8sTokenAuth") and (kind != "RayCluster" or "secretName" in authentication):
         found.append("Kubernetes' tokens")
+    if kind != "RayCluster" and "upgradeStrategy" in cluster:
+        found.append("a cluster's upgradeStrategy")
     if kind == "RayService" and head.get("headService", {}).get("metadata", {}).get("name"):
         found.append("a name for the head's service")
     if kind == "RayJob":

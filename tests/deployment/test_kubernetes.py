@@ -132,6 +132,7 @@ def test_kuberays_operator_would_refuse_none(resource: dict[str, Any]) -> None:
         ("RayCluster", "metadata.name", "pacos.cluster", "name"),
         ("RayCluster", "spec.headGroupSpec.resources", {"CPU": "0"}, "resources twice"),
         ("RayCluster", "spec.workerGroupSpecs.0.rayStartParams.labels", "a=b", "labels as a parameter"),
+        ("RayCluster", "spec.workerGroupSpecs.0.minReplicas", 9, "more nodes at least than at most"),
         ("RayCluster", "spec.workerGroupSpecs.0.suspend", True, "a suspended group"),
         (
             "RayCluster",
@@ -149,7 +150,9 @@ def test_kuberays_operator_would_refuse_none(resource: dict[str, Any]) -> None:
         ),
         ("RayService", "spec.rayClusterConfig.headGroupSpec.template.spec.restartPolicy", "Always", "restartPolicy"),
         ("RayCluster", "spec.rayVersion", "2.51.0", "a Ray without tokens"),
+        ("RayCluster", "spec.authOptions.enableK8sTokenAuth", True, "Kubernetes' tokens"),
         ("RayService", "spec.rayClusterConfig.authOptions.enableK8sTokenAuth", True, "Kubernetes' tokens"),
+        ("RayJob", "spec.rayClusterSpec.upgradeStrategy", {"type": "None"}, "a cluster's upgradeStrategy"),
         (
             "RayService",
             "spec.rayClusterConfig.headGroupSpec.headService",
