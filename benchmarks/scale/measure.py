@@ -292,7 +292,7 @@ def data(arguments: argparse.Namespace, setting: str) -> dict[str, Any]:
         values = {"source": str(source), "output": f"{folder}/data", "layout": {"type": "packed"}, "duplicates": "keep"}
         config = PrepareConfig.model_validate({**values, "model": "embedded"})
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
-        ray.get([ray.remote(time.sleep).remote(0.5) for _ in range(cpus)])  # a process for each
+        ray.get([ray.remote(lambda: time.sleep(0.5)).remote() for _ in range(cpus)])  # a process for each
         started = time.perf_counter()
         manifest = prepare(config)
         seconds = time.perf_counter() - started
