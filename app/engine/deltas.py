@@ -157,6 +157,9 @@ class MixedModel:
         if kernels is None or library is None or None in described or config.positions != "learned":
             return None
         base = self.base
+        ends = base.token_embedding, base.position_embedding, base.final_norm
+        if len({parameter.dtype for module in ends for parameter in module.parameters()}) > 1:
+            return None  # torch finds the dtype that all of them go into; the kernels count on one
         return CompiledBlocks(
             library,
             kernels,

@@ -116,8 +116,8 @@ class PackedInt8(nn.Module):
 
 
 class PackedNf4(nn.Module):
-    """Computes what `layer` does, for [..., in], in products of bf16: activations are rounded to it, and the 16 values,
-    but not the blocks' maxima."""
+    """Computes what `layer` does, for [..., in], in products of bf16: activations are rounded to it, and the 16 values;
+    the blocks' maxima to fp16, as shares of their row's largest."""
 
     _INPUTS = 32
     """That have one maximum: half a block, as a block of a width like 288 begins in the middle of a row."""

@@ -27,8 +27,10 @@ QUANTIZATION = {
 def int8_of(model: Path) -> Path:
     """The folder beside `model` with the same in int8; made if need be."""
     folder = model.parent / "vllm-int8-model"
-    if folder.exists():
+    made = folder / "model.safetensors"
+    if made.exists() and made.stat().st_mtime >= (model / "model.safetensors").stat().st_mtime:
         return folder
+    shutil.rmtree(folder, ignore_errors=True)
     unfinished = folder.with_suffix(".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     shutil.copytree(model, unfinished, ignore=shutil.ignore_patterns("*.safetensors"))

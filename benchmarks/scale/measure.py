@@ -308,7 +308,7 @@ def training(arguments: argparse.Namespace, setting: str) -> dict[str, Any]:
         source = Path(folder) / "source.json"
         source.write_text(json.dumps(rows))
         pacos = [sys.executable, "-m", "app.cli"]
-        prepared = ["prepare", f"source={source}", f"output={folder}/data", "layout.type=packed", "layout.length=256"]
+        prepared = ["prepare", f"source={source}", f"output={folder}/data", "layout.type=packed", "max_length=256"]
         run = [
             "train", f"data={folder}/data", f"output={folder}/run", "model=embedded", "method.type=lora",
             f"batch_size={batch}", f"max_steps={STEPS}", f"eval_every={STEPS}", f"save_every={STEPS}",

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from benchmarks.machine import has_bf16
 from benchmarks.training import pacos, peers
 from benchmarks.training.task import Task, make_inputs, read_task
 
@@ -21,12 +22,12 @@ def _inputs(arguments: argparse.Namespace) -> dict[str, Any]:
 def _peak(arguments: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.training.flops import machine_peak
 
-    return {"has_bf16_instructions": _has_bf16(), **machine_peak(arguments.threads)}
+    return {"has_bf16_instructions": has_bf16(), **machine_peak(arguments.threads)}
 
 
 def _peer(arguments: argparse.Namespace, *, name: str) -> dict[str, Any]:
     peer = peers.PEERS[name]
-    if peer.bf16_weights and not _has_bf16():
+    if peer.bf16_weights and not has_bf16():
         return {"skipped": "this processor has no instructions for bf16, and would emulate it; fp32 weights are tuned"}
     return peers.train(_task(arguments), peer)
 
@@ -42,14 +43,6 @@ def _ray(arguments: argparse.Namespace) -> dict[str, Any]:
 def _task(arguments: argparse.Namespace) -> Task:
     """That of the folder, with as many threads as this contender has."""
     return replace(read_task(arguments.folder), threads=arguments.threads)
-
-
-def _has_bf16() -> bool:
-    import torch
-
-    from app.models.precision import resolve_precision
-
-    return resolve_precision("auto", torch.device("cpu")) == "bf16"
 
 
 PARTS: dict[str, Part] = {

@@ -165,9 +165,11 @@ def test_reading_that_reserves_no_cpu_does_not_start_all_of_a_runs_windows_at_on
     assert len(list(whole.windows())) > 50
     (split,) = whole.dataset(start_step=0, workers=1, reading_cpus=0).streaming_split(1, equal=True)
     packets = iter(split.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
+    most = []
     for _ in range(10):
         next(packets)
         active = split._coord_actor.__ray_call__.remote(
             lambda actor: max(operator.num_active_tasks() for operator in actor._current_executor._topology)
         )
-        assert ray.get(active) <= 2
+        most.append(ray.get(active))
+    assert 1 <= max(most) <= 2

@@ -413,8 +413,8 @@ static void multiply(const product *p) {
 #endif
 }
 
-/* y [rows, out] of x [rows, in] and packed weights; x and y bf16, bias fp32 or null. `room` is
- * for `rows_of_room` rows, filled up to whole 64 bytes. */
+/* y [rows, out] of x [rows, in] and packed weights; x and y bf16, bias fp32 or null. `room` has
+ * `bytes_of_room`. */
 void multiply_bf16(const void *x, int64_t num_rows, int64_t in, const void *packed, const float *bias, void *y, int64_t out,
                    void *room) {
     const product p = {.x = x, .packed = packed, .num_rows = num_rows, .row_bytes = 2 * in, .depth = (2 * in + 63) / 64,
