@@ -89,7 +89,7 @@ def cpu() -> Profile:
         sources={
             "step_time": "generation.json, pacos_bf16: W1 and W2 solved for a constant and a part for each row",
             "limits": "serve_config.yaml",
-            "start_s": "assumed; scale-measured.json has what a replica took on a busy machine",
+            "start_s": "assumed; scale-measured.json has what replicas without a model took",
         },
     )
 
