@@ -427,5 +427,14 @@ class _Rows:
         longest = max(len(s.blocks) for s in sequences)
         tables = [s.blocks + [0] * (longest - len(s.blocks)) for s in sequences]
         # In two arrays: between two passes over all weights, each new operation is read from memory first.
-        columns = np.array([range(len(places)), places, offsets, seen, blocks, sequence_of_row])
-        return cls(*map(torch.from_numpy, columns), torch.from_numpy(np.array(tables, dtype=np.int32)), spans)
+        columns = torch.from_numpy(np.array([range(len(places)), places, offsets, seen, blocks, sequence_of_row]))
+        return cls(
+            numbers=columns[0],
+            places=columns[1],
+            offsets=columns[2],
+            seen=columns[3],
+            blocks=columns[4],
+            sequence_of_row=columns[5],
+            tables=torch.from_numpy(np.array(tables, dtype=np.int32)),
+            spans=spans,
+        )

@@ -136,8 +136,10 @@ class PackedNf4(nn.Module):
 
     @classmethod
     def suits(cls, layer: nn.Module) -> bool:
-        ours = products() if type(layer) is Nf4Linear and layer.codes.device.type == "cpu" else None
-        return ours is not None and ours.of_bf16 and layer.in_features % cls._INPUTS == 0
+        if not isinstance(layer, Nf4Linear) or layer.codes.device.type != "cpu" or layer.in_features % cls._INPUTS:
+            return False
+        ours = products()
+        return ours is not None and ours.of_bf16
 
     def described(self, before: Before) -> Product | None:
         """For `CompiledBlocks`."""

@@ -86,7 +86,7 @@ class Runner:
     def _through_norm(self, x: Tensor) -> Tensor:
         """[rows, width] of `x` [1, rows, width], by the same kernel as in one call with the blocks."""
         norm = self.model.decoder.final_norm
-        if self.kernels is None or self._passage is None or norm.is_active:  # type: ignore[truthy-function]
+        if self.kernels is None or self._passage is None or norm.is_active:
             return norm(x)[0]
         return self.kernels.prepare(x[0].contiguous(), self._passage, None, has_values=True, levels=None)[0]
 

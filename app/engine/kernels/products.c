@@ -258,7 +258,28 @@ INLINE void dots_of_block(const int count, const char *rows, int64_t stride, int
     }
 }
 
-/* Rows are taken in blocks, as large as each other or one row larger. */
+/* Rows are taken in blocks, as large as each other or one row larger: `count` rows from `first` on; from row to row it is
+ * `stride` bytes, from 64 bytes of a row to the next `step`. */
+typedef struct {
+    int64_t first, count, stride, step;
+    const char *rows;
+} row_block;
+
+INLINE row_block block_of(const product *p, int64_t block, int64_t blocks, int is_copied) {
+    const int64_t first = p->num_rows * block / blocks, count = p->num_rows * (block + 1) / blocks - first;
+    if (!is_copied) return (row_block){first, count, p->row_bytes, 64, p->x + first * p->row_bytes};
+    return (row_block){first, count, 64, 64 * count, p->room + first * p->depth * 64};
+}
+
+/* All blocks to `room`, by all threads of the region that it is called in. */
+INLINE void copy_blocks(const product *p, int64_t blocks) {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < blocks; i++) {
+        const row_block b = block_of(p, i, blocks, 1);
+        copy_block(p, b.first, b.count, b.count);
+    }
+}
+
 INLINE void multiply_by_dots(const product *p, const int is_bytes) {
     const int64_t blocks = (p->num_rows + DOT_ROWS - 1) / DOT_ROWS, panel_bytes = 2 * p->depth * TILE;
     /* Rows end to end are read faster, but have to be met by many panels to be worth the copy. In place, rows of whole pages
@@ -268,27 +289,21 @@ INLINE void multiply_by_dots(const product *p, const int is_bytes) {
     const int64_t distance = blocks == 1 && panel_bytes > AHEAD ? AHEAD : panel_bytes;
 #pragma omp parallel if (p->num_rows * p->row_bytes * p->out > 131072)
     {
-#pragma omp for schedule(static)
-        for (int64_t block = 0; block < (is_copied ? blocks : 0); block++) {
-            const int64_t first = p->num_rows * block / blocks, count = p->num_rows * (block + 1) / blocks - first;
-            copy_block(p, first, count, count);
-        }
+        if (is_copied) copy_blocks(p, blocks);
         int32_t sums[DOT_ROWS * PANEL] __attribute__((aligned(64)));
 #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < p->panels; i++) {
             const char *panel = p->packed + i * panel_bytes, *ahead = panel + distance;
             const char *end = panel + (i + 1 < p->panels ? 2 : 1) * panel_bytes;
             for (int64_t block = 0; block < blocks; block++) {
-                const int64_t first = p->num_rows * block / blocks, count = p->num_rows * (block + 1) / blocks - first;
-                const char *rows = is_copied ? p->room + first * p->depth * 64 : p->x + first * p->row_bytes;
-                const int64_t stride = is_copied ? 64 : p->row_bytes, step = is_copied ? 64 * count : 64;
+                const row_block b = block_of(p, block, blocks, is_copied);
 #define OF(COUNT) \
     case COUNT: \
-        dots_of_block(COUNT, rows, stride, step, panel, p->depth, is_bytes, sums, &ahead, end, lines, spread); \
+        dots_of_block(COUNT, b.rows, b.stride, b.step, panel, p->depth, is_bytes, sums, &ahead, end, lines, spread); \
         break;
-                switch (count) { OF(1) OF(2) OF(3) OF(4) OF(5) OF(6) OF(7) OF(8) OF(9) }
+                switch (b.count) { OF(1) OF(2) OF(3) OF(4) OF(5) OF(6) OF(7) OF(8) OF(9) }
 #undef OF
-                store_sums(p, sums, first, count, i);
+                store_sums(p, sums, b.first, b.count, i);
             }
         }
     }
@@ -368,11 +383,7 @@ INLINE void multiply_by_nf4(const product *p, char *panels) {
     const int is_copied = p->num_rows > 1 && (p->panels > MANY_PANELS || p->row_bytes % 4096 == 0);
 #pragma omp parallel if (p->num_rows * p->row_bytes * p->out > 131072)
     {
-#pragma omp for schedule(static)
-        for (int64_t block = 0; block < (is_copied ? blocks : 0); block++) {
-            const int64_t first = p->num_rows * block / blocks, count = p->num_rows * (block + 1) / blocks - first;
-            copy_block(p, first, count, count);
-        }
+        if (is_copied) copy_blocks(p, blocks);
         float sums[DOT_ROWS * PANEL] __attribute__((aligned(64)));
         const __m512i values = nf4_values();
         char *room = p->num_rows > NF4_FEW_ROWS ? panels + omp_get_thread_num() * 2 * p->depth * TILE : 0;
@@ -381,17 +392,15 @@ INLINE void multiply_by_nf4(const product *p, char *panels) {
             const char *panel = p->packed + i * p->depth * NF4_STEP;
             if (room) expand_nf4(panel, p->depth, values, room);
             for (int64_t block = 0; block < blocks; block++) {
-                const int64_t first = p->num_rows * block / blocks, count = p->num_rows * (block + 1) / blocks - first;
-                const char *rows = is_copied ? p->room + first * p->depth * 64 : p->x + first * p->row_bytes;
-                const int64_t stride = is_copied ? 64 : p->row_bytes, step = is_copied ? 64 * count : 64;
+                const row_block b = block_of(p, block, blocks, is_copied);
 #define OF(COUNT) \
     case COUNT: \
-        if (room) nf4_dots_of_block(COUNT, rows, stride, step, panel, room, p->depth, values, sums); \
-        else nf4_dots_of_block(COUNT, rows, stride, step, panel, 0, p->depth, values, sums); \
+        if (room) nf4_dots_of_block(COUNT, b.rows, b.stride, b.step, panel, room, p->depth, values, sums); \
+        else nf4_dots_of_block(COUNT, b.rows, b.stride, b.step, panel, 0, p->depth, values, sums); \
         break;
-                switch (count) { OF(1) OF(2) OF(3) OF(4) OF(5) OF(6) OF(7) OF(8) OF(9) }
+                switch (b.count) { OF(1) OF(2) OF(3) OF(4) OF(5) OF(6) OF(7) OF(8) OF(9) }
 #undef OF
-                store_sums(p, (const int32_t *)sums, first, count, i);
+                store_sums(p, (const int32_t *)sums, b.first, b.count, i);
             }
         }
     }

@@ -112,7 +112,7 @@ class PackedNf4Weights:
         scales = scales.view(-1, _PANEL, scales.shape[1]).transpose(1, 2).contiguous()  # [panels, depth, outputs]
         tiles = _pack(codes, neighbours=2).flatten(4)  # [panels, depth, 2, lines, outputs and neighbours]
         fours = tiles.view(*tiles.shape[:3], 4, 4, 32).to(torch.int32)  # of lines
-        words = sum(fours[..., line, :] << 4 * line for line in range(4))
+        words = (fours << torch.arange(0, 16, 4).view(4, 1)).sum(dim=-2)  # four codes each, none in another's bits
         packed = words.to(torch.int16).flatten(2).view(torch.uint8), scales.view(torch.uint8)
         self.packed = torch.cat(packed, dim=2).contiguous()  # [panels, depth, bytes]
         self.scale = _filled_up(scale)
