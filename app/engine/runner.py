@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from app.engine.deltas import MixedModel, Variant
 from app.engine.kernels import Before, Kernels
-from app.engine.kv_cache import KVCache, StepCache, to_device
+from app.engine.kv_cache import KVCache, to_device
 from app.engine.packing import has_onednns, round_up
 from app.engine.sequence import Sequence
 from app.engine.site import Site
+from app.engine.step_cache import StepCache
 
 if TYPE_CHECKING:  # Triton may be missing
     from app.engine.kernels.paged_attention import PagedAttention

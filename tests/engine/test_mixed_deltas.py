@@ -188,8 +188,8 @@ def test_a_delta_whose_rows_are_no_numbers_touches_nobody_else(model, deltas, ex
 
 
 def test_what_stands_where_nobody_has_written_is_not_seen(model, prompts, kernels, monkeypatch):
-    monkeypatch.setattr("app.engine.kv_cache._FEW_ROWS", 8)
-    monkeypatch.setattr("app.engine.kv_cache._FEW_ROWS_OF_CPU", 8)
+    monkeypatch.setattr("app.engine.step_cache._FEW_ROWS", 8)
+    monkeypatch.setattr("app.engine.step_cache._FEW_ROWS_OF_CPU", 8)
     block = KVCache.block_bytes(model.config, num_extra_layers=1, dtype=torch.float32)
     engine = Engine(model, max_batch_size=2, max_queue=8, max_kv_bytes=3 * block, kernels=kernels)
     engine._cache.keys.fill_(torch.nan)
