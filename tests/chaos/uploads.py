@@ -9,8 +9,7 @@ from typing import Self
 
 import httpx
 
-WAIT_S, CONNECT_WITHIN_S = 20.0, 3.0
-"""For an answer, as `traffic.py` has it."""
+from tests.chaos.traffic import CONNECT_WITHIN_S, WAIT_S
 
 
 @dataclass

@@ -100,12 +100,15 @@ def test_products_of_nf4_are_those_of_its_values_in_bf16(of_bf16: Products, rows
     absmax = torch.rand(outputs, inputs // 32) * 10.0 ** torch.randint(-20, 20, (outputs, 1))
     absmax[1] = 0
     y = of_bf16.multiply_nf4(x, PackedNf4Weights(codes, absmax, bias))
-    values = torch.tensor(VALUES).bfloat16().double()[codes.int()] * absmax.double().repeat_interleave(32, dim=1)
-    expected = x.bfloat16().double() @ values.T + (0 if bias is None else bias.double())
+    largest = absmax.amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    scales = (absmax / largest).half().double() * largest.double()
+    values = torch.tensor(VALUES).bfloat16().double()[codes.int()] * scales.repeat_interleave(32, dim=1)
+    halved = x.bfloat16().double()
+    expected = halved @ values.T + (0 if bias is None else bias.double())
     assert y.dtype == dtype
-    largest = values.abs().amax(dim=1) * x.abs().amax() * inputs**0.5 + 1
-    rtol = 2**-8 if dtype == torch.bfloat16 else 1e-5
-    assert ((y.double() - expected).abs() <= rtol * expected.abs() + 2**-10 * largest).all()
+    rtol = 2**-8 if dtype == torch.bfloat16 else 1e-6
+    assert ((y.double() - expected).abs() <= rtol * expected.abs() + 1e-6 * (halved.abs() @ values.abs().T)).all()
+    assert ((scales - absmax.double()).abs() <= 2**-11 * absmax.double() + 2**-24 * largest.double()).all()
 
 
 def test_a_rows_product_of_nf4_is_the_same_beside_any_others(of_bf16: Products) -> None:
