@@ -1,8 +1,10 @@
 """Fixtures that several packages' tests share. One Ray cluster serves the whole session of pytest."""
 
+import contextlib
 import functools
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -109,6 +111,16 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_decoder(folder, model)
     save_tokenizer(tokenizer, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def free_port() -> int:
+    """Below those that the system gives to whoever connects: nobody has it where a test comes to listen there."""
+    for port in random.Random().sample(range(20_000, 30_000), 100):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    pytest.fail("a hundred ports from 20,000 to 29,999 are taken")
 
 
 @pytest.fixture

@@ -148,16 +148,15 @@ def test_a_command_with_an_address_runs_on_that_cluster(
 
 
 def test_serve_deploy_answers_as_transformers_does(
-    cluster: dict[str, str], run_folder: Path, tiny_model: Path, tmp_path: Path
+    cluster: dict[str, str], run_folder: Path, tiny_model: Path, tmp_path: Path, free_port: int
 ) -> None:
-    port = free_port()
     config = yaml.safe_load((REPOSITORY / "serve_config.yaml").read_text())
-    config["http_options"]["port"] = port
+    config["http_options"]["port"] = free_port
     generator = config["applications"][0]["args"]["generator"]
     generator |= {"model": str(tiny_model), "deltas": {"tuned": str(run_folder / "run/delta")}}
     (tmp_path / "serve.yaml").write_text(yaml.safe_dump(config))
     command_line(cluster, "serve", "deploy", str(tmp_path / "serve.yaml"))
-    url = f"http://127.0.0.1:{port}"
+    url = f"http://127.0.0.1:{free_port}"
     wait_for(lambda: httpx.get(f"{url}/healthz", timeout=5).status_code == 200, what="the endpoint")
     assert "status: RUNNING" in command_line(cluster, "serve", "status")
     prompt = PacosTemplate().prompt("Which continent is Chile part of?")

@@ -13,8 +13,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from app.local_cluster import free_port
-
 pytestmark = [pytest.mark.own_ray, pytest.mark.slow]
 
 REPOSITORY = Path(__file__).parent.parent
@@ -30,12 +28,12 @@ def descendants(mark: str) -> list[psutil.Process]:
     return found
 
 
-def test_quickstart_goes_through_every_stage_and_leaves_nothing_running(tmp_path: Path) -> None:
+def test_quickstart_goes_through_every_stage_and_leaves_nothing_running(tmp_path: Path, free_port: int) -> None:
     mark = uuid.uuid4().hex
     training = tmp_path / "train.yaml"
     training.write_text((REPOSITORY / "configs/quickstart.yaml").read_text() + "max_steps: 4\n")
     command = [Path(sys.executable).parent / "pacos", "quickstart", f"train={training}"]
-    command += [f"output={tmp_path / 'run'}", f"port={free_port()}"]
+    command += [f"output={tmp_path / 'run'}", f"port={free_port}"]
     process = subprocess.Popen(
         command,
         cwd=REPOSITORY,

@@ -127,6 +127,12 @@ class Cluster:
         words = ["ray", "job", "submit", "--working-dir", ".", "--", "python", *command]
         return self.head.start(words, log=log, RAY_API_SERVER_ADDRESS=self.dashboard)
 
+    def stop_jobs(self) -> None:
+        """Ask those that run to end."""
+        for job in self.asked("/api/jobs/"):
+            if job["status"] == "RUNNING" and job["submission_id"] is not None:
+                self.on_head("ray", "job", "stop", job["submission_id"])
+
     def asked(self, path: str) -> Any:
         """What the dashboard answers."""
         request = urllib.request.Request(f"{self.dashboard}{path}", headers={"Authorization": f"Bearer {self._token}"})

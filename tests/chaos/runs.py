@@ -46,6 +46,11 @@ class Watched:
     def seconds_to_pass(self, step: int, *, since: float) -> float:
         return next(moment for moment, newest in self.seen if moment > since and newest > step) - since
 
+    def longest_pause_s(self, *, since: float) -> float:
+        """Between two steps that were first seen."""
+        moments = [moment for moment, _ in self.seen if moment > since]
+        return max(after - before for before, after in zip(moments, moments[1:], strict=False))
+
     def _pairs(self) -> zip:
         return zip(self.seen, self.seen[1:], strict=False)
 
@@ -58,7 +63,7 @@ class Watched:
             lines = self._file.read_text().splitlines()
         except OSError:
             return
-        rows = [json.loads(line) for line in lines if line.endswith("}")]
+        rows = [json.loads(line) for line in lines if _is_whole(line)]
         losses = {row["step"]: row["loss"] for row in rows if "loss" in row}
         for step, loss in losses.items():
             known = self.losses.setdefault(step, [])
@@ -73,5 +78,16 @@ def steps_of(run: Path) -> list[int]:
     return [row["step"] for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
 
 
+def workers_of(run: Path) -> list[int]:
+    """How many computed each step."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [row["workers"] for row in map(json.loads, filter(_is_whole, lines)) if "loss" in row]
+
+
 def checkpoints_of(run: Path) -> list[int]:
     return sorted(int(file.parent.name.removeprefix("step-")) for file in run.glob("checkpoints/step-*/state.json"))
+
+
+def _is_whole(line: str) -> bool:
+    """It may be read while it is written."""
+    return line.endswith("}")

@@ -8,10 +8,12 @@ import pytest
 
 from tests.chaos.cluster import Cluster, wait_for
 from tests.chaos.hosts import fill
-from tests.chaos.runs import Watched, checkpoints_of, steps_of
+from tests.chaos.runs import Watched, checkpoints_of, steps_of, workers_of
 
 STEPS, SAVE_EVERY, LOST_AFTER = 120, 10, 25
 SWEPT_STEPS = 300
+WITHOUT_END, SAVE_SELDOM = 20_000, 50
+"""Of a run that a node joins: it is stopped; and some of its steps are computed again, which shows their losses."""
 
 
 def train_command(data: Path, model: Path, output: Path, *more: str) -> list[str]:
@@ -42,6 +44,43 @@ def test_a_training_node_is_killed(cluster: Cluster, data: Path, model: Path, re
         "a worker node is killed while training on 3 nodes",
         "the run goes on with 2 workers from its newest checkpoint; every loss as it would have been",
         steps_again=again, seconds=seconds, met=kept and seconds < 60,
+    )  # fmt: skip
+
+
+def test_a_node_comes_while_training(cluster: Cluster, data: Path, model: Path, record) -> None:
+    run, late = cluster.shared / "grown", cluster.workers[2]
+    late.end_processes()
+    cluster.wait_for_nodes([cluster.head, *cluster.workers[:2]])
+    command = train_command(
+        data, model, run, "workers.count=[1,3]", f"max_steps={WITHOUT_END}", f"epochs={WITHOUT_END}",
+        f"save_every={SAVE_SELDOM}", "optimizer.warmup_fraction=0", "tracking.uri=none",
+    )  # fmt: skip
+    with Watched(run) as watched:
+        job = cluster.submitted(*command, log="grown.log")
+        watched.wait_for_step(LOST_AFTER)
+        cluster.start_workers([late])
+        cluster.wait_for_nodes([cluster.head, *cluster.workers])
+        came_at = time.monotonic()
+        wait_for(lambda: workers_of(run)[-1] == 3, what="a step on three workers", within_s=300)
+        seconds, grown = time.monotonic() - came_at, len(workers_of(run))
+        paused_s = watched.longest_pause_s(since=came_at)
+        assert len(set(cluster.places_of("RayTrainWorker"))) == 3, "each worker has a host of its own"
+        watched.wait_for_step(grown + SAVE_SELDOM)
+        cluster.stop_jobs()
+        job.wait(100)
+    workers = workers_of(run)
+    printed = (cluster.head.disk / "grown.log").read_text()
+    assert steps_of(run) == list(range(1, len(workers) + 1)) and workers == sorted(workers), printed
+    assert set(workers) == {2, 3} and "--resume goes on from there" in printed, printed
+    for step, losses in watched.losses.items():
+        assert losses == pytest.approx([losses[0]] * len(losses), abs=1e-4), f"step {step} came out otherwise"
+    again = watched.steps_again()
+    assert again <= SAVE_SELDOM + 1
+    record(
+        "a node comes while training on 2 nodes",
+        f"the run takes it in by itself, {seconds:.0f} s after its start (Ray Train looks every 60 s; the run goes on "
+        "meanwhile), and goes on with 3 workers from its newest checkpoint; every loss as it would have been",
+        steps_again=again, seconds=paused_s, met=paused_s < 60,
     )  # fmt: skip
 
 

@@ -1,9 +1,6 @@
 """A tiny GPT-2 folder with clear-cut logits, an index, a delta, and what `transformers` continues a prompt with."""
 
-import contextlib
-import random
 import shutil
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -182,13 +179,3 @@ def index_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = tmp_path_factory.mktemp("indexed") / "index"
     write_index(folder, documents=documents, chunks=chunks, vectors=vectors, manifest=manifest)
     return folder
-
-
-@pytest.fixture(scope="session")
-def free_port() -> int:
-    """Below those that the system gives to whoever connects: nobody has it where a test comes to listen there."""
-    for port in random.Random().sample(range(20_000, 30_000), 100):
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
-            return port
-    pytest.fail("a hundred ports from 20,000 to 29,999 are taken")
