@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from app.config.base import AttentionBackend
 from app.errors import UserError
-from app.models.kernels.causal_attention import Span, causal_attention, is_faster, spans_of
+from app.models.kernels.causal_attention import Documents, can_attend, causal_attention
 
 KeysValues = tuple[Tensor, Tensor]
 """One layer's keys and values, each [kv_heads, time, head_width]."""
@@ -51,13 +51,12 @@ class RowAttention:
         self._is_plain = prefix is None and (documents is None or self._is_apart)
         """Whether a token sees all that is not later, once documents are apart."""
         self._masks: dict[int, Any] = {}
-        self._spans: tuple[Span, ...] | None = None
-        """Empty where a document is too long for them."""
+        self._whole: Documents | None = None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """All [batch, heads, time, head_width]; keys and values may have fewer heads than queries."""
         with _kernel(self.backend):
-            if self.backend == "auto" and self._is_plain and is_faster(q, k):
+            if self.backend == "auto" and self._is_plain and q.device.type == "cpu":
                 mixed = self._attend_whole_documents(q, k, v)
                 if mixed is not None:
                     return mixed
@@ -68,11 +67,13 @@ class RowAttention:
     # imports the compiler at once: two seconds, in each process that has a model.
     @torch._disable_dynamo
     def _attend_whole_documents(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-        """With a backward pass by products of documents as a whole; None where one is too long for them."""
-        if self._spans is None:
+        """All in one call; None where there is no kernel for it."""
+        if not can_attend(q, k, v):
+            return None
+        if self._whole is None:
             batch, _, time, _ = q.shape
-            self._spans = spans_of(self._lengths or [time] * batch) or ()
-        return causal_attention(q, k, v, self._spans) if self._spans else None
+            self._whole = Documents(self._lengths or [time] * batch)
+        return causal_attention(q, k, v, self._whole)
 
     @torch._disable_dynamo
     def _attend_each_document(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -129,14 +130,19 @@ class Recorder:
 
 @dataclass(frozen=True)
 class Rows:
-    """What attention is to be computed on; `is_masked`: rows hold several documents, or begin with a prefix."""
+    """What attention is to be computed on; `is_packed`: rows hold several documents."""
 
     num_heads: int
     kv_heads: int
     head_width: int
     device: torch.device
     dtype: torch.dtype
-    is_masked: bool
+    is_packed: bool
+    has_prefix: bool = False
+
+    @property
+    def is_masked(self) -> bool:
+        return self.is_packed or self.has_prefix
 
     def __str__(self) -> str:
         masked = " with a mask" if self.is_masked else ""
@@ -144,7 +150,8 @@ class Rows:
 
 
 def choose_backend(backend: AttentionBackend, rows: Rows) -> str:
-    """The kernel that will compute attention: `backend` itself, or for `auto` what torch picks for such rows.
+    """The kernel that will compute attention: `backend` itself, or for `auto` `c`, ours, or what torch picks for such
+    rows.
 
     Raises:
         UserError: `backend` cannot train on them; naming those that can.
@@ -155,6 +162,8 @@ def choose_backend(backend: AttentionBackend, rows: Rows) -> str:
     if backend != "auto":
         return backend
     q, k, v = _probe(rows)
+    if not rows.has_prefix and can_attend(q, k, v):
+        return "c"
     mask = _mask(_one_document(q), q, k) if rows.is_masked else None
     is_grouped = rows.num_heads != rows.kv_heads
     choice = SDPBackend(torch._fused_sdp_choice(q, k, v, mask, 0.0, mask is None, enable_gqa=is_grouped))

@@ -169,8 +169,8 @@ def training_attention(model: Decoder, *, device: torch.device, precision: Preci
     """
     shape = model.config
     dtype = compute_dtype(precision, device)
-    is_masked = is_packed or model.prefix_length > 0
-    rows = Rows(shape.num_heads, shape.kv_heads, shape.head_width, device, dtype, is_masked)
+    has_prefix = model.prefix_length > 0
+    rows = Rows(shape.num_heads, shape.kv_heads, shape.head_width, device, dtype, is_packed, has_prefix)
     return choose_backend(model.attention, rows)
 
 

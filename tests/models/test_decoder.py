@@ -156,12 +156,15 @@ def test_gpt2_in_all_sizes_has_its_weights(name: str, count: int) -> None:
 
 
 def cpu_rows(**changes: object) -> Rows:
-    return replace(Rows(4, 2, 8, torch.device("cpu"), torch.float32, is_masked=True), **changes)
+    return replace(Rows(4, 2, 8, torch.device("cpu"), torch.float32, is_packed=True, has_prefix=True), **changes)
 
 
 @pytest.mark.parametrize(
     ("backend", "is_packed", "prefix_length"),
-    [*itertools.product(("flash", "math"), (False, True), (0, 3)), ("flex", True, 3)],  # compiling flex takes a while
+    [
+        *itertools.product(("auto", "flash", "math"), (False, True), (0, 3)),
+        ("flex", True, 3),
+    ],  # which is compiled for a while
 )
 def test_every_kernel_computes_the_formula(backend: str, is_packed: bool, prefix_length: int) -> None:
     draw = torch.Generator().manual_seed(4)
@@ -192,8 +195,10 @@ def test_every_kernel_computes_the_formula(backend: str, is_packed: bool, prefix
 
 
 def test_auto_says_which_kernel_it_takes() -> None:
+    assert choose_backend("auto", cpu_rows(has_prefix=False)) == "c"
     assert choose_backend("auto", cpu_rows()) == "flash"
-    assert choose_backend("math", cpu_rows(is_masked=False)) == "math"
+    assert choose_backend("auto", cpu_rows(dtype=torch.float16)) != "c"
+    assert choose_backend("math", cpu_rows(is_packed=False)) == "math"
 
 
 @pytest.mark.parametrize("backend", ["memory_efficient", "flex"])

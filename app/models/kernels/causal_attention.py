@@ -1,136 +1,129 @@
-"""Causal attention in bf16 on a CPU: torch's flash kernel forward, matrix products of whole documents backward.
+"""Causal attention of whole documents on a CPU, and its gradient; see `causal_attention.c`.
 
-Torch's own backward pass goes by small blocks, which leaves most of a processor's matrix units idle: on one with AMX it
-takes three times as long as the products below, which hold a document's score matrix.
+torch's own kernel goes by small blocks of a row, and is called for each document of packed rows: there, with AVX-512, it
+takes three times as long, in bf16 and in fp32.
 """
 
+import ctypes
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-LONGEST = 1024
-"""Of a document, in tokens: beyond, the score matrix [heads, time, time] costs more than it gains."""
-MERGED = 192
-"""Tokens up to which neighbours are multiplied as one, what lies between them masked: a product of its own for each
-short document costs more."""
-ROUND_TO = 32
-"""Rows of the products: oneDNN compiles them for each shape, and keeps what it compiled."""
+from app.models.kernels.native import DTYPES, is_bf16, load_library
+
+_i64, _pointer = ctypes.c_int64, ctypes.c_void_p
 
 
-@dataclass(frozen=True)
-class Span:
-    """Whole documents that lie end to end."""
+class Documents:
+    """Lengths of documents that lie end to end through all rows, each within one, as the kernel takes them."""
 
-    lengths: tuple[int, ...]
-    start: int
-    mask: Tensor
-    """bf16 [rows, rows], `rows` being all their tokens, rounded up: 0 where the first may see the second, else -inf."""
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(self.lengths)
-
-
-def spans_of(lengths: Sequence[int]) -> tuple[Span, ...] | None:
-    """Of documents of `lengths` end to end; None where one is too long for it."""
-    if max(lengths) > LONGEST:
-        return None
-    groups: list[list[int]] = []
-    for length in lengths:
-        if groups and sum(groups[-1]) + length <= MERGED:
-            groups[-1].append(length)
-        else:
-            groups.append([length])
-    spans, start = [], 0
-    for group in groups:
-        spans.append(Span(tuple(group), start, _mask(group)))
-        start += sum(group)
-    return tuple(spans)
+    def __init__(self, lengths: Sequence[int]) -> None:
+        order = sorted(
+            range(len(lengths)), key=lambda number: -lengths[number]
+        )  # or a long one would be left to the last
+        starts = list(accumulate(lengths, initial=0))
+        numbers = _i64 * len(lengths)
+        self.starts, self.lengths = (numbers(*(of_each[number] for number in order)) for of_each in (starts, lengths))
+        self.longest = max(lengths)
 
 
-def _mask(lengths: Sequence[int]) -> Tensor:
-    # The rows that fill up are a document of their own: each sees itself, so that no row sees nothing.
-    parts = [*lengths, -sum(lengths) % ROUND_TO]
-    documents = torch.tensor([number for number, length in enumerate(parts) for _ in range(length)])
-    is_seen = (documents.unsqueeze(1) == documents).tril_()
-    return torch.zeros(is_seen.shape, dtype=torch.bfloat16).masked_fill_(~is_seen, float("-inf"))
-
-
-def is_faster(q: Tensor, k: Tensor) -> bool:
-    """Whether `causal_attention` of such queries and keys beats torch's own, if their documents are short enough."""
+def can_attend(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `causal_attention` of such queries, keys and values can be had."""
     return (
         q.device.type == "cpu"
-        and q.dtype == torch.bfloat16
-        and q.shape == k.shape
-        and q.requires_grad
-        and torch.is_grad_enabled()
+        and all(type(part) in (Tensor, FakeTensor) and part.dtype == q.dtype for part in (q, k, v))
+        and q.dtype in DTYPES
+        and k.shape == v.shape
+        and q.shape[2] == k.shape[2]
+        and _library() is not None
     )
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, spans: tuple[Span, ...]) -> Tensor:
-    """For each query the mix of the values of its own document that are not later.
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    """For each query [batch, heads, time, head_width] the mix of the values of its own document that are not later.
 
-    All are [batch, heads, time, head_width]; `spans` are of all batch · time tokens, row after row. It is
-    differentiable once. The gradient is that of scores and weights rounded to bf16.
+    `k` and `v` [batch, kv_heads, time, head_width], each for a group of query heads. In fp32, whatever is given, but
+    for the results. Differentiable once. Fake tensors are given their shapes.
     """
-    return cast(Tensor, _CausalAttention.apply(q, k, v, spans))
+    return cast(Tensor, _CausalAttention.apply(q, k, v, documents))
 
 
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spans: tuple[Span, ...]) -> Tensor:
-        ctx.save_for_backward(q, k, v)
-        ctx.spans = spans
-        parts = [_end_to_end(tensor) for tensor in (q, k, v)]
-        mixed = torch.empty_like(parts[0], memory_format=torch.contiguous_format)
-        for span in spans:
-            start = span.start
-            for length in span.lengths:
-                q1, k1, v1 = (part[start : start + length].transpose(0, 1).unsqueeze(0) for part in parts)
-                result = F.scaled_dot_product_attention(q1, k1, v1, is_causal=True)
-                mixed[start : start + length] = result.squeeze(0).transpose(0, 1)
-                start += length
-        return _in_rows(mixed, q)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+        q, k, v = (_with_numbers_side_by_side(part) for part in (q, k, v))
+        mixed, log_sums = _new(q), q.new_empty(q.shape[1], q.shape[0] * q.shape[2], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, log_sums)
+        ctx.documents = documents
+        _call("attend_forward", q, k, v, log_sums, documents, mixed)
+        return mixed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        parts = [_end_to_end(tensor) for tensor in (*ctx.saved_tensors, grad_output)]
-        gradients = [torch.empty_like(parts[0], memory_format=torch.contiguous_format) for _ in range(3)]
-        for span in ctx.spans:
-            place = slice(span.start, span.start + span.num_tokens)
-            filled = (_filled_up(part[place], len(span.mask)) for part in parts)
-            of_span = _gradients(*filled, mask=span.mask)
-            for gradient, result in zip(gradients, of_span, strict=True):
-                gradient[place] = result[:, : span.num_tokens].transpose(0, 1)
-        return (*(_in_rows(gradient, ctx.saved_tensors[0]) for gradient in gradients), None)
+        q, k, v, log_sums = ctx.saved_tensors
+        gradients = [_new(part) for part in (q, k, v)]
+        grad_output = _with_numbers_side_by_side(grad_output)
+        _call("attend_backward", q, k, v, log_sums, ctx.documents, grad_output, *gradients)
+        return (*gradients, None)
 
 
-def _gradients(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, *, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of `q`, `k` and `v`, where `grad` is that of what they make; all [heads, rows, head_width]."""
-    scale = q.shape[2] ** -0.5
-    weights = torch.baddbmm(mask, q, k.mT, alpha=scale).softmax(-1)  # [heads, rows, rows], as the next
-    grad_scores = torch._softmax_backward_data(grad @ v.mT, weights, -1, weights.dtype)
-    return (grad_scores @ k).mul_(scale), (grad_scores.mT @ q).mul_(scale), weights.mT @ grad
+class _Place(ctypes.Structure):
+    _fields_ = (("at", _pointer), ("batch", _i64), ("head", _i64), ("token", _i64))
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "_Place":
+        return cls(tensor.data_ptr(), *tensor.stride()[:3])
 
 
-def _end_to_end(tensor: Tensor) -> Tensor:
-    """[batch · time, heads, head_width] of [batch, heads, time, head_width]."""
-    return tensor.transpose(1, 2).flatten(0, 1)
+class _Attention(ctypes.Structure):
+    _fields_ = (
+        *((name, _Place) for name in ("q", "k", "v")),
+        *((name, _i64) for name in ("batch", "time", "heads", "kv_heads", "width", "is_bf16", "num_documents")),
+        *((name, _pointer) for name in ("starts", "lengths", "log_sums", "room")),
+        ("scale", ctypes.c_double),
+    )
 
 
-def _in_rows(tensor: Tensor, like: Tensor) -> Tensor:
-    """The reverse, as `like` is divided into rows."""
-    return tensor.unflatten(0, (like.shape[0], like.shape[2])).transpose(1, 2)
+def _call(name: str, q: Tensor, k: Tensor, v: Tensor, log_sums: Tensor, documents: Documents, *others: Tensor) -> None:
+    if isinstance(q, FakeTensor):
+        return
+    library = _library()
+    assert library is not None
+    batch, heads, time, width = q.shape
+    size = library.bytes_of_attention(documents.longest, width)  # by the thread that calls: it counts its threads
+    room = torch.empty(size, dtype=torch.uint8)
+    of_documents = ctypes.addressof(documents.starts), ctypes.addressof(documents.lengths)
+    attention = _Attention(
+        *map(_Place.of, (q, k, v)), batch, time, heads, k.shape[1], width, is_bf16(q), len(documents.lengths),
+        *of_documents, log_sums.data_ptr(), room.data_ptr(), width**-0.5,
+    )  # fmt: skip
+    getattr(library, name)(ctypes.byref(attention), *map(_Place.of, others))
 
 
-def _filled_up(tokens: Tensor, num_rows: int) -> Tensor:
-    """[heads, num_rows, head_width] of `tokens` [time, heads, head_width]; zeros fill up."""
-    filled = tokens.new_zeros(tokens.shape[1], num_rows, tokens.shape[2])
-    filled[:, : len(tokens)] = tokens.transpose(0, 1)
-    return filled
+def _new(like: Tensor) -> Tensor:
+    """Of the shape [batch, heads, time, width] of `like`; a token's heads lie side by side."""
+    batch, heads, time, width = like.shape
+    return like.new_empty(batch, time, heads, width).transpose(1, 2)
+
+
+def _with_numbers_side_by_side(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    library = load_library(Path(__file__).with_name("causal_attention.c"))
+    if library is not None:
+        library.bytes_of_attention.argtypes, library.bytes_of_attention.restype = [_i64, _i64], _i64
+        for name, others in (("attend_forward", 1), ("attend_backward", 4)):
+            function = getattr(library, name)
+            function.argtypes, function.restype = [ctypes.POINTER(_Attention), *[_Place] * others], None
+    return library
