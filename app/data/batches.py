@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -100
@@ -40,12 +41,39 @@ class Batch:
             return [self]
         pieces = [rows for rows in torch.arange(len(self.input_ids)).tensor_split(parts) if len(rows)]
         rest = [empty_batch().to(self.input_ids.device)] * (parts - len(pieces))
-        return [self._rows(rows) for rows in pieces] + rest
+        return [self.rows(rows) for rows in pieces] + rest
 
-    def _rows(self, rows: Tensor) -> "Batch":
+    def rows(self, rows: Tensor | slice) -> "Batch":
         """Those rows; `num_tokens` is not theirs, and stays with the whole."""
         positions, documents = (None if t is None else t[rows] for t in (self.positions, self.documents))
         return Batch(self.input_ids[rows], self.loss_mask[rows], 0, positions, documents)
+
+    def ends(self) -> Tensor:
+        """int64 [batch]: where each row's last label ends. What stands behind it, as padding, influences no loss."""
+        in_loss = self.loss_mask[:, 1:]
+        return torch.where(in_loss.any(1), self.loss_mask.shape[1] - in_loss.flip(1).int().argmax(1), 0)
+
+    def end_to_end(self, *, multiple: int | None = None) -> "Batch":
+        """The rows in one, each up to its last label; a document of zeros fills it up to one of few lengths, or to a
+        `multiple`: oneDNN makes a program for each, in milliseconds, and keeps it. Itself where nothing is in the
+        loss."""
+        kept = torch.arange(self.input_ids.shape[1]) < self.ends().unsqueeze(1)  # [batch, time]
+        if not kept.any():
+            return self
+        positions = torch.arange(kept.shape[1]).expand(kept.shape) if self.positions is None else self.positions
+        documents = torch.zeros_like(self.input_ids) if self.documents is None else self.documents
+        documents = documents + torch.arange(len(documents)).unsqueeze(1) * (int(documents.max()) + 1)
+        in_loss = self.loss_mask.clone()
+        in_loss[:, 0] = False  # its row before it does not predict it
+        ids, of_ids = self.input_ids[kept], documents[kept]
+        filling = (filled_length(len(ids)) if multiple is None else -(-len(ids) // multiple) * multiple) - len(ids)
+        return Batch(
+            F.pad(ids, (0, filling)).unsqueeze(0),
+            F.pad(in_loss[kept], (0, filling)).unsqueeze(0),
+            self.num_tokens,
+            F.pad(positions[kept], (0, filling)).unsqueeze(0),
+            F.pad(of_ids, (0, filling), value=int(of_ids[-1]) + 1).unsqueeze(0),
+        )
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(
@@ -55,6 +83,12 @@ class Batch:
             None if self.positions is None else self.positions.to(device),
             None if self.documents is None else self.documents.to(device),
         )
+
+
+def filled_length(num_tokens: int) -> int:
+    """Of `num_tokens` end to end: 16 lengths from one power of two to the next."""
+    multiple = max(32, (1 << num_tokens.bit_length()) // 32)
+    return -(-num_tokens // multiple) * multiple
 
 
 def collate(

@@ -18,12 +18,13 @@ from safetensors.torch import save_file
 
 from app.assets import model_folder
 from app.config.schema import TrainConfig
-from app.data.batches import Batch, batches_by_length, collate
+from app.data.batches import Batch, batches_by_length, collate, filled_length
 from app.data.shards import COLUMNS
 from app.models.attention import document_lengths
 from app.models.checkpoints import empty_decoder
 from app.models.decoder import Decoder
 from app.training.fine_tuning import Job, loop_plan, micro_batches, set_up
+from app.training.loss import is_computed_end_to_end
 from app.training.memory import Memory, Shape, plain_memory, worker_memory
 from app.training.precision import store_frozen
 from app.training.run_log import check_is_new
@@ -40,7 +41,7 @@ class Share:
     step: int
     worker: int
     positions: int
-    """Tokens, padding among them."""
+    """Tokens that are computed, padding among them where it is."""
 
 
 @dataclass(frozen=True)
@@ -154,13 +155,16 @@ def dry_run(job: Job, *, resume: bool = False, progress: Callable[[str], None] =
 
 def shares_of(job: Job, rows: pa.Table) -> list[Share]:
     """Every worker's share of every step of a window of `rows`."""
-    workers, size = num_workers(job.config), job.config.batch_size
+    config = job.config
+    workers, size = num_workers(config), config.batch_size
     lengths = pc.list_value_length(rows["input_ids"]).to_numpy()
+    is_end_to_end = _is_end_to_end(config)
     found = []
     for step in range(len(lengths) // size):
         for worker in range(workers):
             mine = lengths[_row_numbers(step, worker, size=size, workers=workers)]
-            found.append(Share(step, worker, len(mine) * job.feed.width(int(mine.max()))))
+            padded = len(mine) * job.feed.width(int(mine.max()))
+            found.append(Share(step, worker, filled_length(int(mine.sum())) if is_end_to_end else padded))
     return found
 
 
@@ -192,17 +196,21 @@ def heaviest_validation_batch(job: Job) -> tuple[Batch, ...]:
 def _plain_memory(job: Job, batch: Batch, *, process: int) -> Memory:
     config = job.config
     parts = micro_batches(config, workers=num_workers(config))
-    pieces = batch.split(parts)
-    documents = pieces[0].documents
+    device = "cuda" if config.workers.gpus and torch.cuda.is_available() else "cpu"
+    pieces = [piece.end_to_end() if _is_end_to_end(config) else piece for piece in batch.split(parts)]
+    largest = max(pieces, key=lambda piece: piece.input_ids.numel())
     shape = Shape(
-        rows=len(pieces[0].input_ids),
-        length=batch.input_ids.shape[1],
+        rows=len(largest.input_ids),
+        length=largest.input_ids.shape[1],
         loss_tokens=max(piece.loss_tokens for piece in pieces),
-        document_lengths=None if documents is None else tuple(document_lengths(documents)),
+        document_lengths=None if largest.documents is None else tuple(document_lengths(largest.documents)),
         micro_batches=parts,
     )
-    device = "cuda" if config.workers.gpus and torch.cuda.is_available() else "cpu"
     return plain_memory(_shapes(config, device), shape, precision=config.precision, device=device, process=process)
+
+
+def _is_end_to_end(config: TrainConfig) -> bool:
+    return is_computed_end_to_end(config.attention, "cuda" if config.workers.gpus else "cpu")
 
 
 def _shapes(config: TrainConfig, device: str) -> Decoder:
@@ -235,7 +243,7 @@ def _evaluation_s(job: Job, batches: tuple[Batch, ...], trial: Trial) -> float:
     if not batches:
         return 0.0
     tokens = job.manifest.values["splits"]["validation"]["tokens"] / num_workers(job.config)
-    return trial.evaluation_s * tokens / sum(batch.input_ids.numel() for batch in batches)
+    return trial.evaluation_s * tokens / sum(batch.num_tokens for batch in batches)
 
 
 def _times_due(steps: int, every: int) -> int:

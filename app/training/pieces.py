@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from app.data.batches import Batch
@@ -36,34 +34,25 @@ class Piece:
 
 def pieces_of(batch: Batch, *, most_tokens: int) -> list[Piece]:
     """The rows of `batch` in pieces of at most `most_tokens` before they are filled, or of one row that is longer."""
-    in_loss = batch.loss_mask.clone()
-    in_loss[:, 0] = False  # the first token of a row is predicted by nothing
-    time = torch.arange(in_loss.shape[1])
-    ends = torch.where(in_loss.any(1), in_loss.shape[1] - in_loss.flip(1).int().argmax(1), 0)
-    pieces, first = [], 0
+    ends, pieces, first = batch.ends(), [], 0
     while first < len(ends):
         last = first + 1
         while last < len(ends) and int(ends[first : last + 1].sum()) <= most_tokens:
             last += 1
-        rows = slice(first, last)
-        kept = time < ends[rows].unsqueeze(1)  # [rows, time]
-        if kept.any():
-            pieces.append(_piece(batch, rows, kept, in_loss[rows]))
+        if ends[first:last].any():
+            pieces.append(_piece(batch.rows(slice(first, last)).end_to_end(multiple=_FILLED_TO)))
         first = last
     return pieces
 
 
-def _piece(batch: Batch, rows: slice, kept: Tensor, in_loss: Tensor) -> Piece:
-    ids = batch.input_ids[rows][kept]
-    places = torch.arange(kept.shape[1]).expand(kept.shape) if batch.positions is None else batch.positions[rows]
-    numbers = torch.zeros_like(batch.input_ids[rows]) if batch.documents is None else batch.documents[rows]
-    numbers = numbers + torch.arange(len(numbers)).unsqueeze(1) * (int(numbers.max()) + 1)
-    labelled = in_loss[kept].nonzero().squeeze(1)
-    filling = -len(ids) % _FILLED_TO
+def _piece(row: Batch) -> Piece:
+    """Of a batch of one."""
+    assert row.positions is not None and row.documents is not None
+    labelled = row.loss_mask[0].nonzero().squeeze(1)
     return Piece(
-        F.pad(ids, (0, filling)),
-        positions=F.pad(places[kept], (0, filling)),
-        lengths=(*document_lengths(numbers[kept].unsqueeze(0)), *([filling] if filling else [])),
+        row.input_ids[0],
+        positions=row.positions[0],
+        lengths=tuple(document_lengths(row.documents)),
         predicting=labelled - 1,
-        labels=ids[labelled],
+        labels=row.input_ids[0, labelled],
     )

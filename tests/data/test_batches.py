@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from app.data.batches import collate
+from app.data.batches import collate, filled_length
 from app.data.packing import pack
 from app.models.decoder import Decoder, DecoderConfig
+from app.training import loss
 from app.training.loss import masked_nll
 
 CONFIG = DecoderConfig(vocab_size=97, context_length=64, num_layers=3, num_heads=4, width=32, mlp_width=64)
@@ -79,6 +80,41 @@ def test_the_packed_loss_is_the_unpacked_one(model: Decoder) -> None:
     together, packed_count = masked_nll(model, packed(made))
     assert packed_count == count
     torch.testing.assert_close(together, separate, rtol=1e-4, atol=0)
+
+
+def test_end_to_end_nothing_is_left_but_what_a_label_needs() -> None:
+    ids, mask = np.arange(1, 6), np.array([True, True, False, True, False])
+    nothing = np.zeros(5, dtype=bool)
+    batch = collate([ids, ids[:3], ids], [mask, mask[:3], nothing], [np.array([2, 3]), np.array([3]), np.array([5])])
+    whole = batch.end_to_end()
+    assert whole.input_ids.tolist() == [[1, 2, 3, 4, 1, 2, *[0] * 26]]
+    assert whole.positions.tolist() == [[0, 1, 0, 1, 0, 1, *[0] * 26]]
+    first, second, third, filling = whole.documents[0, [0, 2, 4, 6]].tolist()
+    assert len({first, second, third, filling}) == 4
+    assert whole.documents.tolist() == [[first, first, second, second, third, third, *[filling] * 26]]
+    assert whole.loss_mask.nonzero()[:, 1].tolist() == [1, 3, 5], "the first of a row is predicted by nothing"
+    assert (whole.num_tokens, whole.loss_tokens) == (batch.num_tokens, batch.loss_tokens)
+    again = collate([ids], [mask]).end_to_end(multiple=3)
+    assert again.input_ids.tolist() == [[1, 2, 3, 4, 0, 0]] and again.positions.tolist() == [[0, 1, 2, 3, 0, 0]]
+    assert (empty := collate([ids], [nothing])).end_to_end() is empty
+
+
+def test_end_to_end_comes_in_few_lengths_and_is_hardly_filled() -> None:
+    lengths = {count: filled_length(count) for count in range(1, 20_000)}
+    assert all(count <= length <= max(count + 31, 1.0625 * count) for count, length in lengths.items())
+    for power in (512, 1024, 8192):
+        assert len({length for length in lengths.values() if power < length <= 2 * power}) == 16
+
+
+def test_the_loss_end_to_end_is_that_of_padded_rows(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = records(30, seed=2)
+    batches = [packed(made), collate([ids for ids, _ in made], [mask for _, mask in made])]
+    end_to_end = [masked_nll(model, batch) for batch in batches]
+    monkeypatch.setattr(loss, "is_computed_end_to_end", lambda attention, device: False)
+    padded = [masked_nll(model, batch) for batch in batches]
+    for (ours, count), (reference, reference_count) in zip(end_to_end, padded, strict=True):
+        assert count == reference_count
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=0)
 
 
 def test_neither_positions_nor_isolation_alone_would_do(model: Decoder) -> None:

@@ -18,6 +18,7 @@ from app.run_lock import LOCK_FILE
 from app.training import dry_run as module
 from app.training.dry_run import batch_of, dry_run, shares_of
 from app.training.fine_tuning import fine_tune, plan_job
+from app.training.loss import as_computed
 from app.training.run_log import check_is_new
 from app.training.trial import Trial
 
@@ -56,7 +57,7 @@ def test_shares_are_what_the_feed_deals_out(
     for step in range(window.num_steps):
         for worker in range(workers):
             share, batch = next(shares), dealt[worker][step]
-            assert share.positions == batch.input_ids.numel()
+            assert share.positions == as_computed(batch, attention="auto").input_ids.numel()
             assert torch.equal(batch_of(job, rows, share).input_ids, batch.input_ids)
             assert torch.equal(batch_of(job, rows, share).loss_mask, batch.loss_mask)
     assert next(shares, None) is None
@@ -84,13 +85,15 @@ def test_steps_epochs_tokens_and_time_follow_from_the_data(
     assert told.checkpoints == len({*range(30, told.steps + 1, 30), told.steps})
     (work,) = no_trial
     assert len(work.batches) == 3
-    assert work.batches[0].input_ids.numel() == max(batch.input_ids.numel() for batch in batches[: told.steps])
+    computed = [as_computed(batch, attention="auto").input_ids.numel() for batch in batches]
+    first = as_computed(work.batches[0], attention="auto").input_ids.numel()
+    assert first == max(computed[: told.steps])
     assert told.total_s == pytest.approx(
         told.steps * told.step_s + told.evaluations * told.evaluation_s + told.checkpoints * told.checkpoint_s
     )
     crowded = module._crowding(settings)
-    mean = sum(batch.input_ids.numel() for batch in batches) / len(batches)
-    assert told.step_s == pytest.approx(2.0 * crowded * mean / work.batches[1].input_ids.numel(), rel=0.1)
+    typical = as_computed(work.batches[1], attention="auto").input_ids.numel()
+    assert told.step_s == pytest.approx(2.0 * crowded * sum(computed) / len(computed) / typical, rel=0.1)
 
 
 def test_what_the_trial_measured_beyond_arithmetic_is_expected_of_a_worker(

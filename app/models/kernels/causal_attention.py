@@ -1,7 +1,7 @@
 """Causal attention of whole documents on a CPU, and its gradient; see `causal_attention.c`.
 
-torch's own kernel goes by small blocks of a row, and is called for each document of packed rows: with AVX-512 that takes
-three times as long, in bf16 and in fp32.
+torch's own kernel goes by small blocks of a row, and is called for each document of packed rows. With AVX-512 that
+takes up to three times as long.
 """
 
 import ctypes
