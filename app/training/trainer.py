@@ -78,7 +78,7 @@ def run_on_workers(
 
     from app.training.channel import Channel
     from app.training.ending import EndRun
-    from app.training.regrouping import CountAgain
+    from app.training.regrouping import CountAgain, release_room_of_dead_runs
 
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # else the dashboard's Train tab stays empty
     channel = Channel()
@@ -109,6 +109,7 @@ def run_on_workers(
         dataset_config=feeding,
     )
     try:
+        release_room_of_dead_runs()
         with trainers_know_their_cluster():
             _fit(trainer, channel, on_metrics)
     except Exception as error:

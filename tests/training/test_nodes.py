@@ -1,4 +1,5 @@
-"""Clusters of two nodes: one is lost while a run is on it; one comes; one does not share the run's folder.
+"""Clusters of a node or two: one is lost while a run is on it; one comes; one does not share the run's folder; and a run
+that is killed.
 
 In processes of their own: the session's process has another cluster.
 """
@@ -30,6 +31,7 @@ REPOSITORY = Path(__file__).parent.parent.parent
 STEPS, SAVE_EVERY, LOST_AFTER = 80, 10, 25
 SAVE_SELDOM = 50
 """So that some steps are computed again where nothing else goes wrong."""
+ENDLESS = ("workers.count=[1,2]", "max_steps=20000", "epochs=20000", "optimizer.warmup_fraction=0")
 
 
 def in_a_process(function: str, *args: object) -> str:
@@ -76,6 +78,14 @@ def test_a_run_takes_in_a_node_that_comes(small_data: Path, tiny_model: Path, tm
         assert others == pytest.approx([first] * len(others), abs=1e-4), "two workers compute what one did"
     workers = [row["workers"] for row in seen]
     assert workers == sorted(workers) and set(workers) == {1, 2}
+
+
+def test_a_killed_elastic_run_goes_on_without_waiting_for_its_own_room(
+    small_data: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Ray keeps that room for three minutes."""
+    in_a_process("resume_a_killed_run", small_data, tiny_model, tmp_path / "run", tmp_path / "seconds")
+    assert float((tmp_path / "seconds").read_text()) < 100
 
 
 def test_a_node_that_does_not_share_the_runs_folder_is_told_at_the_start(
@@ -134,10 +144,37 @@ def gain_a_node(data: str, model: str, output: str, seen: str) -> None:
         if of_two == 2 * SAVE_SELDOM:
             os.kill(os.getpid(), signal.SIGINT)
 
-    endless = ("max_steps=20000", "epochs=20000", f"save_every={SAVE_SELDOM}", "optimizer.warmup_fraction=0")
     with suppress(Interrupted), connected(cluster.address, min_cpus=1):
-        fine_tune(plan(data, model, output, "workers.count=[1,2]", *endless), on_metrics=show)
+        fine_tune(plan(data, model, output, *ENDLESS, f"save_every={SAVE_SELDOM}"), on_metrics=show)
     cluster.shutdown()
+
+
+def resume_a_killed_run(data: str, model: str, output: str, seconds: str) -> None:
+    """Kill the process of a run that may have all of the cluster, and resume it; how long until its first step."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    command = [sys.executable, __file__, "train_without_end", data, model, output, cluster.address]
+    first = subprocess.Popen(command, start_new_session=True)
+    metrics = Path(output) / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count('"loss"') < LOST_AFTER:
+        assert first.poll() is None
+        time.sleep(0.2)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    started = time.monotonic()
+
+    def end(metrics: dict) -> None:
+        if "loss" in metrics and not os.path.exists(seconds):
+            Path(seconds).write_text(str(time.monotonic() - started))
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with suppress(Interrupted), connected(cluster.address, min_cpus=1):
+        fine_tune(plan(data, model, output, *ENDLESS), resume=True, on_metrics=end)
+    cluster.shutdown()
+
+
+def train_without_end(data: str, model: str, output: str, address: str) -> None:
+    with connected(address, min_cpus=1):
+        fine_tune(plan(data, model, output, *ENDLESS))
 
 
 def share_no_storage(data: str, model: str, output: str) -> None:
@@ -164,5 +201,5 @@ def share_no_storage(data: str, model: str, output: str) -> None:
 
 
 if __name__ == "__main__":
-    functions = {"lose_a_node": lose_a_node, "gain_a_node": gain_a_node, "share_no_storage": share_no_storage}
-    functions[sys.argv[1]](*sys.argv[2:])
+    functions = (lose_a_node, gain_a_node, resume_a_killed_run, train_without_end, share_no_storage)
+    {function.__name__: function for function in functions}[sys.argv[1]](*sys.argv[2:])
