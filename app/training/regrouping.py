@@ -25,7 +25,7 @@ class CountAgain(ControllerCallback):
 
 
 def release_room_of_dead_runs() -> None:
-    """Give back what Ray's coordinator keeps for runs that were killed, for three minutes: an elastic run would wait."""
+    """Ray's coordinator keeps the room of a run that was killed for three minutes, which an elastic run would wait."""
     with contextlib.suppress(RayError, ValueError):  # ValueError: nothing was trained here yet
         coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
         runs = get_state_actor()

@@ -1,5 +1,5 @@
-"""Clusters of a node or two: one is lost while a run is on it; one comes; one does not share the run's folder; and a run
-that is killed.
+"""Clusters of a node or two: one is lost while a run is on it; one comes; one does not share the run's folder; and a
+run that is killed.
 
 In processes of their own: the session's process has another cluster.
 """
