@@ -236,8 +236,7 @@ class TrainConfig(Config):
     """bf16 and fp16 compute under autocast, fp16 with a scaled loss; auto takes bf16 where the hardware has it. Trained
     weights stay fp32 in any."""
     attention: AttentionBackend = "auto"
-    """Kernel that computes attention; auto takes ours on a CPU, else what torch finds fastest, and the run says which
-    that is."""
+    """Kernel that computes attention; auto is ours on a CPU, else what torch finds fastest, and the run says which."""
     label_smoothing: Fraction = 0.0
     """Share of each label that is spread over the whole vocabulary. Held-out losses are without."""
     changes: tuple[ChangeConfig, ...] = ()
