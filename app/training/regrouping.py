@@ -8,6 +8,7 @@ from ray._private.state import actors
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 from ray.exceptions import RayError
 from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.state.schema import RunStatus
 from ray.train.v2._internal.state.state_actor import get_state_actor
 
 _ANSWER_WITHIN_S = 5.0
@@ -30,5 +31,6 @@ def release_room_of_dead_runs() -> None:
         coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
         runs = get_state_actor()
         for run in ray.get(runs.get_train_runs.remote(), timeout=_ANSWER_WITHIN_S).values() if runs else ():
-            if actors(run.controller_actor_id).get("State", "DEAD") == "DEAD":
+            # One that finished has given its room back: of a sweep's trials the next need not ask after all before it.
+            if run.status != RunStatus.FINISHED and actors(run.controller_actor_id).get("State", "DEAD") == "DEAD":
                 ray.get(coordinator.cancel_request.remote(f"train-{run.id}"), timeout=_ANSWER_WITHIN_S)
